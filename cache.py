@@ -1,0 +1,205 @@
+"""Every image is opened, checked, hashed and decoded once, to a memory-mapped file of uint8 pixels.
+
+One file per data set and image size: a table with a row per image, then (N, 3, S, S) pixels. It is
+written beside and renamed, so a reader finds it whole or not at all, and two runs that write it at
+once only do the work twice. A row counts only for the path, size and modification time that it was
+decoded from; what changed is decoded again, the rest is copied over.
+"""
+
+import contextlib
+import hashlib
+import os
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from checkpoint import writing
+from cli import UserError, progress
+
+VERSION = 1  # of decode(); another number, another file
+MAX_PIXELS = 200_000_000
+ROW = np.dtype([("key", "u8"), ("hash", "u8"), ("width", "i4"), ("height", "i4"),
+                ("frames", "i4"), ("mode", "U8")])
+
+
+def default_dir():
+    """$CASS_CACHE, or a folder `cass` in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CASS_CACHE") or Path(base) / "cass")
+
+
+def digest(*parts):
+    """8 bytes of BLAKE2b over strings and buffers, as an int."""
+    h = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        h.update(part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part)
+    return int.from_bytes(h.digest(), "little")
+
+
+def to_rgb(image):
+    """Any Pillow image as 8-bit RGB.
+
+    16-bit, 32-bit and float grey is scaled linearly from the image's own minimum and maximum to
+    0..255 (a constant image becomes black; values that are no finite numbers count as the minimum).
+    What is transparent is laid over black.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, np.float64)
+        finite = np.isfinite(values)
+        low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0, 0)
+        values = np.where(finite, values, low) - low
+        image = Image.fromarray(np.rint(values * (255 / (high - low or 1))).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("RGB")
+
+
+def decode(source, size):
+    """Read one image: a file (the first frame of several, EXIF orientation applied) or an array,
+    (H, W) or (H, W, 3) uint8.
+
+    Returns (pixels, facts): pixels (3, size, size) uint8, RGB, resized bilinearly with antialiasing
+    whatever the aspect (F.2.2); facts a dict with "hash" (of the full-size RGB pixels), "width",
+    "height", "frames", "mode" as in the file. Raises ValueError with the reason in one line.
+    """
+    open_image = Image.open if isinstance(source, str) else Image.fromarray
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
+    try:
+        with open_image(source) as image:
+            facts = {"mode": image.mode, "frames": getattr(image, "n_frames", 1)}
+            rgb = to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise ValueError("above 200 megapixels") from None
+    except Image.UnidentifiedImageError:
+        empty = os.path.getsize(source) == 0
+        raise ValueError("the file is empty" if empty else "not an image") from None
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from None
+    except Exception as error:  # decoders raise all kinds on broken files
+        raise ValueError(f"broken image file ({error})") from None
+    facts |= {"width": rgb.width, "height": rgb.height,
+              "hash": digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb))}
+    resized = rgb.resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1)), facts
+
+
+class DecodedImages:
+    """The decoded images by number, as (3, S, S) uint8 arrays: from the map, or from the files."""
+
+    def __init__(self, sources, size, file=None):
+        self.sources, self.size, self.file = list(sources), size, file
+        self.rows = np.arange(len(self.sources))
+        self.map = None if file is None else _open(file, size)[1]
+
+    def keep(self, mask):
+        """Leave out the images where the (N,) bool mask is False."""
+        self.rows = self.rows[mask]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row = self.rows[i]
+        return decode(self.sources[row], self.size)[0] if self.file is None else self.map[row]
+
+    def __getstate__(self):  # for spawned workers: a map would travel as pixels
+        return {**self.__dict__, "map": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.map = None if self.file is None else _open(self.file, self.size)[1]
+
+
+def _open(file, size):
+    with open(file, "rb") as f:
+        table = np.load(f)
+        return table, np.memmap(f, np.uint8, "r", f.tell(), (len(table), 3, size, size))
+
+
+def _key(source):
+    """8 bytes that stand for a file's path, size and modification time, or for an array's pixels."""
+    if not isinstance(source, str):
+        return digest(f"{source.shape}", np.ascontiguousarray(source))
+    with contextlib.suppress(OSError):  # decode() will name the reason
+        stat = os.stat(source)
+        return digest(f"{source}|{stat.st_size}|{stat.st_mtime_ns}")
+    return 0
+
+
+def decode_all(sources, size, name, directory):
+    """Check and decode all images, in parallel with a progress bar.
+
+    sources: list of sources (str) or arrays, as decode() takes them; size: pixels of a side; name: of the data set, for the file in `directory`
+    (None: nothing is kept and DecodedImages decodes again and again).
+    Returns (table, images, bad): table (N,) of ROW, images DecodedImages, bad {index: reason}.
+    Raises UserError where the file cannot be written.
+    """
+    table, bad = np.zeros(len(sources), ROW), {}
+    table["key"] = [_key(source) for source in sources]
+
+    def pixels(i):
+        try:
+            array, facts = decode(sources[i], size)
+        except ValueError as error:
+            bad[i] = str(error)
+            return np.zeros((3, size, size), np.uint8)
+        table[i] = (table["key"][i], *(facts[k] for k in ROW.names[1:]))
+        return array
+
+    def in_order(function):
+        with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's on odd EXIF and palettes
+            for start in range(0, len(sources), 64):  # bounded, whatever the disk's pace
+                yield from pool.map(function, range(start, min(start + 64, len(sources))))
+
+    def bar(function):
+        return progress(in_order(function), desc="checking images", total=len(sources))
+
+    if directory is None:
+        for _ in bar(pixels):
+            pass
+        return table, DecodedImages(sources, size), bad
+
+    stem = f"{digest(name):016x}-{size}-v{VERSION}-"
+    file = Path(directory) / f"{stem}{digest(table['key'].tobytes()):016x}.map"
+    known = {}  # key -> (row of the table, pixels) of all that was decoded before
+    for earlier in file.parent.glob(f"{stem}*.map"):
+        with contextlib.suppress(OSError, ValueError, EOFError):  # not ours: decode again
+            old, old_pixels = _open(earlier, size)
+            known |= {int(old["key"][i]): (old[i], old_pixels[i])
+                      for i in np.flatnonzero(old["width"])}
+            if earlier == file:
+                for i in np.flatnonzero(old["width"] == 0):  # unreadable then: still so?
+                    pixels(i)
+                if not table["width"].any():
+                    return old, DecodedImages(sources, size, file), bad
+
+    def known_pixels(i):
+        if int(table["key"][i]) not in known:
+            return pixels(i)
+        table[i], array = known[int(table["key"][i])]
+        return array
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for left in file.parent.glob(".*.tmp"):  # by runs that were killed
+            if time.time() - left.stat().st_mtime > 600:
+                left.unlink(missing_ok=True)
+        with writing(file, "wb") as f:
+            np.save(f, table)
+            for array in bar(known_pixels):
+                f.write(array.data)
+            f.seek(0)
+            np.save(f, table)
+        for earlier in set(file.parent.glob(f"{stem}*.map")) - {file}:
+            earlier.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{file.parent}: {error.strerror}; the decoded images need "
+                        f"{len(sources) * 3 * size**2 / 1e9:.2g} GB: name another folder with "
+                        f"--cache DIR, or do without by --no-cache") from error
+    return table, DecodedImages(sources, size, file), bad

@@ -1,0 +1,104 @@
+"""Files that are written whole or not at all, and weights files that anybody can load.
+
+A weights file (cnn.pt, vit.pt, best.pt) holds tensors, numbers, strings, lists and dicts alone:
+
+    weights = torch.load("cnn.pt", weights_only=True)
+    timm.create_model(weights["arch"], num_classes=weights["num_classes"],
+                      **weights["model_kwargs"], checkpoint_path="cnn.pt")
+"""
+
+import contextlib
+import csv
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+
+
+@contextlib.contextmanager
+def writing(path, mode="w"):
+    """Open a file beside `path` that takes its place once it is complete and on disk."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        with open(beside, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """`value` as indented JSON; a number that is no number becomes null."""
+    with writing(path) as file:
+        json.dump(value, file, indent=2, allow_nan=False, ensure_ascii=False)
+        file.write("\n")
+
+
+def write_csv(path, header, rows):
+    """A header and rows as UTF-8 CSV."""
+    with writing(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def append_json_line(path, value):
+    """One more line of a JSON-lines log."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def save(path, value):
+    """torch.save, whole or not at all."""
+    with writing(path, "wb") as file:
+        torch.save(value, file)
+
+
+def load(path):
+    """torch.load of plain data alone, on the CPU. Raises UserError, and runs nothing in the file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: refused, since it holds more than tensors and plain data "
+                        f"or is no checkpoint at all; nothing in it was run") from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint; "
+                        f"it may be cut short or of another kind") from error
+
+
+def load_weights(path):
+    """The dict of a weights file that pretrain.py or finetune.py wrote. Raises UserError."""
+    weights = load(path)
+    needed = {"state_dict", "arch", "num_classes", "model_kwargs", "img_size", "arm", "seed", "data"}
+    if not isinstance(weights, dict) or not needed <= weights.keys():
+        raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py; to start from "
+                        f"other weights, name the model with --arch and the file with --init")
+    return weights
+
+
+def load_state_dict(path):
+    """The state dict in a weights file, ours or any other that keeps timm's keys. Raises UserError."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file  # comes with timm
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors raises its own kinds
+            raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    weights = load(path)
+    for key in ("state_dict", "model"):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+    if not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
+        raise UserError(f"{path}: holds no state dict")
+    return weights

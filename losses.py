@@ -1,0 +1,65 @@
+"""Losses of CASS (Singh & Cirrone, arXiv 2206.04170v6): equation 1 and the focal loss of F.3.2."""
+
+import torch
+import torch.nn.functional as F
+from torchvision.ops import sigmoid_focal_loss
+
+
+def cosine_loss(logits_cnn, logits_vit, eps=1e-12):
+    """Equation 1: 2 - 2 F(R) F(T), with F(x) = x / max(||x||, eps), averaged over the batch.
+
+    logits_cnn, logits_vit: (N, C) float of any precision, unnormalized; computed in float32.
+    Returns a float32 scalar from 0 (aligned) to 4 (opposed). Raises ValueError for other shapes.
+    The paper prints a product of two sums; we read it as one dot product per image, as its
+    published code does.
+    """
+    if logits_cnn.ndim != 2 or logits_cnn.shape != logits_vit.shape:
+        raise ValueError(f"both arms must give logits of one shape (N, C), not "
+                         f"{tuple(logits_cnn.shape)} and {tuple(logits_vit.shape)}")
+    R = F.normalize(logits_cnn.float(), dim=1, eps=eps)
+    T = F.normalize(logits_vit.float(), dim=1, eps=eps)
+    return (2 - 2 * (R * T).sum(dim=1)).mean()
+
+
+def focal_loss(logits, targets, weights=None, alpha=1.0, gamma=2.0):
+    """Focal loss (Lin et al., arXiv 1708.02002v2, equation 4): -alpha (1 - p_t)^gamma log(p_t).
+
+    One sigmoid per class, also for multi-class targets: each class against all others.
+
+    logits: (N, C) float of any precision, unnormalized; computed in float32.
+    targets: (N,) int64 class indices, or (N, C) matrix of 0 and 1 (multi-label).
+    weights: (C,) float, multiplies the columns of the classes; None for 1.
+    alpha: scales the whole loss (torchvision's alpha would balance positives and negatives).
+    gamma: 0 (binary cross-entropy) or at least 1; in between, the gradient has a pole at p_t = 1.
+    Returns a float32 scalar, the mean over all N * C terms. Raises ValueError for other shapes.
+    """
+    if gamma < 1 and gamma != 0:
+        raise ValueError(f"gamma must be 0 or at least 1, not {gamma}")
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, logits.shape[1])
+    if logits.ndim != 2 or targets.shape != logits.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} need targets of shape (N,) or (N, C), "
+                         f"not {tuple(targets.shape)}")
+    loss = alpha * sigmoid_focal_loss(logits.float(), targets.float(), alpha=-1, gamma=gamma)
+    return (loss if weights is None else loss * weights.to(loss)).mean()
+
+
+def class_weights(counts, kind="minmax"):
+    """Weight of each class from its number of labelled images (F.3.2).
+
+    counts: (C,) numbers, at least 0. Returns (C,) float32.
+    "minmax": the counts themselves, scaled linearly to [0.2, 1], which is what the paper says and
+        its code does. It FAVOURS THE MAJORITY: the commonest class gets 1, the rarest 0.2. Equal
+        counts give 1 for every class.
+    "inverse": 1 / count, scaled to mean 1, which favours the rare; an absent class counts as one.
+    "none": 1 for every class.
+    """
+    counts = torch.as_tensor(counts, dtype=torch.float32)
+    if kind == "none" or counts.min() == counts.max():
+        return torch.ones_like(counts)
+    if kind == "minmax":
+        return 0.2 + 0.8 * (counts - counts.min()) / (counts.max() - counts.min())
+    if kind == "inverse":
+        inverse = 1 / counts.clamp(min=1)
+        return inverse / inverse.mean()
+    raise ValueError(f"kind must be minmax, inverse or none, not {kind!r}")

@@ -1,0 +1,78 @@
+"""Scores of a classifier in numpy. Every function says what it does where a class is absent."""
+
+import numpy as np
+
+
+def confusion_matrix(true, predicted, num_classes):
+    """(N,) and (N,) class indices -> (C, C) counts: row the true class, column the predicted one."""
+    flat = np.bincount(np.asarray(true) * num_classes + predicted, minlength=num_classes**2)
+    return flat.reshape(num_classes, num_classes)
+
+
+def auroc(positive, score):
+    """Area under the ROC curve of one class, ties counted as half; None where a side is empty.
+
+    positive: (N,) 0/1; score: (N,) numbers. The probability that a positive outranks a negative.
+    """
+    positive = np.asarray(positive, bool)
+    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
+    if not n_pos or not n_neg:
+        return None
+    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)  # a tie shares the mean of its ranks
+    rank = ((last - counts + 1 + last) / 2)[inverse]
+    return float((rank[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+
+
+def _ratio(a, b):
+    return np.divide(a, b, out=np.zeros(np.shape(b)), where=np.asarray(b) > 0)
+
+
+def _mean(values):
+    values = [v for v in values if v is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _summary(tp, fp, fn, truth, probabilities, classes):
+    """What multi-class and multi-label scores share: F1 and AUROC, per class and averaged."""
+    precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
+    f1 = _ratio(2 * tp, 2 * tp + fp + fn)
+    areas = [auroc(t, p) for t, p in zip(truth.T, probabilities.T)]
+    per_class = [{"class": c, "support": int(tp[i] + fn[i]), "precision": float(precision[i]),
+                  "recall": float(recall[i]), "f1": float(f1[i]), "auroc": areas[i]}
+                 for i, c in enumerate(classes)]
+    micro = float(_ratio(2 * tp.sum(), (2 * tp + fp + fn).sum()))
+    return {"n": len(truth), "macro_f1": float(f1.mean()), "micro_f1": micro,
+            "auroc": _mean(areas), "per_class": per_class}
+
+
+def multiclass_scores(true, probabilities, classes):
+    """Scores of argmax predictions.
+
+    true: (N,) indices; probabilities: (N, C), rows need not sum to one; classes: C names.
+    F1 of a class that is neither there nor predicted is 0. Balanced accuracy is the mean recall of
+    the classes that are there (ISIC's metric). AUROC is one class against the rest, macro mean
+    over the classes that have both sides; None where none has.
+    """
+    true, C = np.asarray(true), len(classes)
+    matrix = confusion_matrix(true, probabilities.argmax(1), C)
+    tp = np.diag(matrix)
+    scores = _summary(tp, matrix.sum(0) - tp, matrix.sum(1) - tp, np.eye(C)[true], probabilities,
+                      classes)
+    recalls = [row["recall"] for row in scores["per_class"] if row["support"]]
+    return {**scores, "accuracy": float(_ratio(tp.sum(), len(true))),
+            "balanced_accuracy": _mean(recalls), "confusion": matrix.tolist()}
+
+
+def multilabel_scores(true, probabilities, classes):
+    """Scores of predictions at 0.5. true: (N, C) 0/1; probabilities: (N, C); see multiclass_scores.
+
+    "exact_match" is the share of images with every label right. "confusion" has a row
+    [tp, fp, fn, tn] for each class.
+    """
+    true, predicted = np.asarray(true, bool), probabilities >= 0.5
+    tp, fp, fn = ((true & predicted).sum(0), (~true & predicted).sum(0), (true & ~predicted).sum(0))
+    scores = _summary(tp, fp, fn, true, probabilities, classes)
+    confusion = np.stack([tp, fp, fn, len(true) - tp - fp - fn], axis=1)
+    return {**scores, "exact_match": float((true == predicted).all(1).mean()) if len(true) else None,
+            "confusion": confusion.tolist()}

@@ -1,0 +1,140 @@
+"""Splits and label fractions that a score can rest on: stratified, nested, seeded, and never with
+one patient, or one picture, on two sides."""
+
+import math
+from collections import defaultdict
+
+import numpy as np
+
+from cli import UserError
+
+SHARES = {"val": 0.1, "test": 0.2}  # of all images; the rest is for training (section 4.3)
+
+
+def duplicates(data):
+    """Lists of the indices of pixel-identical images."""
+    same = defaultdict(list)
+    for i, key in enumerate(data.table["hash"].tolist()):
+        same[key].append(i)
+    return [group for group in same.values() if len(group) > 1]
+
+
+def copies(data, split):
+    """(N,) bool: images with an identical one in an earlier split (train, then val, then test)."""
+    rank = np.array([("train", "val", "test").index(s) for s in split])
+    copy = np.zeros(len(data), bool)
+    for group in duplicates(data):
+        copy[group] = rank[group] > rank[group].min()
+    return copy
+
+
+def units(data):
+    """(N,) int: images that must not be parted, since they share a group or are pixel-identical."""
+    parent = list(range(len(data)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for keys in (data.table["hash"].tolist(), [] if data.groups is None else data.groups.tolist()):
+        first = {}
+        for i, key in enumerate(keys):
+            parent[root(i)] = root(first.setdefault(key, i))
+    return np.unique([root(i) for i in range(len(data))], return_inverse=True)[1]
+
+
+def stratified_order(labels, unit, rng):
+    """An order of the units of which every prefix is stratified: nested fractions are its prefixes.
+
+    labels: (N, C) bool; unit: (N,) int in 0..U-1, no number left out. The stratum of a unit is its
+    rarest label; units without labels are a stratum of their own. Within a stratum the order is
+    random, and its units stand at even distances over the whole order. First of all come units
+    that hold every class once, rarest class first.
+    Returns (order, n): the U unit numbers, and how many of them cover all classes.
+    """
+    U, C = unit.max() + 1, labels.shape[1]
+    size, counts = np.bincount(unit), labels.sum(0)
+    has = np.zeros((U, C), bool)
+    np.logical_or.at(has, unit, labels)
+    rarest_first = np.argsort(counts, kind="stable")
+    stratum = np.full(U, C)
+    for c in rarest_first[::-1]:
+        stratum[has[:, c]] = c
+    shuffled = rng.permutation(U)
+    position = np.empty(U)
+    for s in np.unique(stratum):
+        members = shuffled[stratum[shuffled] == s]
+        end = np.cumsum(size[members])
+        position[members] = (end - size[members] * rng.random()) / end[-1]
+    cover, covered = [], np.zeros(C, bool)
+    for c in rarest_first:
+        if counts[c] and not covered[c]:
+            cover.append(next(u for u in shuffled if has[u, c]))
+            covered |= has[cover[-1]]
+    position[cover] = np.arange(len(cover)) - C - 1
+    return shuffled[np.argsort(position[shuffled], kind="stable")], len(cover)
+
+
+def make_split(data, seed, seen=None, allow_seen=False):
+    """(N,) "train", "val" or "test".
+
+    A given test (or validation) split stays; what is not given is drawn, 70/10/20 of a whole, by
+    units() and stratified_order(). Images without labels and without a given split are all for
+    training (F.2.1). seen: (N,) bool, the images that pre-training saw: validation and test are
+    drawn from the others. Raises UserError where that leaves no test image, unless allow_seen.
+    """
+    split = data.given.copy().astype("U5")
+    drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
+    pool = (split == "") | (split == "train")
+    split[pool] = "train"
+    if not drawn or not data.classes:
+        return split
+    unit = np.unique(units(data)[pool], return_inverse=True)[1]
+    labels, size = data.labels[pool], np.bincount(unit)
+    order, _ = stratified_order(labels, unit, np.random.default_rng([seed, 0]))
+    saw = np.zeros(len(order), bool)
+    if seen is not None:
+        np.logical_or.at(saw, unit, seen[pool])
+        if saw.all() and "test" in drawn and not allow_seen:
+            raise UserError(f"{data.path}: pre-training saw every image, so that none is left for an "
+                            f"honest test; add others, or give --allow-seen")
+        if saw.all():
+            data.notes.append(f"pre-training saw every image: {' and '.join(drawn)} hold such ones")
+            saw[:] = False
+    order = np.concatenate([order[saw[order]], order[~saw[order]]])
+    middle = np.cumsum(size[order]) - size[order] / 2
+    n, kept = size.sum(), sum(SHARES.values()) - sum(drawn.values())
+    shares = {name: share / (1 - kept) for name, share in drawn.items()}
+    start = max(n * (1 - sum(shares.values())), size[saw].sum())
+    rest, which = n - start, np.full(len(order), "train")
+    for name, share in shares.items():
+        which[order[middle >= start]] = name
+        start += rest * share / sum(shares.values())
+    split[pool] = which[unit]
+    return split
+
+
+def label_fraction(data, train, frac, seed):
+    """(N,) bool: the training images whose labels are used, a share `frac` of them.
+
+    Stratified, whole units, at least one image of each class, and nested: what one seed gives for
+    1 % is part of what it gives for 10 %. Raises UserError where the fraction is too small.
+    """
+    index = np.flatnonzero(train)
+    labels = data.labels[index]
+    absent = [c for c, n in zip(data.classes, labels.sum(0)) if n == 0]
+    if absent:
+        raise UserError(f"{data.path}: no training image has the label {some(absent)}")
+    unit = np.unique(units(data)[index], return_inverse=True)[1]
+    order, n_cover = stratified_order(labels, unit, np.random.default_rng([seed, 1]))
+    end = np.cumsum(np.bincount(unit)[order])
+    wanted = math.floor(frac * len(index) + 0.5)
+    if wanted < end[n_cover - 1]:
+        smallest = math.ceil((end[n_cover - 1] - 0.5) / len(index) * 1e5) / 1e5
+        raise UserError(f"--frac {frac:g} of {len(index)} training images is {wanted}, too few to "
+                        f"hold each of the {len(data.classes)} classes; the smallest fraction that "
+                        f"can is {smallest:g}")
+    used = np.zeros(len(data), bool)
+    used[index[np.isin(unit, order[end <= wanted])]] = True
+    return used
