@@ -63,6 +63,12 @@ def save(path, value):
         torch.save(value, file)
 
 
+def weights_file(model, **facts):
+    """The dict of a weights file: the state dict of a timm model, and what it takes to rebuild it."""
+    state_dict = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    return {"state_dict": state_dict, "num_classes": model.num_classes, **facts}
+
+
 def load(path):
     """torch.load of plain data alone, on the CPU. Raises UserError, and runs nothing in the file."""
     try:

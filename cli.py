@@ -61,6 +61,21 @@ def positive(text):
     return value
 
 
+def t_max(text):
+    """An argparse type: a number of iterations, or "run"."""
+    return text if text == "run" else positive(text)
+
+
+def refuse_overwrite(out, names, overwrite):
+    """Raise UserError if the folder holds one of the files and overwriting was not asked for."""
+    there = [name for name in names if (out / name).exists()]
+    if there and not overwrite:
+        raise UserError(f"{out}: holds an earlier run ({', '.join(there)}); name another folder "
+                        f"with --out, or replace it with --overwrite")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is not a folder (--out)")
+
+
 def progress(iterable=None, **kwargs):
     """A tqdm bar over images: often on a terminal, seldom in a log file."""
     return tqdm(iterable, unit="img", dynamic_ncols=True,

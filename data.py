@@ -131,6 +131,15 @@ def split_rows(data, split, used=None):
 
 
 SPLIT_HEADER = ("path", "split", "labels", "label_used")
+DUPLICATES_HEADER = ("group", "path", "split", "labels")
+
+
+def duplicate_rows(data, split):
+    """Rows of duplicates.csv: images with one number are pixel-identical."""
+    for group, members in enumerate(duplicates(data)):
+        for i in members:
+            labels = "|".join(c for c, has in zip(data.classes, data.labels[i]) if has)
+            yield group, data.names[i], split[i], labels
 
 
 def class_counts(data, mask):
@@ -181,6 +190,12 @@ def add_arguments(parser, positional=False):
 
 FLAGS = ("data", "images", "image_col", "label_col", "label_sep", "group_col", "unlabelled", "split",
          "skip_bad")  # what a checkpoint carries, so that fine-tuning finds the same data
+
+
+def flags(args):
+    """What a checkpoint carries of the data flags, with absolute paths."""
+    kept = {key: getattr(args, key) for key in FLAGS}
+    return kept | {key: os.path.abspath(kept[key]) for key in ("data", "images", "split") if kept[key]}
 
 
 def main():

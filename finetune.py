@@ -1,0 +1,323 @@
+"""Fine-tune one arm on a fraction of the labels (sections 4.2 and F.3), test it once.
+
+    python finetune.py --ckpt cnn.pt --frac 0.01
+    python finetune.py --arch resnet50 --data /path          (supervised baseline, no pre-training)
+
+writes to --out (default: finetune_ARM_FRAC beside the checkpoint): best.pt, metrics.json,
+predictions.csv, confusion.csv, log.jsonl, split.csv, config.json; with several --seeds a folder each
+and summary.json. Image size, normalization, data and split come from the checkpoint.
+"""
+
+import copy
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import timm
+import torch
+from timm.utils import ParseKwargs
+
+import cli
+import data
+from checkpoint import (append_json_line, load_weights, save, weights_file, write_csv, write_json)
+from cli import UserError
+from losses import class_weights, focal_loss
+from metrics import multiclass_scores, multilabel_scores
+from pretrain import make_arm, stop_if_not_finite
+from splits import copies, label_fraction, make_split
+
+OUTPUTS = ("best.pt", "metrics.json", "predictions.csv", "confusion.csv", "log.jsonl", "split.csv",
+           "config.json")
+
+
+def parse_arguments():
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--ckpt", metavar="FILE", help="cnn.pt or vit.pt of pretrain.py")
+    add("--arch", metavar="NAME", help="timm model to start instead, the supervised baseline")
+    add("--arch-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
+        help="arguments for timm.create_model, with --arch")
+    add("--init", default="imagenet", metavar="WHAT",
+        help="with --arch: imagenet, random or a weights file")
+    add("--img-size", type=cli.positive, help="with --arch: side of the images (default: 384)")
+    data.add_arguments(parser)
+    add("--allow-seen", action="store_true",
+        help="test on images that pre-training saw, where there are no others")
+    add("--frac", type=cli.fraction, default=1.0, help="share of the training labels used (4.2)")
+    add("--mode", default="e2e", choices=["e2e", "linear"],
+        help="e2e: all weights (4.2); linear: the head alone")
+    add("--epochs", type=cli.positive, default=50, help="at most (F.3.2)")
+    add("--patience", type=cli.positive, default=5,
+        help="epochs without a lower validation loss before it stops (F.3.2)")
+    add("--bs", "--batch-size", type=cli.positive, default=16, help="images in a step")
+    add("--lr", type=float, default=3e-4, help="Adam's learning rate (F.3.2)")
+    add("--min-lr", type=float, default=1e-6, help="the minimum of its cosine")
+    add("--t-max", type=cli.t_max, default=16, metavar="N",
+        help="iterations from --lr down to --min-lr, and up again, or: run, one descent")
+    add("--class-weights", default="minmax", choices=["minmax", "inverse", "none"],
+        help="minmax: the paper's, favours the majority; inverse: favours the rare")
+    add("--seed", type=int, default=0, help="with --arch: of the split")
+    add("--seeds", type=int, nargs="+", metavar="N",
+        help="one run each, with its own label draw, head, order and augmentation; same split "
+             "(default: the split's seed)")
+    add("--out", metavar="DIR", help="output folder")
+    cli.add_run_arguments(parser)
+    args = parser.parse_args()
+    if (args.ckpt is None) == (args.arch is None):
+        parser.error("give either --ckpt FILE or --arch NAME")
+    if args.arch and not args.data:
+        parser.error("--arch needs --data PATH")
+    if args.ckpt and (args.img_size or args.arch_kwargs):
+        parser.error("--img-size and --arch-kwargs go with --arch; the checkpoint has its own")
+    return args
+
+
+def start_point(args):
+    """What training starts from: the checkpoint's facts and a function that makes the model anew."""
+    if args.ckpt:
+        weights = load_weights(args.ckpt)
+        if args.data is None:
+            for key, value in weights["data"].items():
+                setattr(args, key, value)
+        args.seed = weights["seed"]
+
+        def make():
+            model = timm.create_model(weights["arch"], num_classes=weights["num_classes"],
+                                      **weights["model_kwargs"])
+            model.load_state_dict(weights["state_dict"])
+            return model
+
+        facts = {key: weights[key] for key in
+                 ("arch", "arm", "model_kwargs", "img_size", "mean", "std")}
+        start = SimpleNamespace(make=make, facts=facts, seen=weights.get("seen"))
+    else:
+        size = args.img_size or 384
+        model, kwargs = make_arm("--arch", args.arch, args.init, size, **args.arch_kwargs)
+
+        def make():  # another seed draws other random weights
+            if args.init == "random":
+                return make_arm("--arch", args.arch, "random", size, **args.arch_kwargs)[0]
+            return copy.deepcopy(model)
+
+        facts = {"arch": args.arch, "arm": args.arch.split(".")[0], "model_kwargs": kwargs,
+                 "img_size": size, "mean": list(data.IMAGENET_MEAN), "std": list(data.IMAGENET_STD)}
+        start = SimpleNamespace(make=make, facts=facts, seen=None)
+    try:
+        start.make()
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{args.ckpt}: its weights do not fit {facts['arch']} in this version of "
+                        f"timm ({' '.join(str(error).split())[:200]})") from error
+    return start
+
+
+def main():
+    args = parse_arguments()
+    device = cli.pick_device(args.device)
+    amp = cli.pick_amp(args.amp, device)
+    start = start_point(args)
+    seeds = args.seeds or [args.seed]
+    name = f"finetune_{start.facts['arm']}_{args.frac:g}" + "_linear" * (args.mode == "linear")
+    out = Path(args.out or (Path(args.ckpt).parent if args.ckpt else Path(".")) / name)
+    folders = {seed: out / f"seed{seed}" if len(seeds) > 1 else out for seed in seeds}
+    for folder in folders.values():
+        cli.refuse_overwrite(folder, ("metrics.json", "best.pt"), args.overwrite)
+
+    images = data.read(args)
+    if not images.classes:
+        raise UserError(f"{images.path}: has no labels, or one class only; give each class a folder "
+                        f"of its own, or a CSV file of labels with --data labels.csv --images DIR")
+    if len(images.classes) == 1 and not images.multilabel:
+        raise UserError(f"{images.path}: has one class only ({images.classes[0]})")
+    data.decode(images, start.facts["img_size"], args.cache, args.skip_bad)
+    seen = None if start.seen is None else np.isin(images.table["hash"].view("int64"),
+                                                   start.seen.numpy())
+    split = make_split(images, args.seed, seen, args.allow_seen)
+    for part in ("train", "val", "test"):
+        if not (split == part).any():
+            raise UserError(f"{images.path}: {len(images)} images leave none for the {part} split")
+    if seen is not None and seen[split == "test"].all() and not args.allow_seen:
+        raise UserError(f"{images.path}: pre-training saw every test image, which leaves no honest "
+                        f"test; add others, or give --allow-seen")
+    used = {seed: label_fraction(images, split == "train", args.frac, seed) for seed in seeds}
+    data.report(images, split)
+
+    results = []
+    for seed, folder in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in OUTPUTS:
+            (folder / name).unlink(missing_ok=True)
+        counts = ", ".join(f"{c} {n}" for c, n in data.class_counts(images, used[seed]).items())
+        print(f"seed {seed}: labels of {used[seed].sum()} of {(split == 'train').sum()} training "
+              f"images: {counts}")
+        write_json(folder / "config.json", {"command": sys.argv, "arguments": vars(args)})
+        write_csv(folder / "split.csv", data.SPLIT_HEADER, data.split_rows(images, split, used[seed]))
+        results.append(finetune(start, images, split, used[seed], seen, seed, args, device, amp,
+                                folder))
+    if len(results) > 1:
+        summary = summarize(results)
+        write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
+        print(f"{len(seeds)} seeds: " + ", ".join(f"{key} {value['mean']:.4f} ± {value['std']:.4f}"
+                                                  for key, value in summary.items()))
+
+
+def summarize(results):
+    """{score: mean, standard deviation (n - 1) and values over the seeds} of metrics dicts."""
+    summary = {}
+    for part in ("test", "test_without_duplicates"):
+        for key, value in results[0][part].items():
+            values = [r[part][key] for r in results]
+            if isinstance(value, float) and None not in values:
+                name = key if part == "test" else f"{key}_{part[5:]}"
+                summary[name] = {"mean": float(np.mean(values)),
+                                 "std": float(np.std(values, ddof=1)), "values": values}
+    return summary
+
+
+def finetune(start, images, split, used, seen, seed, args, device, amp, out):
+    """Train on the used labels, keep the epoch of the lowest validation loss, test once."""
+    torch.manual_seed(seed)
+    model = start.make()
+    model.reset_classifier(len(images.classes))
+    if args.mode == "linear":
+        model.requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
+    model.to(device, memory_format=torch.channels_last)
+
+    targets = torch.from_numpy(images.labels.astype("float32") if images.multilabel
+                               else images.labels.argmax(1))
+    transform = data.augmentation(start.facts["img_size"])
+
+    def batches_of(mask, transform=None):
+        index = mask.nonzero()[0]
+        views = data.Views(images.images, index, transform, targets[index], seed)
+        batches = data.Batches(len(index), args.bs, None if transform is None else seed,
+                               drop_single=transform is not None)
+        return batches, data.loader(views, batches, device, args.workers)
+
+    train_batches, train_loader = batches_of(used, transform)
+    _, val_loader = batches_of(split == "val")
+    _, test_loader = batches_of(split == "test")
+
+    counts = images.labels[used].sum(0)
+    weights = class_weights(counts, args.class_weights).to(device)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr)
+    iterations = args.epochs * len(train_batches)
+    t_max = max(iterations - 1, 1) if args.t_max == "run" else args.t_max
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t_max, args.min_lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+
+    def forward(batch):
+        batch = data.normalize(batch.to(device, non_blocking=True), start.facts["mean"],
+                               start.facts["std"])
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            return model(batch).float()
+
+    @torch.no_grad()
+    def evaluate(loader):
+        """Mean focal loss, and probabilities (N, C): one sigmoid per class."""
+        model.eval()
+        logits, true = zip(*((forward(batch), target) for batch, target in loader))
+        logits, true = torch.cat(logits), torch.cat(true).to(device)
+        return focal_loss(logits, true, weights).item(), logits.sigmoid().cpu().numpy()
+
+    best_loss, best_state, best_epoch, began = math.inf, None, 0, time.perf_counter()
+    bar = cli.progress(total=args.epochs * int(used.sum()))
+    for epoch in range(args.epochs):
+        train_batches.epoch = epoch
+        model.train(args.mode == "e2e")  # linear: batch-norm stays as pre-training left it
+        running, n = torch.zeros((), device=device), 0
+        for batch, target in train_loader:
+            optimizer.zero_grad()
+            loss = focal_loss(forward(batch), target.to(device), weights)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+            running += loss.detach() * len(batch)
+            n += len(batch)
+            bar.update(len(batch))
+        stop_if_not_finite(running, epoch, (epoch + 1) * len(train_batches))
+        val_loss, val_probabilities = evaluate(val_loader)
+        val = scores(images, split == "val", val_probabilities)
+        append_json_line(out / "log.jsonl", {
+            "epoch": epoch + 1, "train_loss": running.item() / n, "val_loss": val_loss,
+            "val_macro_f1": val["macro_f1"], "lr": scheduler.get_last_lr()[0]})
+        bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, train loss {running.item() / n:.3g}, "
+                            f"val loss {val_loss:.3g}, val F1 {val['macro_f1']:.3f}")
+        if val_loss < best_loss:
+            best_loss, best_epoch, best_val = val_loss, epoch + 1, val
+            best_state = copy.deepcopy(model.state_dict())
+        elif epoch + 1 - best_epoch >= args.patience:
+            break
+    bar.close()
+    if best_state is None:
+        raise FloatingPointError("the validation loss was no number in any epoch; try --amp off")
+
+    model.load_state_dict(best_state)
+    seconds = time.perf_counter() - began
+    _, probabilities = evaluate(test_loader)
+    return write_results(start, images, split, used, seen, seed, args, out, model, probabilities, {
+        "best_epoch": best_epoch, "epochs": epoch + 1, "val_loss": best_loss, "val": best_val,
+        "seconds": round(seconds, 2), "class_weights": weights.tolist()})
+
+
+def scores(images, mask, probabilities):
+    """The scores of these probabilities, (n, C), on the n masked images."""
+    if images.multilabel:
+        return multilabel_scores(images.labels[mask], probabilities, images.classes)
+    return multiclass_scores(images.labels[mask].argmax(1), probabilities, images.classes)
+
+
+def write_results(start, images, split, used, seen, seed, args, out, model, probabilities, facts):
+    """best.pt, predictions.csv, confusion.csv and metrics.json, which is returned."""
+    test, classes = split == "test", images.classes
+    copied = copies(images, split)[test]
+    unseen = np.ones(test.sum(), bool) if seen is None else ~seen[test]
+
+    def part(mask):
+        return scores(images, np.flatnonzero(test)[mask], probabilities[mask]) if mask.any() else None
+
+    metrics = {
+        "arch": start.facts["arch"], "arm": start.facts["arm"], "ckpt": args.ckpt, "mode": args.mode,
+        "frac": args.frac, "seed": seed, "split_seed": args.seed, "classes": classes,
+        "multilabel": images.multilabel, "n_train": int((split == "train").sum()),
+        "n_labelled": int(used.sum()), "labelled": data.class_counts(images, used),
+        "n_val": int((split == "val").sum()), "n_test": int(test.sum()),
+        "n_test_duplicates": int(copied.sum()), "n_test_seen": int((~unseen).sum()), **facts,
+        "test": part(np.ones(test.sum(), bool)), "test_without_duplicates": part(~copied),
+        "test_without_seen": part(unseen)}
+    names = [n for n, t in zip(images.names, test) if t]
+    true = images.labels[test]
+    predicted = probabilities >= 0.5 if images.multilabel else \
+        np.eye(len(classes), dtype=bool)[probabilities.argmax(1)]
+
+    def text(row):
+        return "|".join(c for c, has in zip(classes, row) if has)
+
+    write_csv(out / "predictions.csv", ["path", "true", "predicted", *(f"prob_{c}" for c in classes)],
+              ([n, text(t), text(p), *(f"{x:.6g}" for x in q)]
+               for n, t, p, q in zip(names, true, predicted, probabilities)))
+    header = ["label", "tp", "fp", "fn", "tn"] if images.multilabel else ["true \\ predicted", *classes]
+    write_csv(out / "confusion.csv", header,
+              ([c, *row] for c, row in zip(classes, metrics["test"]["confusion"])))
+    save(out / "best.pt", weights_file(model, **start.facts, class_names=classes,
+                                       multilabel=images.multilabel, epoch=facts["best_epoch"],
+                                       seed=args.seed, data=data.flags(args), config=vars(args)))
+    write_json(out / "metrics.json", metrics)  # last: it says that the run is finished
+
+    for key, note in (("test", ""), ("test_without_duplicates", f" without the {copied.sum()} that "
+                      f"are pixel-identical to training or validation images"),
+                      ("test_without_seen", f" without the {(~unseen).sum()} that pre-training saw")):
+        part = metrics[key]
+        if part and (key == "test" or part["n"] < metrics["n_test"]):
+            shown = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
+            print(f"test, {part['n']} images{note}: " + ", ".join(
+                f"{k} {part[k]:.4f}" for k in shown if part.get(k) is not None))
+    return metrics
+
+
+if __name__ == "__main__":
+    cli.run(main)
