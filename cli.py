@@ -12,6 +12,12 @@ class UserError(Exception):
     """Something that the user can mend: its text is shown as one line, exit status 2."""
 
 
+def some(items, n=3):
+    """The first few of a list for a message of one line."""
+    items = list(items)
+    return ", ".join(map(str, items[:n])) + (f" and {len(items) - n} more" if len(items) > n else "")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the script's docstring as help, no abbreviations, and one line per error."""
 

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
 import cache
-from cli import Parser, UserError, run
-from layouts import read, some
+from cli import Parser, UserError, run, some
+from layouts import read
 from splits import copies, duplicates, make_split
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -176,6 +176,8 @@ def add_arguments(parser, positional=False):
                         help="CSV column of labels, several 0/1 columns, or none")
     parser.add_argument("--label-sep", metavar="SEP",
                         help="what parts several labels in one cell of the label column, or none")
+    parser.add_argument("--multilabel", action="store_true",
+                        help="several labels to an image, though every image here has one")
     parser.add_argument("--group-col", metavar="NAME",
                         help="CSV column of patients or lesions, never parted by a split")
     parser.add_argument("--unlabelled", action="store_true",
@@ -188,8 +190,8 @@ def add_arguments(parser, positional=False):
                         help="decode every image again in every epoch")
 
 
-FLAGS = ("data", "images", "image_col", "label_col", "label_sep", "group_col", "unlabelled", "split",
-         "skip_bad")  # what a checkpoint carries, so that fine-tuning finds the same data
+FLAGS = ("data", "images", "image_col", "label_col", "label_sep", "multilabel", "group_col",
+         "unlabelled", "split", "skip_bad")  # what a checkpoint carries, so that fine-tuning finds the same data
 
 
 def flags(args):

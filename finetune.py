@@ -128,7 +128,7 @@ def main():
     images = data.read(args)
     if not images.classes:
         raise UserError(f"{images.path}: has no labels, or one class only; give each class a folder "
-                        f"of its own, or a CSV file of labels with --data labels.csv --images DIR")
+                        f"of its own directly below, or a CSV file: --data labels.csv --images DIR")
     if len(images.classes) == 1 and not images.multilabel:
         raise UserError(f"{images.path}: has one class only ({images.classes[0]})")
     data.decode(images, start.facts["img_size"], args.cache, args.skip_bad)
@@ -246,7 +246,7 @@ def finetune(start, images, split, used, seen, seed, args, device, amp, out):
             "epoch": epoch + 1, "train_loss": running.item() / n, "val_loss": val_loss,
             "val_macro_f1": val["macro_f1"], "lr": scheduler.get_last_lr()[0]})
         bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, train loss {running.item() / n:.3g}, "
-                            f"val loss {val_loss:.3g}, val F1 {val['macro_f1']:.3f}")
+                            f"val loss {val_loss:.3g}, val F1 {val['macro_f1']:.3f}", refresh=False)
         if val_loss < best_loss:
             best_loss, best_epoch, best_val = val_loss, epoch + 1, val
             best_state = copy.deepcopy(model.state_dict())

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cache import DecodedImages
-from cli import UserError
+from cli import UserError, some
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val",
@@ -34,6 +34,7 @@ class ImageSet:
     classes: list
     given: np.ndarray
     groups: np.ndarray = None  # (N,) str, of --group-col
+    multilabel: bool = None  # unless told: some image has another number of labels than one
     notes: list = field(default_factory=list)
     table: np.ndarray = None  # (N,) of cache.ROW, and
     images: DecodedImages = None  # the pixels: both from decode()
@@ -41,9 +42,9 @@ class ImageSet:
     def __len__(self):
         return len(self.names)
 
-    @property
-    def multilabel(self):
-        return bool((self.labels.sum(1) != 1).any())
+    def __post_init__(self):
+        if self.multilabel is None:
+            self.multilabel = bool(self.classes) and bool((self.labels.sum(1) != 1).any())
 
     def keep(self, mask):
         """Leave out the images where the (N,) bool mask is False."""
@@ -54,12 +55,6 @@ class ImageSet:
             setattr(self, key, [x for x, kept in zip(getattr(self, key), mask) if kept])
         if self.images is not None:
             self.images.keep(mask)
-
-
-def some(items, n=3):
-    """The first few of a list for a message of one line."""
-    items = list(items)
-    return ", ".join(map(str, items[:n])) + (f" and {len(items) - n} more" if len(items) > n else "")
 
 
 def list_files(root):
@@ -165,7 +160,7 @@ def read_csv(file, images=None, image_col=None, label_col=None, label_sep=None, 
     if groups:  # an image without a group is a group of its own
         groups = np.array([groups[i] or f"(none) {paths[i]}" for i in kept])
     return ImageSet(str(file), list(first), [str(find.root / p) for p in first], labels[kept],
-                    classes, np.full(len(kept), "", "U5"), groups, notes)
+                    classes, np.full(len(kept), "", "U5"), groups, notes=notes)
 
 
 def _csv_rows(file):
@@ -340,6 +335,8 @@ def read(args):
         raise UserError(f"{path}: {some(unused, 9)} need a CSV file as --data")
     if args.unlabelled:
         data.labels, data.classes = data.labels[:, :0], []
+    if args.multilabel:
+        data.multilabel = True
     if args.split:
         data.given = read_split(args.split, data.names)
     return data

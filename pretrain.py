@@ -193,7 +193,7 @@ def train(method, views, args, device, amp, out):
             if iteration % 20 == 0 or iteration % len(batches) == 0:  # the one wait for the device
                 stop_if_not_finite(running, epoch, iteration)
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3g}, "
-                                    f"lr {schedulers['cnn'].get_last_lr()[0]:.1e}")
+                                    f"lr {schedulers['cnn'].get_last_lr()[0]:.1e}", refresh=False)
         seconds = time.perf_counter() - began
         log = {"epoch": epoch + 1, "iteration": iteration, "loss": running.item() / len(batches),
                "lr": schedulers["cnn"].get_last_lr()[0], "seconds": round(seconds, 3),

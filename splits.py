@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, some
 
 SHARES = {"val": 0.1, "test": 0.2}  # of all images; the rest is for training (section 4.3)
 

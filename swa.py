@@ -1,8 +1,6 @@
 """Stochastic weight averaging (Izmailov et al., arXiv 1803.05407v3) as sections 3.1 and F.2.3 of
 the CASS paper (v6) ask for: the mean of an arm's weights at the ends of the annealing cycles."""
 
-import math
-
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -26,7 +24,7 @@ class SWA:
 
     def __init__(self, arms, start, iterations, t_max):
         self.arms, self.t_max = arms, t_max
-        self.first = math.ceil(start * iterations)
+        self.first = start * iterations
         self.averages = {}  # made at the first snapshot, so that nothing is paid before
 
     @property

@@ -1,0 +1,270 @@
+"""Pixels: what was written is what is read; what cannot be read is named."""
+
+import os
+import pickle
+import stat
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+import cache
+from cli import UserError
+from conftest import picture
+
+
+def read(path, size=None):
+    """(H, W, 3) pixels of a square image at its own size, and the facts."""
+    with Image.open(path) as image:
+        size = size or image.height
+    pixels, facts = cache.decode(str(path), size)
+    return pixels.transpose(1, 2, 0), facts
+
+
+SQUARE = picture(0, (32, 32))
+GREY = SQUARE[..., 0]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.bmp", "x.tif", "x.webp", "x.jpg.png", "ö ä.png"])
+def test_lossless_formats_are_read_to_the_bit(tmp_path, name):
+    Image.fromarray(SQUARE).save(tmp_path / name, lossless=True)
+    assert (read(tmp_path / name)[0] == SQUARE).all()
+
+
+def test_jpeg(tmp_path):
+    Image.fromarray(SQUARE).save(tmp_path / "x.jpg", quality=95)
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert (read(tmp_path / "x.jpg")[0] == np.asarray(image)).all()
+
+
+def test_a_wrong_ending_does_not_matter(tmp_path):
+    Image.fromarray(SQUARE).save(tmp_path / "x.bmp")
+    (tmp_path / "x.bmp").rename(tmp_path / "x.jpg")
+    assert (read(tmp_path / "x.jpg")[0] == SQUARE).all()
+
+
+def test_grey_and_palette_and_one_bit(tmp_path):
+    for mode in ("L", "P", "1"):
+        image = Image.fromarray(GREY).convert(mode)
+        image.save(tmp_path / f"{mode}.png")
+        expected = np.asarray(image.convert("RGB"))
+        assert (read(tmp_path / f"{mode}.png")[0] == expected).all()
+        assert read(tmp_path / f"{mode}.png")[1]["mode"] == mode
+
+
+def test_transparency_is_laid_over_black(tmp_path):
+    alpha = np.where(np.arange(32)[:, None] < 16, 255, 0).astype(np.uint8) * np.ones((1, 32), np.uint8)
+    Image.fromarray(np.dstack([SQUARE, alpha])).save(tmp_path / "rgba.png")
+    expected = np.where(alpha[..., None] > 0, SQUARE, 0)
+    assert (read(tmp_path / "rgba.png")[0] == expected).all()
+    Image.fromarray(np.dstack([GREY, alpha])).save(tmp_path / "la.png")
+    assert (read(tmp_path / "la.png")[0] == np.where(alpha > 0, GREY, 0)[..., None]).all()
+    palette = Image.fromarray((GREY // 64).astype(np.uint8)).convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
+    palette.save(tmp_path / "p.png", transparency=1)
+    colours = np.array([[10, 20, 30], [0, 0, 0], [70, 80, 90], [100, 110, 120]])
+    indices = np.asarray(palette)
+    assert (read(tmp_path / "p.png")[0] == colours[indices]).all()
+
+
+def test_cmyk(tmp_path):
+    image = Image.fromarray(SQUARE).convert("CMYK")
+    image.save(tmp_path / "x.tif")
+    assert (read(tmp_path / "x.tif")[0] == np.asarray(image.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("dtype, top", [(np.uint16, 65535), (np.uint16, 4095), (np.int32, 10**9),
+                                        (np.float32, 1.0), (np.float32, 1e6)])
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_deep_grey_is_scaled_by_its_own_range(tmp_path, dtype, top, ending):
+    if ending == "png" and dtype != np.uint16:
+        pytest.skip("PNG holds at most 16 bits, no floats")
+    ramp = np.linspace(0, top, 32 * 32).reshape(32, 32)
+    Image.fromarray(ramp.astype(dtype)).save(tmp_path / f"x.{ending}")
+    pixels, _ = read(tmp_path / f"x.{ending}")
+    expected = np.linspace(0, 255, 32 * 32).reshape(32, 32, 1)
+    assert np.abs(pixels - expected).max() <= 1
+    assert pixels.min() == 0 and pixels.max() == 255
+
+
+def test_float_with_missing_values_and_constant_deep_grey(tmp_path):
+    values = np.linspace(-1, 1, 1024, dtype=np.float32).reshape(32, 32)
+    values[0, 1], values[0, 2] = np.nan, np.inf
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    pixels, _ = read(tmp_path / "x.tif")
+    assert (pixels[0, 1] == 0).all() and pixels[-1, -1, 0] == 255
+    Image.fromarray(np.full((32, 32), 7, np.uint16)).save(tmp_path / "c.png")
+    assert (read(tmp_path / "c.png")[0] == 0).all()
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.fromarray(picture(1, (20, 30)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
+    image.save(tmp_path / "x.png", exif=exif)
+    pixels, facts = cache.decode(str(tmp_path / "x.png"), 24)
+    assert (facts["width"], facts["height"]) == (30, 20)
+    upright = image.rotate(-90, expand=True).resize((24, 24), Image.Resampling.BILINEAR)
+    assert (pixels.transpose(1, 2, 0) == np.asarray(upright)).all()
+
+
+@pytest.mark.parametrize("ending", ["tif", "gif"])
+def test_the_first_of_several_frames(tmp_path, ending):
+    frames = [Image.fromarray(np.full((32, 32), v, np.uint8)) for v in (50, 100, 200)]
+    frames[0].save(tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:])
+    pixels, facts = read(tmp_path / f"x.{ending}")
+    assert (pixels == 50).all() and facts["frames"] == 3
+
+
+def test_resizing_is_torchvision_s_antialiased_bilinear(tmp_path):
+    image = picture(2, (100, 60))
+    Image.fromarray(image).save(tmp_path / "x.png")
+    pixels, _ = cache.decode(str(tmp_path / "x.png"), 32)
+    expected = v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), [32, 32], antialias=True)
+    assert np.abs(pixels.astype(int) - expected.numpy()).max() <= 1
+
+
+def test_arrays_are_read_like_files(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "x.png")
+    from_file, facts = cache.decode(str(tmp_path / "x.png"), 16)
+    from_array, array_facts = cache.decode(GREY, 16)
+    assert (from_file == from_array).all() and facts == array_facts
+
+
+def test_the_hash_is_of_the_pixels(tmp_path):
+    Image.fromarray(SQUARE).save(tmp_path / "a.png")
+    Image.fromarray(SQUARE).save(tmp_path / "b.bmp")
+    other = SQUARE.copy()
+    other[5, 5, 1] += 1
+    Image.fromarray(other).save(tmp_path / "c.png")
+    a, b, c = (read(tmp_path / n)[1]["hash"] for n in ("a.png", "b.bmp", "c.png"))
+    assert a == b != c
+    assert read(tmp_path / "a.png", 8)[1]["hash"] == a  # whatever the training size
+
+
+# what cannot be read
+
+
+def truncated(path):
+    Image.fromarray(picture(0, (200, 200))).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def huge(path):
+    Image.new("1", (20000, 10001)).save(path)
+
+
+BAD = {
+    "truncated.jpg": truncated,
+    "truncated.png": truncated,
+    "truncated.tif": truncated,
+    "empty.png": lambda p: p.write_bytes(b""),
+    "text.jpg": lambda p: p.write_text("no image"),
+    "page.png": lambda p: p.write_text("<html>404</html>"),
+    "dangling.png": lambda p: p.symlink_to(p.parent / "nowhere.png"),
+    "loop.png": lambda p: p.symlink_to(p),
+    "huge.png": huge,
+    "header.png": lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_has_a_reason(tmp_path, name):
+    BAD[name](tmp_path / name)
+    with pytest.raises(ValueError) as error:
+        cache.decode(str(tmp_path / name), 32)
+    assert str(error.value) and "\n" not in str(error.value)
+    if name == "huge.png":
+        assert "200 megapixels" in str(error.value)
+
+
+def test_a_file_without_permission_is_named(tmp_path):
+    Image.fromarray(SQUARE).save(tmp_path / "x.png")
+    (tmp_path / "x.png").chmod(0)
+    if os.access(tmp_path / "x.png", os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(ValueError, match="Permission"):
+        cache.decode(str(tmp_path / "x.png"), 32)
+    (tmp_path / "x.png").chmod(stat.S_IRUSR)
+
+
+# the map
+
+
+@pytest.fixture
+def paths(tmp_path):
+    made = []
+    for i in range(70):  # more than one chunk
+        made.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(picture(i, (20 + i % 7, 24))).save(made[-1])
+    return made
+
+
+def decoded(paths, directory, size=16):
+    table, images, bad = cache.decode_all(paths, size, "name", directory)
+    return table, np.stack([images[i] for i in range(len(paths))]), bad
+
+
+def test_the_map_holds_what_decode_gives(paths, tmp_path):
+    expected = np.stack([cache.decode(p, 16)[0] for p in paths])
+    for directory in (tmp_path / "cache", tmp_path / "cache", None):
+        table, pixels, bad = decoded(paths, directory)
+        assert (pixels == expected).all() and not bad
+        assert table["hash"].tolist() == [cache.decode(p, 16)[1]["hash"] for p in paths]
+
+
+def test_nothing_is_decoded_twice_and_what_changed_is(paths, tmp_path, monkeypatch):
+    calls, decode = [], cache.decode
+    monkeypatch.setattr(cache, "decode", lambda p, size: calls.append(p) or decode(p, size))
+    decoded(paths, tmp_path / "cache")
+    assert len(calls) == 70
+    decoded(paths, tmp_path / "cache")
+    assert len(calls) == 70
+    Image.fromarray(picture(500)).save(paths[3])
+    os.utime(paths[3], ns=(1, 1))
+    _, pixels, _ = decoded(paths, tmp_path / "cache")
+    assert calls[70:] == [paths[3]] and (pixels[3] == decode(paths[3], 16)[0]).all()
+    _, pixels, _ = decoded(paths[::-1][:50], tmp_path / "cache")
+    assert len(calls) == 71 and (pixels[0] == decode(paths[-1], 16)[0]).all()
+    decoded(paths[:5], tmp_path / "cache", size=8)
+    assert len(calls) == 76
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # one file per size; the older are gone
+
+
+def test_unreadable_images_are_reported_again_and_mended_ones_are_read(paths, tmp_path):
+    good = open(paths[5], "rb").read()
+    truncated_file = good[: len(good) // 2]
+    open(paths[5], "wb").write(truncated_file)
+    for _ in range(2):
+        _, _, bad = decoded(paths, tmp_path / "cache")
+        assert list(bad) == [5]
+    open(paths[5], "wb").write(good)
+    _, pixels, bad = decoded(paths, tmp_path / "cache")
+    assert not bad and (pixels[5] == cache.decode(paths[5], 16)[0]).all()
+
+
+def test_a_file_cut_short_or_foreign_is_made_anew(paths, tmp_path):
+    decoded(paths, tmp_path / "cache")
+    file, = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"something else"):
+        file.write_bytes(broken)
+        _, pixels, _ = decoded(paths, tmp_path / "cache")
+        assert (pixels[69] == cache.decode(paths[69], 16)[0]).all()
+
+
+def test_images_travel_to_spawned_workers_without_their_pixels(paths, tmp_path):
+    _, images, _ = cache.decode_all(paths, 64, "name", tmp_path / "cache")
+    images.keep(np.arange(70) % 2 == 0)
+    sent = pickle.dumps(images)
+    assert len(sent) < 20_000
+    again = pickle.loads(sent)
+    assert len(again) == 35 and (again[1] == cache.decode(paths[2], 64)[0]).all()
+
+
+def test_a_folder_that_cannot_be_written_is_named(paths, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--cache DIR.*--no-cache"):
+        cache.decode_all(paths, 16, "name", tmp_path / "file")

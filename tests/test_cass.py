@@ -1,0 +1,77 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from cass import CASS, build_arm
+from losses import cosine_loss
+
+
+def arms(**kwargs):
+    return (build_arm("test_resnet", 32, num_classes=10)[0],
+            build_arm("test_vit", 32, num_classes=10, **kwargs)[0])
+
+
+@pytest.mark.parametrize("act, function", [("none", lambda x: x), ("sigmoid", torch.sigmoid),
+                                           ("softmax", lambda x: x.exp() / x.exp().sum(1, True))])
+def test_the_loss_is_equation_1_of_the_activated_logits(act, function):
+    torch.manual_seed(0)
+    cnn, vit = arms()
+    cnn.eval(), vit.eval()
+    images = torch.randn(4, 3, 32, 32)
+    expected = cosine_loss(function(cnn(images)), function(vit(images)))
+    torch.testing.assert_close(CASS(cnn, vit, act)(images), expected)
+
+
+def test_one_backward_pass_reaches_both_arms():
+    torch.manual_seed(0)
+    method = CASS(*arms())
+    method(torch.randn(4, 3, 32, 32)).backward()
+    for arm in method.arms.values():
+        assert all(p.grad is not None for p in arm.parameters())
+        assert sum(p.grad.abs().sum() for p in arm.parameters()) > 0
+
+
+def test_any_two_modules_make_a_pair():
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    CASS(linear, linear).check_pair(2)
+    with pytest.raises(ValueError, match=r"\(1, 5\).*\(1, 6\)"):
+        CASS(linear, nn.Sequential(nn.Flatten(), nn.Linear(12, 6))).check_pair(2)
+    with pytest.raises(ValueError, match="vit arm takes no images of 3x4x4"):
+        CASS(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), linear).check_pair(4)
+
+
+def test_check_pair_leaves_the_arms_as_they_were():
+    method = CASS(*arms())
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    method.check_pair(32)
+    assert method.training and method.cnn.training
+    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
+
+
+def test_arguments_come_back_as_they_rebuild_the_model():
+    model, kwargs = build_arm("test_vit", 48, num_classes=7, patch_size=8)
+    assert kwargs == {"img_size": 48, "patch_size": 8}
+    again = timm.create_model("test_vit", num_classes=7, **kwargs)
+    again.load_state_dict(model.state_dict())
+    _, kwargs = build_arm("test_resnet", 48)
+    assert kwargs == {}
+
+
+def test_close_names_are_suggested():
+    with pytest.raises(ValueError, match="resnet50"):
+        build_arm("resnet5O", 32)
+    with pytest.raises(ValueError, match="no model"):
+        build_arm("qqqqqq", 32)
+
+
+def test_weights_are_fitted_to_another_size_and_head():
+    torch.manual_seed(0)
+    source, _ = build_arm("test_vit", 32, num_classes=10)
+    same, _ = build_arm("test_vit", 32, num_classes=10, init=source.state_dict())
+    assert all(torch.equal(v, same.state_dict()[k]) for k, v in source.state_dict().items())
+    other, _ = build_arm("test_vit", 64, num_classes=4, init=source.state_dict())
+    assert other(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
+    assert torch.equal(other.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    with pytest.raises(RuntimeError):
+        build_arm("test_resnet", 32, init=source.state_dict())

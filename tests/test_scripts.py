@@ -1,0 +1,376 @@
+"""The two scripts from end to end, on images and arms that are small enough for a test."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.metrics import f1_score
+
+import data
+import demo
+import finetune
+import pretrain
+from conftest import ARMS, ROOT, draw_classes, one_line, picture, run
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    a, b = weights(a)["state_dict"], weights(b)["state_dict"]
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_pretraining_writes_what_it_promises(pretrained, folder):
+    log = [json.loads(line) for line in (pretrained / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2] and all(np.isfinite(line["loss"]) for line in log)
+    split = rows(pretrained / "split.csv")
+    assert len(split) == 30 and {row["split"] for row in split} == {"train", "val", "test"}
+    assert json.loads((pretrained / "config.json").read_text())["arguments"]["bs"] == 8
+    last = weights(pretrained / "last.pt")
+    assert last["epoch"] == 2 and set(last["arms"]) == set(last["optimizers"]) == {"cnn", "vit"}
+    seen = weights(pretrained / "cnn.pt")["seen"]
+    assert len(seen) == sum(row["split"] == "train" for row in split)
+    assert not list(pretrained.glob(".*"))  # nothing half written
+
+
+@pytest.mark.parametrize("arm", ["cnn", "vit"])
+def test_timm_loads_the_weights_strictly(pretrained, arm):
+    file = weights(pretrained / f"{arm}.pt")
+    model = timm.create_model(file["arch"], num_classes=file["num_classes"], **file["model_kwargs"],
+                              checkpoint_path=str(pretrained / f"{arm}.pt"))
+    assert all(torch.equal(v, file["state_dict"][k]) for k, v in model.state_dict().items())
+    fresh = timm.create_model(file["arch"], num_classes=file["num_classes"], **file["model_kwargs"])
+    assert any(not torch.equal(v, file["state_dict"][k]) for k, v in fresh.named_parameters())
+
+
+def test_the_weights_move_and_follow_the_seed(folder, tmp_path, script):
+    for name, seed in (("one", 1), ("two", 1), ("three", 2)):
+        assert script(pretrain, "--data", folder, *ARMS, "--epochs", 1, "--bs", 8, "--seed", seed,
+                      "--out", tmp_path / name)[0] == 0
+    for arm in ("cnn", "vit"):
+        assert same(tmp_path / f"one/{arm}.pt", tmp_path / f"two/{arm}.pt")
+        assert not same(tmp_path / f"one/{arm}.pt", tmp_path / f"three/{arm}.pt")
+
+
+def test_workers_and_the_cache_do_not_change_the_result(folder, tmp_path, script):
+    for name, more in (("one", []), ("two", ["--workers", 2]), ("three", ["--no-cache"])):
+        assert script(pretrain, "--data", folder, *ARMS, "--epochs", 2, "--bs", 8, *more,
+                      "--out", tmp_path / name)[0] == 0
+    assert same(tmp_path / "one/cnn.pt", tmp_path / "two/cnn.pt")
+    assert same(tmp_path / "one/cnn.pt", tmp_path / "three/cnn.pt")
+
+
+def test_pretraining_never_looks_at_labels(tmp_path, script):
+    """The same training images in other classes give the same weights."""
+    for name, swap in (("one", False), ("two", True)):
+        for i in range(12):
+            cls = "ab"[i % 2 ^ swap]
+            path = tmp_path / name / "train" / cls / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(i // 2)).save(path)  # equal pairs: the order is the same
+            other = tmp_path / name / "test" / cls / f"{i:02}.png"
+            other.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(100 + i)).save(other)
+        assert script(pretrain, "--data", tmp_path / name / "train", "--unlabelled", *ARMS, "--epochs",
+                      1, "--bs", 4, "--out", tmp_path / f"out_{name}")[0] == 0
+    assert same(tmp_path / "out_one/cnn.pt", tmp_path / "out_two/cnn.pt")
+
+
+@pytest.mark.parametrize("more", [
+    ["--cnn-optimizer", "sgd", "--head-act", "softmax", "--blur", "--solarize"],
+    ["--t-max", "run", "--no-swa", "--head-act", "sigmoid", "--amp", "bf16"],
+    ["--cnn", "test_vit", "--vit", "test_vit2", "--vit-kwargs", "patch_size=8"],
+])
+def test_the_paper_s_variants_run(folder, tmp_path, script, more):
+    status, out, err = script(pretrain, "--data", folder, *ARMS, "--epochs", 1, "--bs", 8, *more,
+                              "--out", tmp_path / "run")
+    assert status == 0, err
+
+
+def test_initial_weights_from_a_file(pretrained, folder, tmp_path, script):
+    assert script(pretrain, "--data", folder, *ARMS, "--init-cnn", pretrained / "cnn.pt", "--epochs", 1,
+                  "--lr", 0, "--min-lr", 0, "--no-swa", "--out", tmp_path / "next")[0] == 0
+    before, after = weights(pretrained / "cnn.pt"), weights(tmp_path / "next/cnn.pt")
+    assert all(torch.equal(after["state_dict"][k], v) for k, v in before["state_dict"].items()
+               if k.endswith("weight"))
+    assert not same(pretrained / "vit.pt", tmp_path / "next/vit.pt")
+
+
+def test_a_run_too_short_for_a_snapshot_says_so(folder, tmp_path, script):
+    status, out, _ = script(pretrain, "--data", folder, *ARMS, "--epochs", 1, "--out", tmp_path / "run")
+    assert status == 0 and "no weights averaged" in out
+    file, last = weights(tmp_path / "run/cnn.pt"), weights(tmp_path / "run/last.pt")
+    assert file["swa_snapshots"] == 0
+    assert all(torch.equal(v, last["arms"]["cnn"][k]) for k, v in file["state_dict"].items())
+
+
+def test_a_loss_that_is_no_number_ends_with_1(folder, tmp_path, script):
+    status, _, err = script(pretrain, "--data", folder, *ARMS, "--lr", 1e30, "--epochs", 5, "--bs", 8,
+                            "--out", tmp_path / "run")
+    assert status == 1 and "no number" in one_line(err) or "nan" in one_line(err)
+    assert not (tmp_path / "run/cnn.pt").exists()
+    if (tmp_path / "run/last.pt").exists():
+        assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run/last.pt")["arms"]["cnn"].values())
+
+
+# fine-tuning
+
+
+def test_finetuning_needs_only_the_checkpoint(pretrained, script):
+    status, out, err = script(finetune, "--ckpt", pretrained / "cnn.pt", "--frac", 0.5, "--epochs", 3)
+    assert status == 0, err
+    folder = pretrained / "finetune_cnn_0.5"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["n_train"] == 21 and metrics["n_labelled"] in (10, 11) and metrics["n_test_seen"] == 0
+    split = rows(folder / "split.csv")
+    assert [(r["path"], r["split"]) for r in split] == [
+        (r["path"], r["split"]) for r in rows(pretrained / "split.csv")]
+    assert sum(int(r["label_used"]) for r in split) == metrics["n_labelled"]
+
+    predictions = rows(folder / "predictions.csv")
+    test = {r["path"]: r["labels"] for r in split if r["split"] == "test"}
+    assert {r["path"]: r["true"] for r in predictions} == test
+    true, predicted = [r["true"] for r in predictions], [r["predicted"] for r in predictions]
+    assert metrics["test"]["macro_f1"] == pytest.approx(
+        f1_score(true, predicted, labels=list("abc"), average="macro", zero_division=0))
+    for row in predictions:
+        assert row["predicted"] == max("abc", key=lambda c: float(row[f"prob_{c}"]))
+    confusion = rows(folder / "confusion.csv")
+    assert sum(int(r[c]) for r in confusion for c in "abc") == metrics["n_test"]
+
+    best = weights(folder / "best.pt")
+    assert best["class_names"] == ["a", "b", "c"] and best["num_classes"] == 3
+    model = timm.create_model(best["arch"], num_classes=3, **best["model_kwargs"],
+                              checkpoint_path=str(folder / "best.pt")).eval()
+    pixels = [data.cache.decode(str(pretrained.parent / "images" / r["path"]), 32)[0] for r in predictions]
+    with torch.no_grad():
+        logits = model(data.normalize(torch.from_numpy(np.stack(pixels))))
+    expected = [[float(r[f"prob_{c}"]) for c in "abc"] for r in predictions]
+    np.testing.assert_allclose(logits.sigmoid(), expected, atol=0.02)  # they may be of bfloat16
+
+
+def test_both_arms_several_seeds_and_summary(pretrained, script):
+    status, out, err = script(finetune, "--ckpt", pretrained / "vit.pt", "--frac", 0.5, "--epochs", 2,
+                              "--seeds", 0, 1)
+    assert status == 0 and "±" in out, err
+    out = pretrained / "finetune_vit_0.5"
+    metrics = [json.loads((out / f"seed{s}/metrics.json").read_text()) for s in (0, 1)]
+    summary = json.loads((out / "summary.json").read_text())["metrics"]["macro_f1"]
+    scores = [m["test"]["macro_f1"] for m in metrics]
+    assert summary["mean"] == pytest.approx(np.mean(scores))
+    assert summary["std"] == pytest.approx(np.std(scores, ddof=1))
+    used = [[r["path"] for r in rows(out / f"seed{s}/split.csv") if r["label_used"] == "1"] for s in (0, 1)]
+    tests = [[r["path"] for r in rows(out / f"seed{s}/split.csv") if r["split"] == "test"] for s in (0, 1)]
+    assert used[0] != used[1] and tests[0] == tests[1]
+
+
+def test_early_stopping_restores_the_best_epoch(pretrained, script):
+    status, _, err = script(finetune, "--ckpt", pretrained / "cnn.pt", "--lr", 0.1, "--patience", 2,
+                            "--epochs", 30)
+    assert status == 0, err
+    folder = pretrained / "finetune_cnn_1"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    losses = [json.loads(line)["val_loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert metrics["best_epoch"] == int(np.argmin(losses)) + 1 and metrics["val_loss"] == min(losses)
+    assert metrics["epochs"] == len(losses) == min(30, metrics["best_epoch"] + 2)
+
+
+def test_linear_mode_trains_the_head_alone(pretrained, script):
+    assert script(finetune, "--ckpt", pretrained / "cnn.pt", "--mode", "linear", "--epochs", 2)[0] == 0
+    before = weights(pretrained / "cnn.pt")["state_dict"]
+    after = weights(pretrained / "finetune_cnn_1_linear/best.pt")["state_dict"]
+    head = {k for k in after if k.startswith("fc.") or "head.fc" in k}
+    assert head and all(torch.equal(v, before[k]) for k, v in after.items() if k not in head)
+
+
+def test_supervised_baseline_shares_the_split(pretrained, folder, tmp_path, script):
+    status, _, err = script(finetune, "--arch", "test_resnet", "--init", "random", "--img-size", 32,
+                            "--data", folder, "--epochs", 2, "--frac", 0.5, "--class-weights", "inverse",
+                            "--out", tmp_path / "base")
+    assert status == 0, err
+    assert [r["split"] for r in rows(tmp_path / "base/split.csv")] == [
+        r["split"] for r in rows(pretrained / "split.csv")]
+    assert json.loads((tmp_path / "base/metrics.json").read_text())["ckpt"] is None
+
+
+def test_multilabel_from_a_csv_file(tmp_path, script):
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(40):
+        Image.fromarray(picture(i)).save(tmp_path / f"i{i}.png")
+        lines.append(f"i{i}.png," + ",".join(map(str, rng.integers(0, 2, 3))))
+    (tmp_path / "labels.csv").write_text("image,x,y,z\n" + "\n".join(lines))
+    assert script(pretrain, "--data", tmp_path / "labels.csv", *ARMS, "--epochs", 1, "--bs", 8,
+                  "--out", tmp_path / "run")[0] == 0
+    status, _, err = script(finetune, "--ckpt", tmp_path / "run/vit.pt", "--frac", 0.2, "--epochs", 2)
+    assert status == 0, err
+    out = tmp_path / "run/finetune_vit_0.2"
+    assert json.loads((out / "metrics.json").read_text())["multilabel"]
+    for row in rows(out / "predictions.csv"):
+        assert row["predicted"] == "|".join(c for c in "xyz" if float(row[f"prob_{c}"]) >= 0.5)
+    assert [r["label"] for r in rows(out / "confusion.csv")] == ["x", "y", "z"]
+
+
+def test_copies_of_training_images_in_a_given_test_split(tmp_path, script):
+    d = tmp_path / "d"
+    draw_classes(d / "Training", {"a": 8, "b": 8})
+    draw_classes(d / "Testing", {"a": 5, "b": 5}, start=500)
+    for i in range(3):
+        (d / f"Testing/a/copy{i}.png").write_bytes((d / f"Training/a/{i}.png").read_bytes())
+    assert script(pretrain, "--data", d, *ARMS, "--epochs", 1, "--bs", 8, "--out", tmp_path / "run")[0] == 0
+    status, out, err = script(finetune, "--ckpt", tmp_path / "run/cnn.pt", "--epochs", 1)
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "run/finetune_cnn_1/metrics.json").read_text())
+    assert metrics["n_test"] == 13 and metrics["n_test_duplicates"] == 3
+    assert metrics["test_without_duplicates"]["n"] == 10 and "without the 3" in out
+    listed = rows(tmp_path / "run/duplicates.csv")
+    assert {r["path"] for r in listed if r["split"] == "test"} == {f"Testing/a/copy{i}.png" for i in range(3)}
+
+
+def test_pretraining_on_a_plain_folder_then_labels_for_some(tmp_path, script):
+    """The practitioner's case: all images unlabelled, later a CSV file for a part of them and more."""
+    for i in range(30):
+        (tmp_path / "all").mkdir(exist_ok=True)
+        Image.fromarray(picture(i)).save(tmp_path / f"all/{i}.png")
+    assert script(pretrain, "--data", tmp_path / "all", *ARMS, "--epochs", 1, "--bs", 8,
+                  "--out", tmp_path / "run")[0] == 0
+    lines = ["image,label", *(f"{i},{'ab'[i % 2]}" for i in range(30))]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    arguments = ["--ckpt", tmp_path / "run/cnn.pt", "--data", tmp_path / "labels.csv", "--epochs", 1,
+                 "--images", tmp_path / "all"]
+    status, _, err = script(finetune, *arguments)
+    assert status == 2 and "--allow-seen" in one_line(err)
+    assert script(finetune, *arguments, "--allow-seen", "--out", tmp_path / "f")[0] == 0
+    metrics = json.loads((tmp_path / "f/metrics.json").read_text())
+    assert metrics["n_test_seen"] == metrics["n_test"] and metrics["test_without_seen"] is None
+    for i in range(30, 60):
+        Image.fromarray(picture(i)).save(tmp_path / f"all/{i}.png")
+        lines.append(f"{i},{'ab'[i % 2]}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    assert script(finetune, *arguments, "--out", tmp_path / "g")[0] == 0
+    metrics = json.loads((tmp_path / "g/metrics.json").read_text())
+    assert metrics["n_test_seen"] == 0 and metrics["n_test"] == 12
+    assert all(int(r["path"].split(".")[0]) >= 30 for r in rows(tmp_path / "g/predictions.csv"))
+
+
+# bad input
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+def spoil(folder):
+    (folder / "a/0.png").write_bytes((folder / "a/0.png").read_bytes()[:200])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "nothing"], "nothing.*--data"),
+    ([], "--data PATH"),
+    (["--data", "images", "--cnn", "resnet5O"], "--cnn.*resnet5O.*resnet50"),
+    (["--data", "images", "--cnn-kwargs", "num_classes=7"], r"paired.*\(1, 7\).*\(1, 1000\)"),
+    (["--data", "images", "--cnn-kwargs", "nonsense=7"], "--cnn test_resnet.*nonsense"),
+    (["--data", "images", "--init", "imagenet"], "ImageNet.*--init random.*--init-cnn FILE"),
+    (["--data", "images", "--init-vit", "nothing.pt"], "nothing.pt"),
+    (["--data", "images", "--epochs", "0"], "--epochs"),
+    (["--data", "images", "--devise", "cpu"], "--devise"),
+    (["--data", "images", "--device", "cuda:77"], "--device cuda:77"),
+    (["--data", "images", "--t-max", "0"], "--t-max"),
+    (["--data", "images", "--out", "images/a/1.png"], "--out"),
+])
+def test_pretraining_refuses(folder, script, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder.parent)
+    status, _, err = script(pretrain, *ARMS, *arguments)
+    assert status == 2
+    import re
+    assert re.search(message, one_line(err)), err
+
+
+def test_unreadable_images_are_named_before_training(folder, tmp_path, script):
+    spoil(folder)
+    (folder / "b/1.png").write_bytes(b"")
+    status, _, err = script(pretrain, "--data", folder, *ARMS, "--out", tmp_path / "run")
+    line = one_line(err)
+    assert status == 2 and "2 of 30" in line and "a/0.png" in line and "b/1.png (the file is empty)" in line
+    assert not (tmp_path / "run").exists()
+    status, out, _ = script(pretrain, "--data", folder, *ARMS, "--epochs", 1, "--skip-bad", "--out", tmp_path / "run")
+    assert status == 0 and "28 images" in out and "a/0.png" in out
+
+
+def test_a_finished_run_is_not_overwritten(pretrained, folder, script):
+    arguments = ["--data", folder, *ARMS, "--epochs", 1, "--bs", 8, "--out", pretrained]
+    before = (pretrained / "cnn.pt").read_bytes()
+    status, _, err = script(pretrain, *arguments)
+    assert status == 2 and "--overwrite" in one_line(err)
+    assert (pretrained / "cnn.pt").read_bytes() == before
+    assert script(pretrain, *arguments, "--overwrite")[0] == 0
+    assert len((pretrained / "log.jsonl").read_text().splitlines()) == 1
+    tune = ["--ckpt", pretrained / "cnn.pt", "--epochs", 1]
+    assert script(finetune, *tune)[0] == 0
+    status, _, err = script(finetune, *tune)
+    assert status == 2 and "--overwrite" in one_line(err)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: None, "no such file"),
+    (lambda p: p.write_bytes(b"text"), "c.pt"),
+    (lambda p: torch.save({"state_dict": {}, "x": Bomb()}, p), "nothing in it was run"),
+    (lambda p: torch.save({"state_dict": {}}, p), "no weights file of"),
+    (lambda p: torch.save([1, 2], p), "no weights file of"),
+])
+def test_foreign_checkpoints_are_refused_and_not_run(tmp_path, script, monkeypatch, make, message):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "c.pt")
+    status, _, err = script(finetune, "--ckpt", tmp_path / "c.pt")
+    assert status == 2 and message in one_line(err)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_finetuning_refuses(pretrained, folder, tmp_path, script):
+    draw_classes(tmp_path / "one", {"only": 5})
+    for arguments, message in ((["--data", tmp_path / "one"], "one class"),
+                               (["--frac", "0.01"], "smallest fraction"),
+                               (["--frac", "0"], "--frac"),
+                               (["--img-size", "64"], "--img-size"),
+                               (["--arch", "resnet18"], "either --ckpt")):
+        status, _, err = script(finetune, "--ckpt", pretrained / "cnn.pt", *arguments)
+        assert status == 2 and message in one_line(err), (arguments, err)
+    moved = folder.rename(tmp_path / "moved")
+    status, _, err = script(finetune, "--ckpt", pretrained / "cnn.pt")
+    assert status == 2 and "--data" in one_line(err)
+    assert script(finetune, "--ckpt", pretrained / "cnn.pt", "--data", moved, "--epochs", 1)[0] == 0
+
+
+# the demo, and the owner's commands word for word in processes of their own
+
+
+def test_mean_colour_tells_nothing_of_the_demo_s_classes():
+    kinds = np.arange(400) % 4
+    means = np.stack([demo.cells(k, np.random.default_rng([7, i])).mean((0, 1)) for i, k in enumerate(kinds)])
+    means = (means - means[:200].mean(0)) / means[:200].std(0)
+    distance = ((means[200:, None] - means[None, :200]) ** 2).sum(2)
+    nearest = kinds[:200][np.argsort(distance, axis=1)[:, :9]]
+    votes = np.array([np.bincount(row, minlength=4).argmax() for row in nearest])
+    assert (votes == kinds[200:]).mean() < 0.45  # chance is 0.25
+
+
+def test_the_owner_s_two_commands(tmp_path, folder, monkeypatch):
+    arms = f"{ARMS[1]} {ARMS[3]}".split()
+    first = run(ROOT / "pretrain.py", "--data", folder, "--epochs", "2", "--bs", "16", "--cnn", arms[0],
+                "--vit", arms[1], "--img-size", "32", "--init", "random", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    second = run(ROOT / "finetune.py", "--ckpt", "cnn.pt", "--frac", "0.5", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert (tmp_path / "finetune_cnn_0.5/metrics.json").exists()
