@@ -12,7 +12,6 @@ import csv
 import json
 import os
 import pickle
-import zipfile
 from pathlib import Path
 
 import torch
@@ -78,7 +77,7 @@ def load(path):
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, since it holds more than tensors and plain data "
                         f"or is no checkpoint at all; nothing in it was run") from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # torch raises all kinds on bytes that are no checkpoint
         raise UserError(f"{path}: cannot be read as a checkpoint; "
                         f"it may be cut short or of another kind") from error
 

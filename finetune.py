@@ -224,37 +224,34 @@ def finetune(start, images, split, used, seen, seed, args, device, amp, out):
         return focal_loss(logits, true, weights).item(), logits.sigmoid().cpu().numpy()
 
     best_loss, best_state, best_epoch, began = math.inf, None, 0, time.perf_counter()
-    bar = cli.progress(total=args.epochs * int(used.sum()))
-    for epoch in range(args.epochs):
-        train_batches.epoch = epoch
-        model.train(args.mode == "e2e")  # linear: batch-norm stays as pre-training left it
-        running, n = torch.zeros((), device=device), 0
-        for batch, target in train_loader:
-            optimizer.zero_grad()
-            loss = focal_loss(forward(batch), target.to(device), weights)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            scheduler.step()
-            running += loss.detach() * len(batch)
-            n += len(batch)
-            bar.update(len(batch))
-        stop_if_not_finite(running, epoch, (epoch + 1) * len(train_batches))
-        val_loss, val_probabilities = evaluate(val_loader)
-        val = scores(images, split == "val", val_probabilities)
-        append_json_line(out / "log.jsonl", {
-            "epoch": epoch + 1, "train_loss": running.item() / n, "val_loss": val_loss,
-            "val_macro_f1": val["macro_f1"], "lr": scheduler.get_last_lr()[0]})
-        bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, train loss {running.item() / n:.3g}, "
-                            f"val loss {val_loss:.3g}, val F1 {val['macro_f1']:.3f}", refresh=False)
-        if val_loss < best_loss:
-            best_loss, best_epoch, best_val = val_loss, epoch + 1, val
-            best_state = copy.deepcopy(model.state_dict())
-        elif epoch + 1 - best_epoch >= args.patience:
-            break
-    bar.close()
-    if best_state is None:
-        raise FloatingPointError("the validation loss was no number in any epoch; try --amp off")
+    with cli.progress(total=args.epochs * int(used.sum())) as bar:
+        for epoch in range(args.epochs):
+            train_batches.epoch = epoch
+            model.train(args.mode == "e2e")  # linear: batch-norm stays as pre-training left it
+            running, n = torch.zeros((), device=device), 0
+            for batch, target in train_loader:
+                optimizer.zero_grad()
+                loss = focal_loss(forward(batch), target.to(device), weights)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                scheduler.step()
+                running += loss.detach() * len(batch)
+                n += len(batch)
+                bar.update(len(batch))
+            val_loss, val_probabilities = evaluate(val_loader)
+            stop_if_not_finite(running + val_loss, epoch)
+            val = scores(images, split == "val", val_probabilities)
+            append_json_line(out / "log.jsonl", {
+                "epoch": epoch + 1, "train_loss": running.item() / n, "val_loss": val_loss,
+                "val_macro_f1": val["macro_f1"], "lr": scheduler.get_last_lr()[0]})
+            bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, val loss {val_loss:.3g}, "
+                                f"val F1 {val['macro_f1']:.3f}", refresh=False)
+            if val_loss < best_loss:
+                best_loss, best_epoch, best_val = val_loss, epoch + 1, val
+                best_state = copy.deepcopy(model.state_dict())
+            elif epoch + 1 - best_epoch >= args.patience:
+                break
 
     model.load_state_dict(best_state)
     seconds = time.perf_counter() - began

@@ -169,43 +169,43 @@ def train(method, views, args, device, amp, out):
             yield data.normalize(images.to(device, non_blocking=True))
 
     iteration = 0
-    bar = cli.progress(total=args.epochs * len(views))
-    for epoch in range(args.epochs):
-        batches.epoch = epoch
-        method.train()
-        began, running = time.perf_counter(), torch.zeros((), device=device)
-        for images in images_on_device():
-            for optimizer in optimizers.values():
-                optimizer.zero_grad()
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                loss = method(images)
-            scaler.scale(loss).backward()
-            for optimizer in optimizers.values():
-                scaler.step(optimizer)
-            scaler.update()
-            for scheduler in schedulers.values():
-                scheduler.step()
-            swa.after_step(iteration)
+    with cli.progress(total=args.epochs * len(views)) as bar:
+        for epoch in range(args.epochs):
+            batches.epoch = epoch
+            method.train()
+            began, running = time.perf_counter(), torch.zeros((), device=device)
+            for images in images_on_device():
+                for optimizer in optimizers.values():
+                    optimizer.zero_grad()
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    loss = method(images)
+                scaler.scale(loss).backward()
+                for optimizer in optimizers.values():
+                    scaler.step(optimizer)
+                scaler.update()
+                for scheduler in schedulers.values():
+                    scheduler.step()
+                swa.after_step(iteration)
 
-            running += loss.detach()
-            iteration += 1
-            bar.update(len(images))
-            if iteration % 20 == 0 or iteration % len(batches) == 0:  # the one wait for the device
-                stop_if_not_finite(running, epoch, iteration)
-                bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3g}, "
-                                    f"lr {schedulers['cnn'].get_last_lr()[0]:.1e}", refresh=False)
-        seconds = time.perf_counter() - began
-        log = {"epoch": epoch + 1, "iteration": iteration, "loss": running.item() / len(batches),
-               "lr": schedulers["cnn"].get_last_lr()[0], "seconds": round(seconds, 3),
-               "images_per_second": round(len(views) / seconds, 2), "swa_snapshots": swa.snapshots}
-        append_json_line(out / "log.jsonl", log)
-        save(out / "last.pt", {
-            "epoch": epoch + 1, "iteration": iteration, "args": vars(args), "swa": swa.state_dict(),
-            "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-            "arms": {arm: model.state_dict() for arm, model in method.arms.items()},
-            "optimizers": {arm: o.state_dict() for arm, o in optimizers.items()},
-            "schedulers": {arm: s.state_dict() for arm, s in schedulers.items()}})
-    bar.close()
+                running += loss.detach()
+                iteration += 1
+                bar.update(len(images))
+                if iteration % 20 == 0 or iteration % len(batches) == 0:  # wait for the device
+                    stop_if_not_finite(running, epoch)
+                    bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3g}, "
+                                        f"lr {schedulers['cnn'].get_last_lr()[0]:.1e}", refresh=False)
+            seconds = time.perf_counter() - began
+            append_json_line(out / "log.jsonl", {
+                "epoch": epoch + 1, "iteration": iteration, "loss": running.item() / len(batches),
+                "lr": schedulers["cnn"].get_last_lr()[0], "seconds": round(seconds, 3),
+                "images_per_second": round(len(views) / seconds, 2),
+                "swa_snapshots": swa.snapshots})
+            save(out / "last.pt", {
+                "epoch": epoch + 1, "iteration": iteration, "args": vars(args),
+                "swa": swa.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
+                "arms": {arm: model.state_dict() for arm, model in method.arms.items()},
+                "optimizers": {arm: o.state_dict() for arm, o in optimizers.items()},
+                "schedulers": {arm: s.state_dict() for arm, s in schedulers.items()}})
 
     if not swa.snapshots and not args.no_swa:
         print(f"no weights averaged: the run of {iterations} iterations ends before the first "
@@ -215,12 +215,11 @@ def train(method, views, args, device, amp, out):
         return swa.finish(images_on_device), swa.snapshots
 
 
-def stop_if_not_finite(loss, epoch, iteration):
-    """Raise FloatingPointError (exit status 1) on a loss that is no number; last.pt stays good."""
+def stop_if_not_finite(loss, epoch):
+    """Raise FloatingPointError (exit status 1) on a loss that is no number."""
     if not math.isfinite(loss.item()):
-        raise FloatingPointError(
-            f"the loss is {loss.item()} in epoch {epoch + 1} (by iteration {iteration}); last.pt "
-            f"holds the last good epoch, if there was one; try a smaller --lr or --amp off")
+        raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch + 1}; what was saved "
+                                 f"before stays; try a smaller --lr, or --amp off")
 
 
 if __name__ == "__main__":
