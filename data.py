@@ -12,6 +12,8 @@ reports what PATH holds and what is wrong with it: the first thing to run on new
 
 import math
 import os
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
 import cache
+from checkpoint import write_csv
 from cli import Parser, UserError, run, some
 from layouts import read
 from splits import copies, duplicates, make_split
@@ -147,21 +150,49 @@ def class_counts(data, mask):
     return dict(zip(data.classes, data.labels[mask].sum(0).tolist()))
 
 
+def split_and_report(data, args, seed, seen=None, allow_seen=False):
+    """make_split, --dedup, and the report at the start of every run. Returns the split."""
+    split = make_split(data, seed, seen, allow_seen)
+    if args.dedup:
+        kept = ~copies(data, split)
+        if not kept.all():
+            data.notes.append(f"left out by --dedup: {(~kept).sum()} copies of images in an earlier "
+                              f"split")
+        data.keep(kept)
+        split = split[kept]
+    report(data, split)
+    return split
+
+
 def report(data, split):
     """Print what the set holds, how it is split and what is odd about it."""
-    print(f"{data.path}: {len(data)} images, " + (f"{len(data.classes)} classes"
-          f"{', several or none to an image' if data.multilabel else ''}" if data.classes
-          else "no labels"))
+    kind = "" if not data.multilabel else ", several or none to an image"
+    print(f"{data.path}: {len(data)} images, " +
+          (f"{len(data.classes)} classes{kind}" if data.classes else "no labels") +
+          ("" if data.groups is None else f", {len(np.unique(data.groups))} groups"))
     for name in ("train", "val", "test"):
         mask = split == name
-        counts = ", ".join(f"{c} {n}" for c, n in class_counts(data, mask).items())
         if mask.any():
-            print(f"  {name:5} {mask.sum():6}  {counts}")
+            counts = ", ".join(f"{c} {n}" for c, n in class_counts(data, mask).items())
+            groups = "" if data.groups is None else f" in {len(np.unique(data.groups[mask]))} groups"
+            print(f"  {name:5} {mask.sum():6}{groups}  {counts}")
+    table = data.table
+    modes = ", ".join(f"{mode} {n}" for mode, n in Counter(table["mode"].tolist()).most_common())
+    print(f"  widths {table['width'].min()} to {table['width'].max()}, heights "
+          f"{table['height'].min()} to {table['height'].max()} pixels; modes {modes}")
+    train = np.flatnonzero(split == "train")
+    sample = np.stack([data.images[i] for i in train[::len(train) // 200 + 1]]) / 255
+    print("  mean " + " ".join(f"{x:.3f}" for x in sample.mean((0, 2, 3))) +
+          ", standard deviation " + " ".join(f"{x:.3f}" for x in sample.std((0, 2, 3))) +
+          " (ImageNet: 0.485 0.456 0.406, 0.229 0.224 0.225)")
     same = duplicates(data)
-    across = int(copies(data, split).sum())
     if same:
-        print(f"  {sum(map(len, same))} images have pixel-identical copies; {across} of them lie in "
-              f"a later split than a copy (test after val after train)")
+        print(f"  {sum(map(len, same))} images are pixel-identical to another; "
+              f"{copies(data, split).sum()} of them to one in an earlier split (train, val, test)")
+    contradicting = [g for g in same if (data.labels[g] != data.labels[g[0]]).any()]
+    if contradicting:
+        pairs = some(" = ".join(data.names[i] for i in group[:2]) for group in contradicting)
+        print(f"  {len(contradicting)} sets of identical images bear different labels: {pairs}")
     for note in data.notes:
         print(f"  {note}")
 
@@ -183,6 +214,8 @@ def add_arguments(parser, positional=False):
     parser.add_argument("--unlabelled", action="store_true",
                         help="folders below --data are no classes; all images are for training")
     parser.add_argument("--split", metavar="FILE", help="CSV with path and split, made elsewhere")
+    parser.add_argument("--dedup", action="store_true",
+                        help="leave out images that are pixel-identical to one in an earlier split")
     parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out")
     parser.add_argument("--cache", metavar="DIR", default=str(cache.default_dir()),
                         help="folder of the decoded images (default: %(default)s)")
@@ -191,7 +224,7 @@ def add_arguments(parser, positional=False):
 
 
 FLAGS = ("data", "images", "image_col", "label_col", "label_sep", "multilabel", "group_col",
-         "unlabelled", "split", "skip_bad")  # what a checkpoint carries, so that fine-tuning finds the same data
+         "unlabelled", "split", "skip_bad", "dedup")  # what a checkpoint carries, so that fine-tuning finds the same data
 
 
 def flags(args):
@@ -205,10 +238,16 @@ def main():
     add_arguments(parser, positional=True)
     parser.add_argument("--img-size", type=int, default=384, help="side of the decoded images")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--out", metavar="DIR", help="write split.csv and duplicates.csv there")
     args = parser.parse_args()
     data = read(args)
     decode(data, args.img_size, args.cache, args.skip_bad)
-    report(data, make_split(data, args.seed))
+    split = split_and_report(data, args, args.seed)
+    if args.out:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_csv(out / "split.csv", SPLIT_HEADER, split_rows(data, split))
+        write_csv(out / "duplicates.csv", DUPLICATES_HEADER, duplicate_rows(data, split))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from cli import UserError
 from losses import class_weights, focal_loss
 from metrics import multiclass_scores, multilabel_scores
 from pretrain import make_arm, stop_if_not_finite
-from splits import copies, label_fraction, make_split
+from splits import copies, label_fraction
 
 OUTPUTS = ("best.pt", "metrics.json", "predictions.csv", "confusion.csv", "log.jsonl", "split.csv",
            "config.json")
@@ -132,9 +132,8 @@ def main():
     if len(images.classes) == 1 and not images.multilabel:
         raise UserError(f"{images.path}: has one class only ({images.classes[0]})")
     data.decode(images, start.facts["img_size"], args.cache, args.skip_bad)
-    seen = None if start.seen is None else np.isin(images.table["hash"].view("int64"),
-                                                   start.seen.numpy())
-    split = make_split(images, args.seed, seen, args.allow_seen)
+    split = data.split_and_report(images, args, args.seed, saw(start, images), args.allow_seen)
+    seen = saw(start, images)  # --dedup may have left some out
     for part in ("train", "val", "test"):
         if not (split == part).any():
             raise UserError(f"{images.path}: {len(images)} images leave none for the {part} split")
@@ -142,7 +141,6 @@ def main():
         raise UserError(f"{images.path}: pre-training saw every test image, which leaves no honest "
                         f"test; add others, or give --allow-seen")
     used = {seed: label_fraction(images, split == "train", args.frac, seed) for seed in seeds}
-    data.report(images, split)
 
     results = []
     for seed, folder in folders.items():
@@ -161,6 +159,13 @@ def main():
         write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
         print(f"{len(seeds)} seeds: " + ", ".join(f"{key} {value['mean']:.4f} ± {value['std']:.4f}"
                                                   for key, value in summary.items()))
+
+
+def saw(start, images):
+    """(N,) bool: images whose pixels pre-training saw; None where there was no pre-training."""
+    if start.seen is None:
+        return None
+    return np.isin(np.ascontiguousarray(images.table["hash"]).view("int64"), start.seen.numpy())
 
 
 def summarize(results):

@@ -26,7 +26,6 @@ import demo
 from cass import CASS, build_arm
 from checkpoint import append_json_line, load_state_dict, save, weights_file, write_csv, write_json
 from cli import UserError
-from splits import make_split
 from swa import SWA
 
 OUTPUTS = ("cnn.pt", "vit.pt", "last.pt", "log.jsonl", "config.json", "split.csv", "duplicates.csv")
@@ -98,11 +97,10 @@ def main():
     method.to(device, memory_format=torch.channels_last)
 
     data.decode(images, args.img_size, args.cache, args.skip_bad)
-    split = make_split(images, args.seed)
+    split = data.split_and_report(images, args, args.seed)
     seen = split == "train"
     if seen.sum() < 2:
         raise UserError(f"{images.path}: {seen.sum()} training images are too few")
-    data.report(images, split)
 
     out.mkdir(parents=True, exist_ok=True)
     for name in OUTPUTS:

@@ -1,8 +1,11 @@
 """Pixels: what was written is what is read; what cannot be read is named."""
 
+import contextlib
+import multiprocessing
 import os
 import pickle
 import stat
+import time
 
 import numpy as np
 import pytest
@@ -268,3 +271,79 @@ def test_a_folder_that_cannot_be_written_is_named(paths, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--cache DIR.*--no-cache"):
         cache.decode_all(paths, 16, "name", tmp_path / "file")
+
+
+# the map under fire: other processes, and kills
+
+fork = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+
+
+def build(paths, directory, results=None):
+    _, pixels, _ = decoded(paths, directory, 64)
+    if results is not None:
+        results.put(pixels)
+
+
+def test_two_processes_that_start_on_an_empty_cache_get_the_right_pixels(paths, tmp_path):
+    expected = np.stack([cache.decode(p, 64)[0] for p in paths])
+    results = fork.Queue()
+    both = [fork.Process(target=build, args=(paths, tmp_path / "cache", results)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for _ in both:
+        assert (results.get(timeout=60) == expected).all()
+    for process in both:
+        process.join()
+    assert len(list((tmp_path / "cache").glob("*.map"))) == 1
+
+
+def test_the_next_run_after_a_kill_builds_a_right_map(paths, tmp_path):
+    expected = np.stack([cache.decode(p, 64)[0] for p in paths])
+    began = time.perf_counter()
+    build(paths, tmp_path / "timing")
+    seconds, rng = time.perf_counter() - began, np.random.default_rng(0)
+    cut = 0
+    for kill in range(10):
+        directory = tmp_path / f"cache{kill}"
+        process = fork.Process(target=build, args=(paths, directory))
+        process.start()
+        time.sleep(seconds * rng.random() * 1.2)
+        process.kill()
+        process.join()
+        cut += not list(directory.glob("*.map"))
+        assert (decoded(paths, directory, 64)[1] == expected).all()
+        for left in directory.glob(".*.tmp"):
+            os.utime(left, (0, 0))
+        (directory / "other.png").touch()
+        decoded(paths[:2], directory, 8)
+        assert not list(directory.glob(".*.tmp"))  # what the kill left is swept once it is old
+    assert cut >= 2  # some of the kills came before the end
+
+
+def test_a_disk_that_fills_up_leaves_no_half_file(paths, tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, file):
+            self.file, self.room = file, 50_000
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, part):
+            self.room -= memoryview(part).nbytes
+            if self.room < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(part)
+
+    real = cache.writing
+
+    @contextlib.contextmanager
+    def full(path, mode):
+        with real(path, mode) as file:
+            yield Full(file)
+
+    monkeypatch.setattr(cache, "writing", full)
+    with pytest.raises(UserError, match="No space left.*GB.*--cache DIR"):
+        decoded(paths, tmp_path / "cache", 64)
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.undo()
+    assert (decoded(paths, tmp_path / "cache", 64)[1][7] == cache.decode(paths[7], 64)[0]).all()

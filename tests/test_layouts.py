@@ -85,6 +85,14 @@ def test_a_folder_without_images_says_what_is_there(tmp_path):
         read(flags(tmp_path / "nothing"))
 
 
+def test_names_with_spaces_and_other_letters_and_a_folder_named_like_an_image(tmp_path):
+    for name in ("x.jpg/é ü.png", "x.jpg/日本.png", "y/a b.png"):
+        save(tmp_path / "d" / name)
+    images = read(flags(tmp_path / "d"))
+    assert images.names == ["x.jpg/é ü.png", "x.jpg/日本.png", "y/a b.png"]
+    assert images.classes == ["x.jpg", "y"]
+
+
 def test_links_are_followed_once(tmp_path):
     draw_classes(tmp_path / "d", {"a": 2, "b": 2})
     (tmp_path / "d/a/loop").symlink_to(tmp_path / "d")
@@ -117,17 +125,24 @@ LABELS = {"i0.png": ["a"], "i1.png": ["b"], "i2.png": ["a"]}
     'image,label\n"i0.png","a"\n\ni1.png, b \ni2.png,a\n',
     "age,image,label\n3,i0,a\n4,i1,b\n5,i2,a\n",
     "image,label\ni0,a\ni1,b\ni2,a\ni2.png,a\n",
-    "image,label\n./i0.png,a\ni1.png,b\n../t/i2.png,a\n".replace("../t/", ""),
+    "image,label\n./i0.png,a\ni1.png,b\nnowhere/../i2.png,a\n",
+    'image,note,label\ni0,"two\nlines",a\ni1,"",b\ni2,x,a\n',
 ])
 def test_one_label_column(table, text):
     assert labels_of(read(table(text))) == LABELS
 
 
+def test_absolute_names_below_the_folder(table, tmp_path):
+    text = "".join(f"{tmp_path}/t/i{i}.png,{'aba'[i]}\n" for i in range(3))
+    assert labels_of(read(table("image,label\n" + text))) == LABELS
+    with pytest.raises(UserError, match="outside"):
+        read(table(f"image,label\n{tmp_path}/else/x.png,a\n"))
+
+
 def test_names_in_folders_below_and_in_another_folder(table, tmp_path):
     names = ("deep/er/i0.png", "i1.png", "deep/i2.png")
     images = read(table("image,label\ni0,a\ni1.png,b\ndeep/i2,a\n", names))
-    assert labels_of(images) == dict(zip(names, "aba")) or labels_of(images) == {
-        n: [v] for n, v in zip(names, "aba")}
+    assert labels_of(images) == {name: [label] for name, label in zip(names, "aba")}
     (tmp_path / "t/labels.csv").rename(tmp_path / "other.csv")
     images = read(flags(tmp_path / "other.csv", images=str(tmp_path / "t")))
     assert sorted(images.names) == sorted(names)

@@ -238,6 +238,63 @@ def test_copies_of_training_images_in_a_given_test_split(tmp_path, script):
     assert {r["path"] for r in listed if r["split"] == "test"} == {f"Testing/a/copy{i}.png" for i in range(3)}
 
 
+def test_dedup_and_contradictions_and_the_report(tmp_path, script):
+    d = tmp_path / "d"
+    draw_classes(d / "train", {"a": 8, "b": 8})
+    draw_classes(d / "test", {"a": 5, "b": 5}, start=500)
+    (d / "test/a/copy.png").write_bytes((d / "train/a/0.png").read_bytes())
+    (d / "test/b/lie.png").write_bytes((d / "train/a/1.png").read_bytes())
+    status, out, _ = script(data, d, "--img-size", 32, "--out", tmp_path / "report")
+    assert status == 0 and "28 images, 2 classes" in out
+    assert "4 images are pixel-identical to another; 2 of them" in out
+    assert "1 sets of identical images bear different labels" in out and "test/b/lie.png" in out
+    assert "RGB 28" in out and "ImageNet" in out
+    assert len(rows(tmp_path / "report/duplicates.csv")) == 4
+    status, out, _ = script(data, d, "--img-size", 32, "--dedup")
+    assert status == 0 and "26 images" in out and "left out by --dedup: 2" in out
+    assert script(pretrain, "--data", d, *ARMS, "--epochs", 1, "--dedup", "--out", tmp_path / "run")[0] == 0
+    assert script(finetune, "--ckpt", tmp_path / "run/cnn.pt", "--epochs", 1)[0] == 0
+    metrics = json.loads((tmp_path / "run/finetune_cnn_1/metrics.json").read_text())
+    assert metrics["n_test"] == 10 and metrics["n_test_duplicates"] == metrics["n_test_seen"] == 0
+
+
+def test_groups_of_a_csv_file_are_never_parted(tmp_path, script):
+    lines = ["image,label,patient"]
+    for i in range(60):
+        Image.fromarray(picture(i)).save(tmp_path / f"i{i}.png")
+        lines.append(f"i{i},{'ab'[i // 3 % 2]},p{i // 3}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    status, out, err = script(data, tmp_path / "labels.csv", "--group-col", "patient", "--img-size", 16,
+                              "--out", tmp_path / "report")
+    assert status == 0 and "20 groups" in out, err
+    split = [r["split"] for r in rows(tmp_path / "report/split.csv")]
+    assert len(set(split)) == 3 and all(len(set(split[i:i + 3])) == 1 for i in range(0, 60, 3))
+    status, out, _ = script(data, tmp_path / "labels.csv", "--group-col", "patient", "--img-size", 16,
+                            "--split", tmp_path / "report/split.csv", "--out", tmp_path / "again")
+    assert status == 0 and rows(tmp_path / "again/split.csv") == rows(tmp_path / "report/split.csv")
+
+
+def test_a_label_known_only_to_the_test_split_is_named(tmp_path, script):
+    draw_classes(tmp_path / "d/train", {"a": 8, "b": 8})
+    draw_classes(tmp_path / "d/test", {"a": 3, "c": 3}, start=500)
+    assert script(pretrain, "--data", tmp_path / "d", *ARMS, "--epochs", 1, "--out", tmp_path / "run")[0] == 0
+    status, _, err = script(finetune, "--ckpt", tmp_path / "run/cnn.pt")
+    assert status == 2 and "no training image has the label c" in one_line(err)
+
+
+def test_medmnist_from_end_to_end(tmp_path, script):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "m.npz", **{f"{s}_{k}": v for s, n in (("train", 16), ("val", 4), ("test", 6))
+                                    for k, v in (("images", rng.integers(0, 255, (n, 28, 28), np.uint8)),
+                                                 ("labels", np.arange(n)[:, None] % 2))})
+    assert script(pretrain, "--data", tmp_path / "m.npz", *ARMS, "--epochs", 1, "--bs", 8,
+                  "--out", tmp_path / "run")[0] == 0
+    status, _, err = script(finetune, "--ckpt", tmp_path / "run/vit.pt", "--frac", 0.5, "--epochs", 1)
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "run/finetune_vit_0.5/metrics.json").read_text())
+    assert (metrics["n_labelled"], metrics["n_val"], metrics["n_test"]) == (8, 4, 6)
+
+
 def test_pretraining_on_a_plain_folder_then_labels_for_some(tmp_path, script):
     """The practitioner's case: all images unlabelled, later a CSV file for a part of them and more."""
     for i in range(30):
