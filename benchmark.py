@@ -87,11 +87,12 @@ def benchmark_data(args):
     with tempfile.TemporaryDirectory() as folder:
         draw_large(folder)
         large = [str(p) for p in sorted(Path(folder).glob("*.jpg"))]
-        for name, files in ((Path(args.data).name, paths), ("1024x1024 JPEG", large)):
+        for name, files in (("/".join(Path(args.data).parts[-2:]), paths),
+                            ("1024x1024 JPEG", large)):
             for size in (64, 224, 384):
                 rows.append(compare_loaders(name, files, size, args.workers, args.rounds, folder))
                 row = rows[-1]
-                print(f"{name:>16} {size:4} px: from disk {np.median(row['from_disk']):8.1f} img/s, "
+                print(f"{name:>20} {size:4} px: from disk {np.median(row['from_disk']):8.1f} img/s, "
                       f"ours {np.median(row['ours']):8.1f} img/s, ratio {row['ratio']:.2f}")
     return rows
 

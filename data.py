@@ -71,7 +71,8 @@ def augmentation(img_size, blur=False, solarize=False):
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """(N, 3, H, W) uint8 -> float32, channels normalized (F.2.2)."""
-    return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, True), mean, std)
+    images = v2.functional.to_dtype(images, torch.float32, scale=True)
+    return v2.functional.normalize(images, mean, std, inplace=True)
 
 
 class Views(Dataset):
@@ -181,9 +182,11 @@ def report(data, split):
     print(f"  widths {table['width'].min()} to {table['width'].max()}, heights "
           f"{table['height'].min()} to {table['height'].max()} pixels; modes {modes}")
     train = np.flatnonzero(split == "train")
-    sample = np.stack([data.images[i] for i in train[::len(train) // 200 + 1]]) / 255
-    print("  mean " + " ".join(f"{x:.3f}" for x in sample.mean((0, 2, 3))) +
-          ", standard deviation " + " ".join(f"{x:.3f}" for x in sample.std((0, 2, 3))) +
+    sample = [data.images[i] / np.float32(255) for i in train[::len(train) // 100 + 1]]
+    mean = np.mean([x.mean((1, 2)) for x in sample], axis=0)
+    std = np.sqrt(np.mean([(x**2).mean((1, 2)) for x in sample], axis=0) - mean**2)
+    print("  mean " + " ".join(f"{x:.3f}" for x in mean) +
+          ", standard deviation " + " ".join(f"{x:.3f}" for x in std) +
           " (ImageNet: 0.485 0.456 0.406, 0.229 0.224 0.225)")
     same = duplicates(data)
     if same:
