@@ -50,10 +50,10 @@ def write_csv(path, header, rows):
         writer.writerows(rows)
 
 
-def append_json_line(path, value):
-    """One more line of a JSON-lines log."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(value, allow_nan=False) + "\n")
+def write_json_lines(path, rows):
+    """One JSON object a line."""
+    with writing(path) as file:
+        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def save(path, value):
@@ -80,6 +80,26 @@ def load(path):
     except Exception as error:  # torch raises all kinds on bytes that are no checkpoint
         raise UserError(f"{path}: cannot be read as a checkpoint; "
                         f"it may be cut short or of another kind") from error
+
+
+def random_state():
+    """State of torch's random generators, as plain tensors."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_random_state(state):
+    """The counterpart of random_state(); a GPU that was not there before keeps its own."""
+    torch.set_rng_state(state["cpu"])
+    for device, gpu_state in zip(range(torch.cuda.device_count()), state["cuda"]):
+        torch.cuda.set_rng_state(gpu_state, device)
+
+
+def load_training(path):
+    """The dict of a last.pt. Raises UserError."""
+    state = load(path)
+    if not isinstance(state, dict) or not {"args", "rng"} <= state.keys():
+        raise UserError(f"{path}: holds no training state to go on from (--resume)")
+    return state
 
 
 def load_weights(path):

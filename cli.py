@@ -2,10 +2,15 @@
 
 import argparse
 import errno
+import os
+import signal
 import sys
+import time
 
 import torch
 from tqdm import tqdm
+
+import parallel
 
 
 class UserError(Exception):
@@ -30,9 +35,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call main() and leave with 0; 2 for wrong use or bad data; 1 for a failed run; 130 for ^C."""
+    """Call main() and leave with 0; 2 for wrong use or bad data; 1 for a failed run; 130 for
+    SIGINT, 143 for SIGTERM."""
     def leave(status, message):
-        print(f"error: {message}", file=sys.stderr)
+        if status != 2 or parallel.rank() == 0:
+            print(f"error: {message}", file=sys.stderr)
         sys.exit(status)
 
     try:
@@ -47,6 +54,8 @@ def run(main):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         leave(1, f"{error.filename or 'output'}: {error.strerror}")
+    except Stopped as stopped:
+        leave(*stopped.args)
     except KeyboardInterrupt:
         leave(130, "interrupted")
 
@@ -82,10 +91,74 @@ def refuse_overwrite(out, names, overwrite):
         raise UserError(f"{out}: is not a folder (--out)")
 
 
+def save_every(text):
+    """An argparse type: a number of iterations (int), or of minutes as in 10m (float)."""
+    return float(text[:-1]) if text.endswith("m") else positive(text)
+
+
+def is_due(every, iteration, saved):
+    """Whether --save-every asks for a checkpoint now; saved: time.perf_counter() of the last."""
+    if isinstance(every, float):
+        return time.perf_counter() - saved >= 60 * every
+    return every is not None and iteration % every == 0
+
+
+class Signals:
+    """Inside `with`, SIGINT and SIGTERM are noted, for the loop to stop between two steps; a second
+    one stops at once."""
+
+    def __enter__(self):
+        self.number = 0
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        self.number = number
+        self.__exit__()
+
+    def noted(self, device, iteration):
+        """The signal, or 0. Several processes agree on it, every 20 iterations."""
+        if parallel.world() > 1:
+            if iteration % 20:
+                return 0
+            self.number = int(parallel.over_all(torch.tensor(self.number, device=device), "MAX"))
+        return self.number
+
+    def leave(self, message):
+        """Leave with 130 (SIGINT) or 143 (SIGTERM)."""
+        raise Stopped(128 + self.number, f"stopped by {signal.Signals(self.number).name}; {message}")
+
+
+class Stopped(Exception):
+    """Raised by Signals.leave: an exit status and a line."""
+
+
+def parse_again(parser, saved, free, path):
+    """Parse with a checkpoint's arguments as defaults; raise UserError where one that is not `free`
+    was given otherwise."""
+    known = vars(parser.parse_args())
+    parser.set_defaults(**{k: v for k, v in saved.items() if k in known and k not in free - {"epochs"}})
+    args = parser.parse_args()
+    data_paths = {k: os.path.abspath(v) for k, v in vars(args).items()
+                  if k in ("ckpt", "data", "images", "split") and v}
+    changed = [f"--{k.replace('_', '-')} {value} (not {new})" for k, value in saved.items()
+               if k in known and k not in free
+               and (new := data_paths.get(k, getattr(args, k))) != value]
+    if changed:
+        raise UserError(f"{path}: was made with other settings: {some(changed, 9)}; leave these flags "
+                        f"out, or start anew in another --out")
+    return args
+
+
 def progress(iterable=None, **kwargs):
     """A tqdm bar over images: often on a terminal, seldom in a log file."""
     return tqdm(iterable, unit="img", dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 30, **kwargs)
+                mininterval=0.2 if sys.stderr.isatty() else 30,
+                disable=parallel.rank() > 0, **kwargs)
 
 
 def add_run_arguments(parser):
@@ -96,6 +169,12 @@ def add_run_arguments(parser):
                              "older GPUs, off elsewhere; losses are float32 always")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="loader processes (default: 0 on a CPU, up to 8 beside a GPU)")
+    parser.add_argument("--resume", nargs="?", const=True, metavar="FILE",
+                        help="go on from the last.pt in --out, or from FILE; other flags are taken "
+                             "from it")
+    parser.add_argument("--save-every", type=save_every, metavar="N",
+                        help="also write last.pt every N iterations, or every N minutes (10m); "
+                             "by default every epoch and on SIGTERM or SIGINT")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace what an earlier run left in the output folder")
 

@@ -12,6 +12,7 @@ reports what PATH holds and what is wrong with it: the first thing to run on new
 
 import math
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -99,12 +100,17 @@ class Views(Dataset):
 
 
 class Batches(Sampler):
-    """Batches of (epoch, i), shuffled by (seed, epoch); set `epoch` before each pass. Every image
-    comes once, but a last batch of one image is left out, where drop_single (batch-norm)."""
+    """Batches of (epoch, i), shuffled by (seed, epoch). Every image comes once an epoch, but a last
+    batch of a single image is left out, where drop_single (batch-norm).
 
-    def __init__(self, n, batch_size, seed=None, drop_single=True):
-        self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 0
-        self.single = drop_single and n > 1 and n % batch_size == 1
+    Set `epoch` before each pass, and `start` to skip the first batches of it. Of several processes
+    (`world`) each takes its share, number `rank`, of batches that are `world` times as large.
+    """
+
+    def __init__(self, n, batch_size, seed=None, drop_single=True, rank=0, world=1):
+        self.n, self.batch_size, self.seed = n, batch_size * world, seed
+        self.rank, self.world, self.epoch, self.start = rank, world, 0, 0
+        self.single = drop_single and n > self.batch_size and 0 < n % self.batch_size < 2 * world
 
     def __len__(self):
         return math.ceil(self.n / self.batch_size) - self.single
@@ -113,9 +119,13 @@ class Batches(Sampler):
         order = np.arange(self.n)
         if self.seed is not None:
             order = np.random.default_rng([self.seed, 2, self.epoch]).permutation(self.n)
-        for b in range(len(self)):
+        for b in range(self.start, len(self)):
             part = order[b * self.batch_size:(b + 1) * self.batch_size]
-            yield [(self.epoch, int(i)) for i in part]
+            yield [(self.epoch, int(i)) for i in np.array_split(part, self.world)[self.rank]]
+
+
+def _leave_signals_to_main(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def loader(views, batches, device, workers=None):
@@ -124,6 +134,7 @@ def loader(views, batches, device, workers=None):
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
     return DataLoader(views, batch_sampler=batches, num_workers=workers,
                       persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+                      worker_init_fn=_leave_signals_to_main,
                       generator=torch.Generator().manual_seed(0))
 
 
@@ -230,10 +241,16 @@ FLAGS = ("data", "images", "image_col", "label_col", "label_sep", "multilabel", 
          "unlabelled", "split", "skip_bad", "dedup")  # what a checkpoint carries, so that fine-tuning finds the same data
 
 
+def make_absolute(args):
+    """Make the paths among the data flags absolute, so that they hold from any folder."""
+    for key in ("data", "images", "split"):
+        if getattr(args, key):
+            setattr(args, key, os.path.abspath(getattr(args, key)))
+
+
 def flags(args):
-    """What a checkpoint carries of the data flags, with absolute paths."""
-    kept = {key: getattr(args, key) for key in FLAGS}
-    return kept | {key: os.path.abspath(kept[key]) for key in ("data", "images", "split") if kept[key]}
+    """What a checkpoint carries of the data flags."""
+    return {key: getattr(args, key) for key in FLAGS}
 
 
 def main():

@@ -2,6 +2,7 @@
 
     python finetune.py --ckpt cnn.pt --frac 0.01
     python finetune.py --arch resnet50 --data /path          (supervised baseline, no pre-training)
+    python finetune.py --ckpt cnn.pt --frac 0.01 --resume    (goes on where it was cut)
 
 writes to --out (default: finetune_ARM_FRAC beside the checkpoint): best.pt, metrics.json,
 predictions.csv, confusion.csv, log.jsonl, split.csv, config.json; with several --seeds a folder each
@@ -9,7 +10,9 @@ and summary.json. Image size, normalization, data and split come from the checkp
 """
 
 import copy
+import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,9 +23,10 @@ import timm
 import torch
 from timm.utils import ParseKwargs
 
+import checkpoint
 import cli
 import data
-from checkpoint import (append_json_line, load_weights, save, weights_file, write_csv, write_json)
+from checkpoint import load_weights, save, weights_file, write_csv, write_json
 from cli import UserError
 from losses import class_weights, focal_loss
 from metrics import multiclass_scores, multilabel_scores
@@ -30,7 +34,8 @@ from pretrain import make_arm, stop_if_not_finite
 from splits import copies, label_fraction
 
 OUTPUTS = ("best.pt", "metrics.json", "predictions.csv", "confusion.csv", "log.jsonl", "split.csv",
-           "config.json")
+           "config.json", "last.pt")
+MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every"}
 
 
 def parse_arguments():
@@ -66,13 +71,33 @@ def parse_arguments():
     add("--out", metavar="DIR", help="output folder")
     cli.add_run_arguments(parser)
     args = parser.parse_args()
+    if args.resume:
+        if args.resume is True:
+            configs = sorted(output_folder(args).glob("**/config.json"))
+            saved = json.loads(configs[0].read_text())["arguments"] if configs else {}
+        else:
+            saved = checkpoint.load_training(args.resume)["args"]
+            parser.set_defaults(out=saved["out"])
+        args = cli.parse_again(parser, saved, MAY_CHANGE, args.resume)
     if (args.ckpt is None) == (args.arch is None):
         parser.error("give either --ckpt FILE or --arch NAME")
     if args.arch and not args.data:
         parser.error("--arch needs --data PATH")
     if args.ckpt and (args.img_size or args.arch_kwargs):
         parser.error("--img-size and --arch-kwargs go with --arch; the checkpoint has its own")
+    if args.ckpt:
+        args.ckpt = os.path.abspath(args.ckpt)
+    data.make_absolute(args)
     return args
+
+
+def output_folder(args):
+    """--out, or finetune_ARM_FRAC beside the checkpoint."""
+    if args.out:
+        return Path(args.out)
+    arm = load_weights(args.ckpt)["arm"] if args.ckpt else str(args.arch).split(".")[0]
+    name = f"finetune_{arm}_{args.frac:g}" + "_linear" * (args.mode == "linear")
+    return (Path(args.ckpt).parent if args.ckpt else Path(".")) / name
 
 
 def start_point(args):
@@ -119,11 +144,12 @@ def main():
     amp = cli.pick_amp(args.amp, device)
     start = start_point(args)
     seeds = args.seeds or [args.seed]
-    name = f"finetune_{start.facts['arm']}_{args.frac:g}" + "_linear" * (args.mode == "linear")
-    out = Path(args.out or (Path(args.ckpt).parent if args.ckpt else Path(".")) / name)
+    out = output_folder(args)
+    args.out = os.path.abspath(out)
     folders = {seed: out / f"seed{seed}" if len(seeds) > 1 else out for seed in seeds}
     for folder in folders.values():
-        cli.refuse_overwrite(folder, ("metrics.json", "best.pt"), args.overwrite)
+        if not args.resume:
+            cli.refuse_overwrite(folder, ("metrics.json", "best.pt", "last.pt"), args.overwrite)
 
     images = data.read(args)
     if not images.classes:
@@ -144,8 +170,15 @@ def main():
 
     results = []
     for seed, folder in folders.items():
+        if args.resume and all((folder / name).exists() for name in OUTPUTS if name != "last.pt"):
+            print(f"seed {seed}: {folder} is finished")
+            results.append(json.loads((folder / "metrics.json").read_text()))
+            continue
+        state = None
+        if args.resume and (folder / "last.pt").exists():
+            state = checkpoint.load_training(folder / "last.pt")
         folder.mkdir(parents=True, exist_ok=True)
-        for name in OUTPUTS:
+        for name in OUTPUTS if state is None else ():
             (folder / name).unlink(missing_ok=True)
         counts = ", ".join(f"{c} {n}" for c, n in data.class_counts(images, used[seed]).items())
         print(f"seed {seed}: labels of {used[seed].sum()} of {(split == 'train').sum()} training "
@@ -153,7 +186,7 @@ def main():
         write_json(folder / "config.json", {"command": sys.argv, "arguments": vars(args)})
         write_csv(folder / "split.csv", data.SPLIT_HEADER, data.split_rows(images, split, used[seed]))
         results.append(finetune(start, images, split, used[seed], seen, seed, args, device, amp,
-                                folder))
+                                folder, state))
     if len(results) > 1:
         summary = summarize(results)
         write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
@@ -181,7 +214,7 @@ def summarize(results):
     return summary
 
 
-def finetune(start, images, split, used, seen, seed, args, device, amp, out):
+def finetune(start, images, split, used, seen, seed, args, device, amp, out, state):
     """Train on the used labels, keep the epoch of the lowest validation loss, test once."""
     torch.manual_seed(seed)
     model = start.make()
@@ -228,42 +261,71 @@ def finetune(start, images, split, used, seen, seed, args, device, amp, out):
         logits, true = torch.cat(logits), torch.cat(true).to(device)
         return focal_loss(logits, true, weights).item(), logits.sigmoid().cpu().numpy()
 
-    best_loss, best_state, best_epoch, began = math.inf, None, 0, time.perf_counter()
-    with cli.progress(total=args.epochs * int(used.sum())) as bar:
-        for epoch in range(args.epochs):
-            train_batches.epoch = epoch
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    at = {"epoch": 0, "batch": 0, "loss": 0.0, "seconds": 0.0, "log": [], "best_loss": math.inf,
+          "best_epoch": 0, "best_val": None, "best_state": None}
+    if state is not None:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        at = {key: state[key] for key in at}
+        checkpoint.set_random_state(state["rng"])
+
+    def write(**progress):
+        at.update(progress, seconds=time.perf_counter() - began)
+        save(out / "last.pt", {"args": vars(args), **at, "rng": checkpoint.random_state(),
+                               **{name: part.state_dict() for name, part in parts.items()}})
+
+    cost, began = 0.0, time.perf_counter() - at["seconds"]
+    saved = time.perf_counter()
+    with cli.Signals() as signals, cli.progress(
+            total=args.epochs * train_batches.n, initial=at["epoch"] * train_batches.n) as bar:
+        while at["epoch"] < args.epochs and at["epoch"] < at["best_epoch"] + args.patience:
+            epoch = train_batches.epoch = at["epoch"]
+            train_batches.start = at["batch"]
             model.train(args.mode == "e2e")  # linear: batch-norm stays as pre-training left it
-            running, n = torch.zeros((), device=device), 0
-            for batch, target in train_loader:
+            loss_sum = torch.tensor(at["loss"], device=device)
+            for batch, (pixels, target) in enumerate(train_loader, train_batches.start + 1):
                 optimizer.zero_grad()
-                loss = focal_loss(forward(batch), target.to(device), weights)
+                loss = focal_loss(forward(pixels), target.to(device), weights)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
-                running += loss.detach() * len(batch)
-                n += len(batch)
-                bar.update(len(batch))
+                loss_sum += loss.detach()
+                bar.update(len(pixels))
+                stop = signals.noted(device, batch)
+                if stop or cli.is_due(args.save_every, epoch * len(train_batches) + batch, saved):
+                    stop_if_not_finite(loss_sum, epoch)
+                    write(batch=batch, loss=loss_sum.item())
+                    saved = time.perf_counter()
+                if stop:
+                    signals.leave(f"{out / 'last.pt'} holds epoch {epoch + 1}; --resume goes on")
             val_loss, val_probabilities = evaluate(val_loader)
-            stop_if_not_finite(running + val_loss, epoch)
+            stop_if_not_finite(loss_sum + val_loss, epoch)
             val = scores(images, split == "val", val_probabilities)
-            append_json_line(out / "log.jsonl", {
-                "epoch": epoch + 1, "train_loss": running.item() / n, "val_loss": val_loss,
-                "val_macro_f1": val["macro_f1"], "lr": scheduler.get_last_lr()[0]})
+            if val_loss < at["best_loss"]:
+                at.update(best_loss=val_loss, best_epoch=epoch + 1, best_val=val,
+                          best_state=copy.deepcopy(model.state_dict()))
             bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, val loss {val_loss:.3g}, "
                                 f"val F1 {val['macro_f1']:.3f}", refresh=False)
-            if val_loss < best_loss:
-                best_loss, best_epoch, best_val = val_loss, epoch + 1, val
-                best_state = copy.deepcopy(model.state_dict())
-            elif epoch + 1 - best_epoch >= args.patience:
-                break
+            at["log"].append({"epoch": epoch + 1, "train_loss": loss_sum.item() / len(train_batches),
+                              "val_loss": val_loss, "val_macro_f1": val["macro_f1"],
+                              "lr": scheduler.get_last_lr()[0]})
+            at.update(epoch=epoch + 1, batch=0, loss=0.0)
+            checkpoint.write_json_lines(out / "log.jsonl", at["log"])
+            if time.perf_counter() - saved > 20 * cost:  # an epoch may be shorter than its checkpoint
+                cost = -time.perf_counter()
+                write()
+                saved = time.perf_counter()
+                cost += saved
 
-    model.load_state_dict(best_state)
-    seconds = time.perf_counter() - began
+    model.load_state_dict(at["best_state"])
     _, probabilities = evaluate(test_loader)
-    return write_results(start, images, split, used, seen, seed, args, out, model, probabilities, {
-        "best_epoch": best_epoch, "epochs": epoch + 1, "val_loss": best_loss, "val": best_val,
-        "seconds": round(seconds, 2), "class_weights": weights.tolist()})
+    metrics = write_results(start, images, split, used, seen, seed, args, out, model, probabilities, {
+        "best_epoch": at["best_epoch"], "epochs": at["epoch"], "val_loss": at["best_loss"],
+        "val": at["best_val"], "seconds": round(time.perf_counter() - began, 2), "class_weights": weights.tolist()})
+    (out / "last.pt").unlink(missing_ok=True)
+    return metrics
 
 
 def scores(images, mask, probabilities):

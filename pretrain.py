@@ -2,6 +2,8 @@
 
     python pretrain.py --data /path --epochs 100 --bs 16
     python pretrain.py --demo                       (draws its own images; two minutes on a CPU)
+    python pretrain.py --out DIR --resume           (goes on from DIR/last.pt, to the last bit)
+    torchrun --nproc-per-node 4 pretrain.py --data /path        (four GPUs; --bs is per GPU)
 
 writes to --out: cnn.pt and vit.pt (the averaged weights, for finetune.py and timm), last.pt (all of
 the training state), log.jsonl (a line per epoch), config.json, split.csv, duplicates.csv. The defaults
@@ -20,15 +22,18 @@ import torch
 import torchvision
 from timm.utils import ParseKwargs
 
+import checkpoint
 import cli
 import data
 import demo
+import parallel
 from cass import CASS, build_arm
-from checkpoint import append_json_line, load_state_dict, save, weights_file, write_csv, write_json
+from checkpoint import load_state_dict, save, weights_file, write_csv, write_json
 from cli import UserError
 from swa import SWA
 
 OUTPUTS = ("cnn.pt", "vit.pt", "last.pt", "log.jsonl", "config.json", "split.csv", "duplicates.csv")
+MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every", "epochs"}
 
 
 def parse_arguments():
@@ -63,69 +68,118 @@ def parse_arguments():
     add("--solarize", action="store_true", help="add solarization (Table 8)")
     add("--seed", type=int, default=0, help="decides the split and everything after it")
     add("--out", default=".", metavar="DIR", help="output folder")
+    add("--compile", action="store_true", help="torch.compile the step")
+    add("--grad-checkpointing", action="store_true",
+        help="recompute activations in the backward pass: less memory, more time")
     cli.add_run_arguments(parser)
     args = parser.parse_args()
-    if args.demo:
+    state = None
+    if args.resume:
+        last = Path(args.out) / "last.pt" if args.resume is True else Path(args.resume)
+        if last.exists() or args.resume is not True:
+            state = checkpoint.load_training(last)
+            parser.set_defaults(out=str(last.parent))
+            args = cli.parse_again(parser, state["args"], MAY_CHANGE, last)
+            check_epochs(args, state, last)
+        elif args.data or args.demo:
+            print(f"{last}: not there, so the run starts from the beginning")
+    if args.demo and state is None:
         parser.set_defaults(data=str(Path(args.out) / "demo_images"), **demo.DEFAULTS)
         args = parser.parse_args()
     elif args.data is None:
         parser.error("--data PATH is missing (or --demo, to try it without images)")
-    return args
+    data.make_absolute(args)
+    return args, state
+
+
+def check_epochs(args, state, last):
+    """--epochs may grow on resuming, unless that would change what was already done."""
+    before = state["args"]["epochs"]
+    if args.epochs != before and (args.epochs < before or state["swa"] or args.t_max == "run"):
+        raise UserError(f"{last}: was made with --epochs {before}; it may only be lengthened, and "
+                        f"neither after a snapshot was averaged nor with --t-max run")
 
 
 def main():
-    args = parse_arguments()
-    device = cli.pick_device(args.device)
+    args, state = parse_arguments()
+    device = parallel.start(cli.pick_device(args.device))
     amp = cli.pick_amp(args.amp, device)
     out = Path(args.out)
-    cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
-    if args.demo:
-        demo.draw(Path(args.data), args.seed)
+    if state is None:
+        cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
+        if args.demo and parallel.rank() == 0:
+            demo.draw(Path(args.data), args.seed)
+    elif state["epoch"] >= args.epochs and all((out / name).exists() for name in OUTPUTS):
+        print(f"{out}: the run is finished")
+        return
     images = data.read(args)
 
     torch.manual_seed(args.seed)
+    method, kwargs = build_method(args, resuming=state is not None)
+    method.to(device, memory_format=torch.channels_last)
+
+    with parallel.process_0_first():
+        data.decode(images, args.img_size, args.cache, args.skip_bad)
+    split = data.split_and_report(images, args, args.seed)
+    seen = split == "train"
+    if seen.sum() < 2 * parallel.world():
+        raise UserError(f"{images.path}: {seen.sum()} training images are too few")
+    hashes = torch.from_numpy(images.table["hash"][seen].view("int64"))
+    if state is not None and not torch.equal(state["seen"], hashes):
+        raise UserError(f"{args.data}: the training images are not those that the run began with")
+
+    if parallel.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in OUTPUTS if state is None else ():
+            (out / name).unlink(missing_ok=True)
+        write_csv(out / "split.csv", data.SPLIT_HEADER, data.split_rows(images, split))
+        write_csv(out / "duplicates.csv", data.DUPLICATES_HEADER, data.duplicate_rows(images, split))
+        write_json(out / "config.json", {
+            "command": sys.argv, "arguments": vars(args), "device": str(device), "amp": str(amp),
+            "processes": parallel.world(), "versions": {
+                "python": platform.python_version(), "torch": torch.__version__,
+                "torchvision": torchvision.__version__, "timm": timm.__version__}})
+
+    views = data.Views(images.images, seen.nonzero()[0], seed=args.seed,
+                       transform=data.augmentation(args.img_size, args.blur, args.solarize))
+    batches = data.Batches(len(views), args.bs, args.seed, rank=parallel.rank(), world=parallel.world())
+    swa = train(method, data.loader(views, batches, device, args.workers), args, device, amp, out,
+                {"args": vars(args), "seen": hashes}, state)
+    if parallel.rank():
+        return
+
+    batches = data.Batches(len(views), args.bs, args.seed)  # all images, in this process
+    batches.epoch = args.epochs
+    with torch.autocast(device.type, amp, enabled=amp is not None):
+        trained = swa.finish(lambda: on_device(data.loader(views, batches, device, args.workers), device))
+    for arm, name in (("cnn", args.cnn), ("vit", args.vit)):
+        save(out / f"{arm}.pt", weights_file(
+            trained[arm], arch=name, arm=arm, model_kwargs=kwargs[arm], img_size=args.img_size,
+            mean=list(data.IMAGENET_MEAN), std=list(data.IMAGENET_STD), epoch=args.epochs,
+            swa_snapshots=swa.snapshots, seed=args.seed, seen=hashes, data=data.flags(args),
+            config=vars(args)))
+    print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: " +
+          (f"the mean of {swa.snapshots} snapshots" if swa.snapshots else
+           "the last weights, since --no-swa was given" if args.no_swa else
+           "the last weights; no weights averaged, since the run ends before the first minimum of "
+           "the learning rate after --swa-start"))
+
+
+def build_method(args, resuming):
+    """CASS with the two arms of --cnn and --vit, and the arguments that rebuild each arm."""
     arms, kwargs = {}, {}
     for arm, name in (("cnn", args.cnn), ("vit", args.vit)):
-        arms[arm], kwargs[arm] = make_arm(
-            f"--{arm}", name, getattr(args, f"init_{arm}") or args.init, args.img_size,
-            **getattr(args, f"{arm}_kwargs"))
+        init = "random" if resuming else getattr(args, f"init_{arm}") or args.init
+        arms[arm], kwargs[arm] = make_arm(f"--{arm}", name, init, args.img_size,
+                                          **getattr(args, f"{arm}_kwargs"))
+        if args.grad_checkpointing:
+            arms[arm].set_grad_checkpointing()
     method = CASS(**arms, head_act=args.head_act)
     try:
         method.check_pair(args.img_size)
     except ValueError as error:
         raise UserError(f"{error} (--cnn {args.cnn}, --vit {args.vit})") from error
-    method.to(device, memory_format=torch.channels_last)
-
-    data.decode(images, args.img_size, args.cache, args.skip_bad)
-    split = data.split_and_report(images, args, args.seed)
-    seen = split == "train"
-    if seen.sum() < 2:
-        raise UserError(f"{images.path}: {seen.sum()} training images are too few")
-
-    out.mkdir(parents=True, exist_ok=True)
-    for name in OUTPUTS:
-        (out / name).unlink(missing_ok=True)
-    write_csv(out / "split.csv", data.SPLIT_HEADER, data.split_rows(images, split))
-    write_csv(out / "duplicates.csv", data.DUPLICATES_HEADER, data.duplicate_rows(images, split))
-    config = {key: value for key, value in vars(args).items()}
-    write_json(out / "config.json", {
-        "command": sys.argv, "arguments": config, "device": str(device), "amp": str(amp),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "torchvision": torchvision.__version__, "timm": timm.__version__}})
-
-    views = data.Views(images.images, seen.nonzero()[0], seed=args.seed,
-                       transform=data.augmentation(args.img_size, args.blur, args.solarize))
-    trained, snapshots = train(method, views, args, device, amp, out)
-
-    hashes = torch.from_numpy(images.table["hash"][seen].view("int64"))
-    for arm, name in (("cnn", args.cnn), ("vit", args.vit)):
-        save(out / f"{arm}.pt", weights_file(
-            trained[arm], arch=name, arm=arm, model_kwargs=kwargs[arm], img_size=args.img_size,
-            mean=list(data.IMAGENET_MEAN), std=list(data.IMAGENET_STD), epoch=args.epochs,
-            swa_snapshots=snapshots, seed=args.seed, seen=hashes, data=data.flags(args),
-            config=config))
-    print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: " +
-          (f"the mean of {snapshots} snapshots" if snapshots else "the last weights"))
+    return method, kwargs
 
 
 def make_arm(flag, name, init, img_size, **kwargs):
@@ -146,13 +200,21 @@ def make_arm(flag, name, init, img_size, **kwargs):
                         f"{'--init' if flag == '--arch' else '--init-' + flag[2:]} FILE") from error
 
 
-def train(method, views, args, device, amp, out):
-    """Algorithm 1. Returns ({arm: module to save}, number of snapshots averaged)."""
-    batches = data.Batches(len(views), args.bs, args.seed)
-    train_loader = data.loader(views, batches, device, args.workers)
+def on_device(loader, device):
+    """Normalized float batches on the device, from a loader of uint8 ones."""
+    for images in loader:
+        yield data.normalize(images.to(device, non_blocking=True))
+
+
+def train(method, loader, args, device, amp, out, facts, state=None):
+    """Algorithm 1, from the beginning or from the state of a last.pt. Returns the SWA.
+
+    method: gives the loss of a batch, and its arms; loader: of uint8 batches, its batch_sampler a
+    data.Batches; facts: what last.pt holds besides the training state.
+    """
+    batches = loader.batch_sampler
     iterations = args.epochs * len(batches)
     t_max = max(iterations - 1, 1) if args.t_max == "run" else args.t_max
-
     optimizers = {arm: torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
                   if arm == "cnn" and args.cnn_optimizer == "sgd" else
                   torch.optim.Adam(model.parameters(), lr=args.lr)
@@ -161,22 +223,43 @@ def train(method, views, args, device, amp, out):
                   for arm, optimizer in optimizers.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     swa = SWA(method.arms, math.inf if args.no_swa else args.swa_start, iterations, t_max)
+    parts = {"method": method, "scaler": scaler, "swa": swa,
+             **{f"optimizer_{arm}": optimizer for arm, optimizer in optimizers.items()},
+             **{f"scheduler_{arm}": scheduler for arm, scheduler in schedulers.items()}}
+    at = {"epoch": 0, "batch": 0, "iteration": 0, "loss": 0.0, "seconds": 0.0, "log": []}
+    if state is not None:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        at = {key: state[key] for key in at}
+        checkpoint.set_random_state(state["rng"])
+        if parallel.rank() == 0:
+            checkpoint.write_json_lines(out / "log.jsonl", at["log"])
+    step = method
+    if args.compile:
+        step = torch.compile(step)
+    if parallel.world() > 1:
+        step = torch.nn.parallel.DistributedDataParallel(step)
 
-    def images_on_device():
-        for images in train_loader:
-            yield data.normalize(images.to(device, non_blocking=True))
+    def write(**progress):
+        at.update(progress)
+        if parallel.rank() == 0:
+            save(out / "last.pt", {**facts, **at, "rng": checkpoint.random_state(),
+                                   **{name: part.state_dict() for name, part in parts.items()}})
+            checkpoint.write_json_lines(out / "log.jsonl", at["log"])
 
-    iteration = 0
-    with cli.progress(total=args.epochs * len(views)) as bar:
-        for epoch in range(args.epochs):
-            batches.epoch = epoch
+    iteration, saved = at["iteration"], time.perf_counter()
+    with cli.Signals() as signals, cli.progress(
+            total=args.epochs * batches.n, initial=at["epoch"] * batches.n) as bar:
+        for epoch in range(at["epoch"], args.epochs):
+            batches.epoch, batches.start = epoch, at["batch"]
             method.train()
-            began, running = time.perf_counter(), torch.zeros((), device=device)
-            for images in images_on_device():
+            loss_sum = torch.tensor(at["loss"], device=device)
+            began = time.perf_counter() - at["seconds"]
+            for batch, images in enumerate(on_device(loader, device), batches.start + 1):
                 for optimizer in optimizers.values():
                     optimizer.zero_grad()
                 with torch.autocast(device.type, amp, enabled=amp is not None):
-                    loss = method(images)
+                    loss = step(images)
                 scaler.scale(loss).backward()
                 for optimizer in optimizers.values():
                     scaler.step(optimizer)
@@ -185,32 +268,32 @@ def train(method, views, args, device, amp, out):
                     scheduler.step()
                 swa.after_step(iteration)
 
-                running += loss.detach()
                 iteration += 1
-                bar.update(len(images))
-                if iteration % 20 == 0 or iteration % len(batches) == 0:  # wait for the device
-                    stop_if_not_finite(running, epoch)
+                loss_sum += loss.detach()
+                bar.update(len(images) * parallel.world())
+                if iteration % 20 == 0:  # the one wait for the device
+                    stop_if_not_finite(loss_sum, epoch)
                     bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3g}, "
                                         f"lr {schedulers['cnn'].get_last_lr()[0]:.1e}", refresh=False)
+                stop = signals.noted(device, iteration)
+                if stop or cli.is_due(args.save_every, iteration, saved):
+                    stop_if_not_finite(loss_sum, epoch)
+                    write(epoch=epoch, batch=batch, iteration=iteration, loss=loss_sum.item(),
+                          seconds=time.perf_counter() - began)
+                    saved = time.perf_counter()
+                if stop:
+                    signals.leave(f"{out / 'last.pt'} holds iteration {iteration}; --resume goes on")
+            stop_if_not_finite(loss_sum, epoch)
+            mean_loss = parallel.over_all(loss_sum).item() / (len(batches) * parallel.world())
             seconds = time.perf_counter() - began
-            append_json_line(out / "log.jsonl", {
-                "epoch": epoch + 1, "iteration": iteration, "loss": running.item() / len(batches),
-                "lr": schedulers["cnn"].get_last_lr()[0], "seconds": round(seconds, 3),
-                "images_per_second": round(len(views) / seconds, 2),
-                "swa_snapshots": swa.snapshots})
-            save(out / "last.pt", {
-                "epoch": epoch + 1, "iteration": iteration, "args": vars(args),
-                "swa": swa.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-                "arms": {arm: model.state_dict() for arm, model in method.arms.items()},
-                "optimizers": {arm: o.state_dict() for arm, o in optimizers.items()},
-                "schedulers": {arm: s.state_dict() for arm, s in schedulers.items()}})
-
-    if not swa.snapshots and not args.no_swa:
-        print(f"no weights averaged: the run of {iterations} iterations ends before the first "
-              f"minimum of the learning rate after --swa-start; saving the last weights")
-    batches.epoch = args.epochs
-    with torch.autocast(device.type, amp, enabled=amp is not None):
-        return swa.finish(images_on_device), swa.snapshots
+            log = {"epoch": epoch + 1, "iteration": iteration, "loss": mean_loss,
+                   "lr": schedulers["cnn"].get_last_lr()[0], "seconds": round(seconds, 3),
+                   "images_per_second": round(batches.n / seconds, 2),
+                   "swa_snapshots": swa.snapshots}
+            write(epoch=epoch + 1, batch=0, iteration=iteration, loss=0.0, seconds=0.0,
+                  log=[*at["log"], log])
+            saved = time.perf_counter()
+    return swa
 
 
 def stop_if_not_finite(loss, epoch):

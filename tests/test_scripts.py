@@ -38,7 +38,7 @@ def test_pretraining_writes_what_it_promises(pretrained, folder):
     assert len(split) == 30 and {row["split"] for row in split} == {"train", "val", "test"}
     assert json.loads((pretrained / "config.json").read_text())["arguments"]["bs"] == 8
     last = weights(pretrained / "last.pt")
-    assert last["epoch"] == 2 and set(last["arms"]) == set(last["optimizers"]) == {"cnn", "vit"}
+    assert last["epoch"] == 2 and {"method", "optimizer_cnn", "optimizer_vit", "rng"} <= set(last)
     seen = weights(pretrained / "cnn.pt")["seen"]
     assert len(seen) == sum(row["split"] == "train" for row in split)
     assert not list(pretrained.glob(".*"))  # nothing half written
@@ -112,7 +112,7 @@ def test_a_run_too_short_for_a_snapshot_says_so(folder, tmp_path, script):
     assert status == 0 and "no weights averaged" in out
     file, last = weights(tmp_path / "run/cnn.pt"), weights(tmp_path / "run/last.pt")
     assert file["swa_snapshots"] == 0
-    assert all(torch.equal(v, last["arms"]["cnn"][k]) for k, v in file["state_dict"].items())
+    assert all(torch.equal(v, last["method"][f"cnn.{k}"]) for k, v in file["state_dict"].items())
 
 
 def test_a_loss_that_is_no_number_ends_with_1(folder, tmp_path, script):
@@ -121,7 +121,7 @@ def test_a_loss_that_is_no_number_ends_with_1(folder, tmp_path, script):
     assert status == 1 and "the loss is nan" in one_line(err)
     assert not (tmp_path / "run/cnn.pt").exists()
     if (tmp_path / "run/last.pt").exists():
-        assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run/last.pt")["arms"]["cnn"].values())
+        assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run/last.pt")["method"].values())
 
 
 # fine-tuning

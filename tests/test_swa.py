@@ -89,12 +89,12 @@ def test_a_run_averages_its_snapshots_and_recomputes_batch_norm(folder, tmp_path
     ends = [i for i in noted if i in (2, 6, 10, 14, 18) and i >= 0.75 * len(noted)]
     weights = torch.load(tmp_path / "run/cnn.pt", weights_only=True)
     assert weights["swa_snapshots"] == len(ends) > 0
-    last = torch.load(tmp_path / "run/last.pt", weights_only=True)["arms"]["cnn"]
+    last = torch.load(tmp_path / "run/last.pt", weights_only=True)["method"]
     for name, value in weights["state_dict"].items():
         if name.endswith(("weight", "bias")):
             mean = torch.stack([noted[i][name] for i in ends]).mean(0)
             torch.testing.assert_close(value, mean, rtol=0, atol=1e-6)
-            assert not torch.equal(value, last[name])
+            assert not torch.equal(value, last[f"cnn.{name}"])
     assert not any(name.startswith("module.") for name in weights["state_dict"])
 
     assert sum(map(len, seen)) >= 20

@@ -1,0 +1,125 @@
+"""Two processes under torchrun, on the CPU (gloo)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from cass import CASS, build_arm
+from conftest import ARMS, ROOT, draw_classes
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def torchrun(script, *arguments, cwd, timeout=200):
+    return subprocess.run([*TORCHRUN, str(script), *map(str, arguments)], cwd=cwd, text=True,
+                          capture_output=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("n, batch_size", [(40, 4), (37, 4), (33, 8), (5, 2), (6, 4)])
+def test_every_image_comes_once_an_epoch_across_the_processes(n, batch_size):
+    ranks = [data.Batches(n, batch_size, seed=3, rank=r, world=2) for r in (0, 1)]
+    for epoch in (0, 1):
+        for rank in ranks:
+            rank.epoch = epoch
+        shares = [list(rank) for rank in ranks]
+        assert len(shares[0]) == len(shares[1]) == len(ranks[0])
+        seen = sorted(i for share in shares for batch in share for _, i in batch)
+        assert len(seen) == len(set(seen)) and n - len(seen) < 4
+        assert all(len(batch) >= 2 for share in shares for batch in share)
+        whole = data.Batches(n, 2 * batch_size, seed=3)
+        whole.epoch = epoch
+        for both, one in zip(zip(*shares), whole):
+            assert both[0] + both[1] == one
+
+
+def test_batches_can_start_in_the_middle():
+    batches = data.Batches(37, 4, seed=3)
+    everything = list(batches)
+    batches.start = 3
+    assert list(batches) == everything[3:]
+
+
+STEP = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import parallel
+from cass import CASS, build_arm
+from torch.nn.parallel import DistributedDataParallel
+parallel.start(torch.device("cpu"))
+torch.manual_seed(0)
+method = CASS(build_arm("test_vit", 32)[0], build_arm("test_vit2", 32)[0])
+images = torch.randn(16, 3, 32, 32)
+ddp = DistributedDataParallel(method)  # must live until the backward pass is over
+ddp(images[8 * parallel.rank():][:8]).backward()
+if parallel.rank() == 0:
+    torch.save({{n: p.grad for n, p in method.named_parameters()}}, "gradients.pt")
+"""
+
+
+def test_gradients_of_two_times_8_images_are_those_of_16(tmp_path):
+    (tmp_path / "step.py").write_text(STEP.format(root=str(ROOT)))
+    done = torchrun(tmp_path / "step.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    method = CASS(build_arm("test_vit", 32)[0], build_arm("test_vit2", 32)[0])
+    method(torch.randn(16, 3, 32, 32)).backward()
+    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for name, parameter in method.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+ENTRY = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import cli, parallel, pretrain
+train = pretrain.train
+def note(method, *more):
+    swa = train(method, *more)
+    torch.save(method.state_dict(), f"rank{{parallel.rank()}}.pt")
+    return swa
+pretrain.train = note
+cli.run(pretrain.main)
+"""
+
+
+def test_a_whole_run_on_two_processes(tmp_path):
+    """Both hold the same weights at the end; they are those of one process with twice the batch."""
+    folder = draw_classes(tmp_path / "images", {"a": 14, "b": 14, "c": 14})
+    (tmp_path / "entry.py").write_text(ENTRY.format(root=str(ROOT)))
+    arguments = ["--data", folder, *ARMS, "--cnn", "test_vit2", "--epochs", 3, "--t-max", 3, "--swa-start",
+                 0.3, "--amp", "off", "--lr", 1e-4]
+    done = torchrun(tmp_path / "entry.py", *arguments, "--bs", 4, "--out", "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    a, b = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    one = subprocess.run([sys.executable, ROOT / "pretrain.py", *map(str, arguments), "--bs", "8", "--out",
+                          "one"], cwd=tmp_path, capture_output=True, text=True)
+    assert one.returncode == 0, one.stderr
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+            for n in ("two", "one")]
+    np.testing.assert_allclose([x["loss"] for x in logs[0]], [x["loss"] for x in logs[1]], rtol=0.05)
+    two, one = (torch.load(tmp_path / n / "vit.pt", weights_only=True) for n in ("two", "one"))
+    assert two["swa_snapshots"] == one["swa_snapshots"] >= 1
+    resumed = torchrun(ROOT / "pretrain.py", "--resume", "two/last.pt", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):
+    folder = draw_classes(tmp_path / "images", {"a": 14, "b": 14})
+    entry = ENTRY.format(root=str(ROOT)).replace("cli.run", """
+if parallel.rank() == 1:
+    import os, swa
+    swa.SWA.after_step = lambda self, iteration: iteration == 2 and os.kill(os.getpid(), 9)
+cli.run""")
+    (tmp_path / "entry.py").write_text(entry)
+    done = torchrun(tmp_path / "entry.py", "--data", folder, *ARMS, "--epochs", 50, "--bs", 4, cwd=tmp_path,
+                    timeout=120)
+    assert done.returncode != 0
+    assert not (tmp_path / "cnn.pt").exists()
