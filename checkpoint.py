@@ -31,6 +31,8 @@ def writing(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:  # a full disk: say of which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -57,9 +59,12 @@ def write_json_lines(path, rows):
 
 
 def save(path, value):
-    """torch.save, whole or not at all."""
+    """torch.save, whole or not at all. Raises OSError where it cannot be written."""
     with writing(path, "wb") as file:
-        torch.save(value, file)
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # torch's own on top of what went wrong
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def weights_file(model, **facts):

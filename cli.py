@@ -51,9 +51,9 @@ def run(main):
     except torch.OutOfMemoryError:
         leave(1, "out of GPU memory: try a smaller --bs or --img-size")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
-        leave(1, f"{error.filename or 'output'}: {error.strerror}")
+        leave(1, f"{error.filename or 'output'}: {error.strerror}; what was there before is whole")
     except Stopped as stopped:
         leave(*stopped.args)
     except KeyboardInterrupt:

@@ -26,6 +26,7 @@ from timm.utils import ParseKwargs
 import checkpoint
 import cli
 import data
+import parallel
 from checkpoint import load_weights, save, weights_file, write_csv, write_json
 from cli import UserError
 from losses import class_weights, focal_loss
@@ -73,12 +74,12 @@ def parse_arguments():
     args = parser.parse_args()
     if args.resume:
         if args.resume is True:
-            configs = sorted(output_folder(args).glob("**/config.json"))
-            saved = json.loads(configs[0].read_text())["arguments"] if configs else {}
+            origin = next(output_folder(args).glob("**/config.json"), None)
+            saved = json.loads(origin.read_text())["arguments"] if origin else {}
         else:
-            saved = checkpoint.load_training(args.resume)["args"]
+            origin, saved = args.resume, checkpoint.load_training(args.resume)["args"]
             parser.set_defaults(out=saved["out"])
-        args = cli.parse_again(parser, saved, MAY_CHANGE, args.resume)
+        args = cli.parse_again(parser, saved, MAY_CHANGE, origin)
     if (args.ckpt is None) == (args.arch is None):
         parser.error("give either --ckpt FILE or --arch NAME")
     if args.arch and not args.data:
@@ -139,6 +140,8 @@ def start_point(args):
 
 
 def main():
+    if parallel.world() > 1:
+        raise UserError("finetune.py runs in one process, without torchrun: few labels need one GPU")
     args = parse_arguments()
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
