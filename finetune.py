@@ -244,7 +244,8 @@ def finetune(start, images, split, used, seen, seed, args, device, amp, out, sta
 
     counts = images.labels[used].sum(0)
     weights = class_weights(counts, args.class_weights).to(device)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr,
+                                 fused=True)
     iterations = args.epochs * len(train_batches)
     t_max = max(iterations - 1, 1) if args.t_max == "run" else args.t_max
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t_max, args.min_lr)

@@ -215,9 +215,9 @@ def train(method, loader, args, device, amp, out, facts, state=None):
     batches = loader.batch_sampler
     iterations = args.epochs * len(batches)
     t_max = max(iterations - 1, 1) if args.t_max == "run" else args.t_max
-    optimizers = {arm: torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
+    optimizers = {arm: torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, fused=True)
                   if arm == "cnn" and args.cnn_optimizer == "sgd" else
-                  torch.optim.Adam(model.parameters(), lr=args.lr)
+                  torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
                   for arm, model in method.arms.items()}
     schedulers = {arm: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t_max, args.min_lr)
                   for arm, optimizer in optimizers.items()}
