@@ -303,7 +303,7 @@ def benchmark_scale(args):
             sources = read_folder(folder).sources
             listing = time.perf_counter() - began
             began = time.perf_counter()
-            _, images, _ = cache.decode_all(sources, size, folder, Path(folder) / "cache")
+            _, images, _ = cache.decode_all(sources, size, folder, Path(folder) / f"cache{n}")
             decoding = time.perf_counter() - began
             loader = data.loader(data.Views(images, range(n), data.augmentation(size)),
                                  data.Batches(n, 16, 0), torch.device("cpu"), args.workers)

@@ -92,8 +92,8 @@ class DecodedImages:
     """The decoded images by number, as (3, S, S) uint8 arrays: from the map, or from the files."""
 
     def __init__(self, sources, size, file=None):
-        self.sources, self.size, self.file = list(sources), size, file
-        self.rows = np.arange(len(self.sources))
+        self.sources, self.size, self.file = None if file else list(sources), size, file
+        self.rows = np.arange(len(sources))
         self.map = None if file is None else _open(file, size)[1]
 
     def keep(self, mask):
@@ -187,9 +187,10 @@ def decode_all(sources, size, name, directory):
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        for left in file.parent.glob(".*.tmp"):  # by runs that were killed
-            if time.time() - left.stat().st_mtime > 600:
-                left.unlink(missing_ok=True)
+        for left in file.parent.glob(".*.map.*.tmp"):  # by runs that were killed
+            with contextlib.suppress(FileNotFoundError):  # or that are done just now
+                if time.time() - left.stat().st_mtime > 600:
+                    left.unlink()
         with writing(file, "wb") as f:
             np.save(f, table)
             for array in bar(known_pixels):

@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import pickle
+import uuid
 from pathlib import Path
 
 import torch
@@ -23,9 +24,9 @@ from cli import UserError
 def writing(path, mode="w"):
     """Open a file beside `path` that takes its place once it is complete and on disk."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
         with open(beside, mode, **text) as file:
             yield file
             file.flush()
@@ -37,8 +38,17 @@ def writing(path, mode="w"):
         beside.unlink(missing_ok=True)
 
 
+def start_folder(folder, names, fresh):
+    """Make the folder, and clear it of what killed writers left of the files `names`; where the run
+    starts `fresh`, of these files too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        for left in [*folder.glob(f".{name}.*.tmp"), *([folder / name] if fresh else [])]:
+            left.unlink(missing_ok=True)
+
+
 def write_json(path, value):
-    """`value` as indented JSON; a number that is no number becomes null."""
+    """`value` as indented JSON. Raises ValueError on a number that is no number."""
     with writing(path) as file:
         json.dump(value, file, indent=2, allow_nan=False, ensure_ascii=False)
         file.write("\n")
@@ -99,11 +109,11 @@ def set_random_state(state):
         torch.cuda.set_rng_state(gpu_state, device)
 
 
-def load_training(path):
-    """The dict of a last.pt. Raises UserError."""
+def load_training(path, script):
+    """The dict of a last.pt that this script wrote. Raises UserError."""
     state = load(path)
-    if not isinstance(state, dict) or not {"args", "rng"} <= state.keys():
-        raise UserError(f"{path}: holds no training state to go on from (--resume)")
+    if not isinstance(state, dict) or state.get("script") != script:
+        raise UserError(f"{path}: holds no training state of {script} to go on from (--resume)")
     return state
 
 
@@ -115,6 +125,13 @@ def load_weights(path):
         raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py; to start from "
                         f"other weights, name the model with --arch and the file with --init")
     return weights
+
+
+def seen_by(path):
+    """The hashes of the images that one of our weights files has seen; none for other files."""
+    weights = {} if Path(path).suffix == ".safetensors" else load(path)
+    seen = weights.get("seen") if isinstance(weights, dict) else None
+    return torch.zeros(0, dtype=torch.int64) if seen is None else seen
 
 
 def load_state_dict(path):

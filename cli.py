@@ -38,9 +38,12 @@ def run(main):
     """Call main() and leave with 0; 2 for wrong use or bad data; 1 for a failed run; 130 for
     SIGINT, 143 for SIGTERM."""
     def leave(status, message):
-        if status != 2 or parallel.rank() == 0:
-            print(f"error: {message}", file=sys.stderr)
+        where = f" (process {parallel.rank()})" if parallel.rank() else ""
+        print(f"error{where}: {message}", file=sys.stderr)
         sys.exit(status)
+
+    for stream in (sys.stdout, sys.stderr):  # file names may hold any bytes
+        stream.reconfigure(errors="backslashreplace")
 
     try:
         main()
@@ -73,6 +76,22 @@ def positive(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def count(text):
+    """An argparse type: a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value
+
+
+def rate(text):
+    """An argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number of at least 0")
     return value
 
 
@@ -121,9 +140,10 @@ class Signals:
         self.__exit__()
 
     def noted(self, device, iteration):
-        """The signal, or 0. Several processes agree on it, every 20 iterations."""
+        """The signal, or 0. Several processes agree on it; on GPUs, whose steps are short, every 20
+        iterations."""
         if parallel.world() > 1:
-            if iteration % 20:
+            if device.type == "cuda" and iteration % 20:
                 return 0
             self.number = int(parallel.over_all(torch.tensor(self.number, device=device), "MAX"))
         return self.number
@@ -167,7 +187,7 @@ def add_run_arguments(parser):
     parser.add_argument("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
                         help="autocast precision; auto: bf16 where the hardware has it, fp16 on "
                              "older GPUs, off elsewhere; losses are float32 always")
-    parser.add_argument("--workers", type=int, metavar="N",
+    parser.add_argument("--workers", type=count, metavar="N",
                         help="loader processes (default: 0 on a CPU, up to 8 beside a GPU)")
     parser.add_argument("--resume", nargs="?", const=True, metavar="FILE",
                         help="go on from the last.pt in --out, or from FILE; other flags are taken "
@@ -184,6 +204,9 @@ def pick_device(name):
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and parallel.world() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process of torchrun
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it and --amp is off
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -197,6 +220,7 @@ def pick_amp(amp, device):
         if device.type == "cuda":
             amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         else:
-            has_bf16 = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            has_bf16 = (device.type == "cpu" and torch.backends.mkldnn.is_available()
+                        and torch.ops.mkldnn._is_mkldnn_bf16_supported())
             amp = "bf16" if has_bf16 else "off"
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 import cache
 from checkpoint import write_csv
-from cli import Parser, UserError, run, some
+from cli import Parser, UserError, count, positive, refuse_overwrite, run, some
 from layouts import read
 from splits import copies, duplicates, make_split
 
@@ -125,7 +125,8 @@ class Batches(Sampler):
 
 
 def _leave_signals_to_main(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole process group
+        signal.signal(number, signal.SIG_IGN)
 
 
 def loader(views, batches, device, workers=None):
@@ -256,10 +257,12 @@ def flags(args):
 def main():
     parser = Parser(__doc__)
     add_arguments(parser, positional=True)
-    parser.add_argument("--img-size", type=int, default=384, help="side of the decoded images")
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--img-size", type=positive, default=384, help="side of the decoded images")
+    parser.add_argument("--seed", type=count, default=0, help="of the split")
     parser.add_argument("--out", metavar="DIR", help="write split.csv and duplicates.csv there")
     args = parser.parse_args()
+    make_absolute(args)
+    refuse_overwrite(Path(args.out or "."), (), False)
     data = read(args)
     decode(data, args.img_size, args.cache, args.skip_bad)
     split = split_and_report(data, args, args.seed)

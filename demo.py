@@ -16,7 +16,7 @@ CLASSES = ("granular", "ringed", "spiky", "striped")
 PER_CLASS, SIZE = 300, 48
 DEFAULTS = {  # of pretrain.py --demo
     "cnn": "resnet18", "vit": "vit_tiny_patch16_224", "vit_kwargs": {"patch_size": 8},
-    "init": "random", "img_size": 48, "epochs": 3, "swa_start": 0.5, "unlabelled": False}
+    "init": "random", "img_size": 48, "epochs": 3, "swa_start": 0.5}
 
 
 def cells(kind, rng):

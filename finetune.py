@@ -21,21 +21,21 @@ from types import SimpleNamespace
 import numpy as np
 import timm
 import torch
-from timm.utils import ParseKwargs
 
 import checkpoint
 import cli
 import data
 import parallel
+from cache import digest
 from checkpoint import load_weights, save, weights_file, write_csv, write_json
 from cli import UserError
 from losses import class_weights, focal_loss
 from metrics import multiclass_scores, multilabel_scores
-from pretrain import make_arm, stop_if_not_finite
+from pretrain import KeyValues, make_arm, stop_if_not_finite
 from splits import copies, label_fraction
 
 OUTPUTS = ("best.pt", "metrics.json", "predictions.csv", "confusion.csv", "log.jsonl", "split.csv",
-           "config.json", "last.pt")
+           "duplicates.csv", "config.json", "last.pt")
 MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every"}
 
 
@@ -44,10 +44,9 @@ def parse_arguments():
     add = parser.add_argument
     add("--ckpt", metavar="FILE", help="cnn.pt or vit.pt of pretrain.py")
     add("--arch", metavar="NAME", help="timm model to start instead, the supervised baseline")
-    add("--arch-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
+    add("--arch-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
         help="arguments for timm.create_model, with --arch")
-    add("--init", default="imagenet", metavar="WHAT",
-        help="with --arch: imagenet, random or a weights file")
+    add("--init", metavar="WHAT", help="with --arch: imagenet (default), random or a weights file")
     add("--img-size", type=cli.positive, help="with --arch: side of the images (default: 384)")
     data.add_arguments(parser)
     add("--allow-seen", action="store_true",
@@ -59,37 +58,41 @@ def parse_arguments():
     add("--patience", type=cli.positive, default=5,
         help="epochs without a lower validation loss before it stops (F.3.2)")
     add("--bs", "--batch-size", type=cli.positive, default=16, help="images in a step")
-    add("--lr", type=float, default=3e-4, help="Adam's learning rate (F.3.2)")
-    add("--min-lr", type=float, default=1e-6, help="the minimum of its cosine")
+    add("--lr", type=cli.rate, default=3e-4, help="Adam's learning rate (F.3.2)")
+    add("--min-lr", type=cli.rate, default=1e-6, help="the minimum of its cosine")
     add("--t-max", type=cli.t_max, default=16, metavar="N",
         help="iterations from --lr down to --min-lr, and up again, or: run, one descent")
     add("--class-weights", default="minmax", choices=["minmax", "inverse", "none"],
         help="minmax: the paper's, favours the majority; inverse: favours the rare")
-    add("--seed", type=int, default=0, help="with --arch: of the split")
-    add("--seeds", type=int, nargs="+", metavar="N",
+    add("--seed", type=cli.count, help="with --arch: of the split (default: 0)")
+    add("--seeds", type=cli.count, nargs="+", metavar="N",
         help="one run each, with its own label draw, head, order and augmentation; same split "
              "(default: the split's seed)")
     add("--out", metavar="DIR", help="output folder")
     cli.add_run_arguments(parser)
     args = parser.parse_args()
+    if args.ckpt and (args.img_size or args.arch_kwargs or args.init or args.seed is not None):
+        parser.error("--img-size, --arch-kwargs, --init and --seed go with --arch; the checkpoint has "
+                     "its own (--seeds varies all but the split)")
+    state = None
     if args.resume:
         if args.resume is True:
             origin = next(output_folder(args).glob("**/config.json"), None)
             saved = json.loads(origin.read_text())["arguments"] if origin else {}
         else:
-            origin, saved = args.resume, checkpoint.load_training(args.resume)["args"]
-            parser.set_defaults(out=saved["out"])
+            origin, state = args.resume, checkpoint.load_training(args.resume, "finetune.py")
+            saved, folder = state["args"], Path(origin).parent
+            several = len(saved["seeds"] or ()) > 1  # a folder each
+            parser.set_defaults(out=str(folder.parent if several else folder))
         args = cli.parse_again(parser, saved, MAY_CHANGE, origin)
     if (args.ckpt is None) == (args.arch is None):
         parser.error("give either --ckpt FILE or --arch NAME")
     if args.arch and not args.data:
         parser.error("--arch needs --data PATH")
-    if args.ckpt and (args.img_size or args.arch_kwargs):
-        parser.error("--img-size and --arch-kwargs go with --arch; the checkpoint has its own")
     if args.ckpt:
         args.ckpt = os.path.abspath(args.ckpt)
     data.make_absolute(args)
-    return args
+    return args, state
 
 
 def output_folder(args):
@@ -105,9 +108,9 @@ def start_point(args):
     """What training starts from: the checkpoint's facts and a function that makes the model anew."""
     if args.ckpt:
         weights = load_weights(args.ckpt)
-        if args.data is None:
+        if args.data is None:  # the same data, read as then where no flag says otherwise
             for key, value in weights["data"].items():
-                setattr(args, key, value)
+                setattr(args, key, getattr(args, key) or value)
         args.seed = weights["seed"]
 
         def make():
@@ -116,33 +119,33 @@ def start_point(args):
             model.load_state_dict(weights["state_dict"])
             return model
 
+        try:
+            make()
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"{args.ckpt}: its weights do not fit {weights['arch']} in this version "
+                            f"of timm ({' '.join(str(error).split())[:200]})") from error
         facts = {key: weights[key] for key in
                  ("arch", "arm", "model_kwargs", "img_size", "mean", "std")}
-        start = SimpleNamespace(make=make, facts=facts, seen=weights.get("seen"))
-    else:
-        size = args.img_size or 384
-        model, kwargs = make_arm("--arch", args.arch, args.init, size, **args.arch_kwargs)
+        return SimpleNamespace(make=make, facts=facts, seen=weights.get("seen"))
+    size, args.init, args.seed = args.img_size or 384, args.init or "imagenet", args.seed or 0
+    model, kwargs = make_arm("--arch", args.arch, args.init, size, **args.arch_kwargs)
 
-        def make():  # another seed draws other random weights
-            if args.init == "random":
-                return make_arm("--arch", args.arch, "random", size, **args.arch_kwargs)[0]
-            return copy.deepcopy(model)
+    def make():  # another seed draws other random weights
+        if args.init == "random":
+            return make_arm("--arch", args.arch, "random", size, **args.arch_kwargs)[0]
+        return copy.deepcopy(model)
 
-        facts = {"arch": args.arch, "arm": args.arch.split(".")[0], "model_kwargs": kwargs,
-                 "img_size": size, "mean": list(data.IMAGENET_MEAN), "std": list(data.IMAGENET_STD)}
-        start = SimpleNamespace(make=make, facts=facts, seen=None)
-    try:
-        start.make()
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{args.ckpt}: its weights do not fit {facts['arch']} in this version of "
-                        f"timm ({' '.join(str(error).split())[:200]})") from error
-    return start
+    facts = {"arch": args.arch, "arm": args.arch.split(".")[0], "model_kwargs": kwargs,
+             "img_size": size, "mean": list(data.IMAGENET_MEAN), "std": list(data.IMAGENET_STD)}
+    from_file = args.init not in ("imagenet", "random")
+    return SimpleNamespace(make=make, facts=facts,
+                           seen=checkpoint.seen_by(args.init) if from_file else None)
 
 
 def main():
     if parallel.world() > 1:
         raise UserError("finetune.py runs in one process, without torchrun: few labels need one GPU")
-    args = parse_arguments()
+    args, given_state = parse_arguments()
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     start = start_point(args)
@@ -177,24 +180,38 @@ def main():
             print(f"seed {seed}: {folder} is finished")
             results.append(json.loads((folder / "metrics.json").read_text()))
             continue
-        state = None
-        if args.resume and (folder / "last.pt").exists():
-            state = checkpoint.load_training(folder / "last.pt")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in OUTPUTS if state is None else ():
-            (folder / name).unlink(missing_ok=True)
+        state = given_state if given_state and given_state["seed"] == seed else None
+        if state is None and args.resume and (folder / "last.pt").exists():
+            state = checkpoint.load_training(folder / "last.pt", "finetune.py")
+        if state is None and args.resume and (folder / "best.pt").exists():
+            state = load_weights(folder / "best.pt")["training"]  # trained: only files are missing
+        if state is None and args.resume:
+            print(f"{folder}: holds no last.pt, so the run starts from the beginning")
+        digest_now = data_digest(images, split, used[seed])
+        if state is not None and state["digest"] != digest_now:
+            raise UserError(f"{images.path}: the images, their split or their labels are not those that "
+                            f"the run in {folder} began with")
+        checkpoint.start_folder(folder, OUTPUTS, fresh=state is None)
         counts = ", ".join(f"{c} {n}" for c, n in data.class_counts(images, used[seed]).items())
         print(f"seed {seed}: labels of {used[seed].sum()} of {(split == 'train').sum()} training "
               f"images: {counts}")
         write_json(folder / "config.json", {"command": sys.argv, "arguments": vars(args)})
         write_csv(folder / "split.csv", data.SPLIT_HEADER, data.split_rows(images, split, used[seed]))
+        write_csv(folder / "duplicates.csv", data.DUPLICATES_HEADER,
+                  data.duplicate_rows(images, split))
         results.append(finetune(start, images, split, used[seed], seen, seed, args, device, amp,
-                                folder, state))
+                                folder, digest_now, state))
     if len(results) > 1:
         summary = summarize(results)
         write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
         print(f"{len(seeds)} seeds: " + ", ".join(f"{key} {value['mean']:.4f} ± {value['std']:.4f}"
                                                   for key, value in summary.items()))
+
+
+def data_digest(images, split, used):
+    """A number that stands for the pixels, labels, split and used labels of a run."""
+    return digest(np.ascontiguousarray(images.table["hash"]), np.ascontiguousarray(images.labels),
+                  "".join(split), used)
 
 
 def saw(start, images):
@@ -207,7 +224,9 @@ def saw(start, images):
 def summarize(results):
     """{score: mean, standard deviation (n - 1) and values over the seeds} of metrics dicts."""
     summary = {}
-    for part in ("test", "test_without_duplicates"):
+    for part in ("test", "test_without_duplicates", "test_without_seen"):
+        if any(r[part] is None for r in results):
+            continue
         for key, value in results[0][part].items():
             values = [r[part][key] for r in results]
             if isinstance(value, float) and None not in values:
@@ -217,7 +236,8 @@ def summarize(results):
     return summary
 
 
-def finetune(start, images, split, used, seen, seed, args, device, amp, out, state):
+def finetune(start, images, split, used, seen, seed, args, device, amp, out, digest_now,
+             state):
     """Train on the used labels, keep the epoch of the lowest validation loss, test once."""
     torch.manual_seed(seed)
     model = start.make()
@@ -269,16 +289,21 @@ def finetune(start, images, split, used, seen, seed, args, device, amp, out, sta
     at = {"epoch": 0, "batch": 0, "loss": 0.0, "seconds": 0.0, "log": [], "best_loss": math.inf,
           "best_epoch": 0, "best_val": None, "best_state": None}
     if state is not None:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
         at = {key: state[key] for key in at}
+    if state is not None and "rng" in state:  # of last.pt; best.pt keeps but the end
+        for name, part in parts.items():
+            if state[name] or name != "scaler":  # a scaler that was off has no state
+                part.load_state_dict(state[name])
         checkpoint.set_random_state(state["rng"])
 
     def write(**progress):
         at.update(progress, seconds=time.perf_counter() - began)
-        save(out / "last.pt", {"args": vars(args), **at, "rng": checkpoint.random_state(),
+        save(out / "last.pt", {"script": "finetune.py", "args": vars(args), "seed": seed,
+                               "digest": digest_now, **at, "rng": checkpoint.random_state(),
                                **{name: part.state_dict() for name, part in parts.items()}})
 
+    if state is not None and at["best_state"] is None and at["best_epoch"]:
+        at["best_state"] = load_weights(out / "best.pt")["state_dict"]
     cost, began = 0.0, time.perf_counter() - at["seconds"]
     saved = time.perf_counter()
     with cli.Signals() as signals, cli.progress(
@@ -324,10 +349,16 @@ def finetune(start, images, split, used, seen, seed, args, device, amp, out, sta
                 cost += saved
 
     model.load_state_dict(at["best_state"])
+    at.update(best_state=None, seconds=time.perf_counter() - began)
+    save(out / "best.pt", weights_file(
+        model, **start.facts, class_names=images.classes, multilabel=images.multilabel,
+        epoch=at["best_epoch"], seed=args.seed, seen=seen_hashes(start, images, split != "test"),
+        data=data.flags(args), config=vars(args), training={**at, "digest": digest_now}))
+    checkpoint.write_json_lines(out / "log.jsonl", at["log"])
     _, probabilities = evaluate(test_loader)
-    metrics = write_results(start, images, split, used, seen, seed, args, out, model, probabilities, {
+    metrics = write_results(start, images, split, used, seen, seed, args, out, probabilities, {
         "best_epoch": at["best_epoch"], "epochs": at["epoch"], "val_loss": at["best_loss"],
-        "val": at["best_val"], "seconds": round(time.perf_counter() - began, 2), "class_weights": weights.tolist()})
+        "val": at["best_val"], "seconds": round(at["seconds"], 2), "class_weights": weights.tolist()})
     (out / "last.pt").unlink(missing_ok=True)
     return metrics
 
@@ -339,8 +370,14 @@ def scores(images, mask, probabilities):
     return multiclass_scores(images.labels[mask].argmax(1), probabilities, images.classes)
 
 
-def write_results(start, images, split, used, seen, seed, args, out, model, probabilities, facts):
-    """best.pt, predictions.csv, confusion.csv and metrics.json, which is returned."""
+def seen_hashes(start, images, mask):
+    """(n,) int64: hashes of the masked images and of those that the starting weights saw."""
+    own = torch.from_numpy(np.ascontiguousarray(images.table["hash"][mask]).view("int64"))
+    return own.unique() if start.seen is None else torch.cat([own, start.seen]).unique()
+
+
+def write_results(start, images, split, used, seen, seed, args, out, probabilities, facts):
+    """predictions.csv, confusion.csv and metrics.json, which is returned."""
     test, classes = split == "test", images.classes
     copied = copies(images, split)[test]
     unseen = np.ones(test.sum(), bool) if seen is None else ~seen[test]
@@ -371,9 +408,6 @@ def write_results(start, images, split, used, seen, seed, args, out, model, prob
     header = ["label", "tp", "fp", "fn", "tn"] if images.multilabel else ["true \\ predicted", *classes]
     write_csv(out / "confusion.csv", header,
               ([c, *row] for c, row in zip(classes, metrics["test"]["confusion"])))
-    save(out / "best.pt", weights_file(model, **start.facts, class_names=classes,
-                                       multilabel=images.multilabel, epoch=facts["best_epoch"],
-                                       seed=args.seed, data=data.flags(args), config=vars(args)))
     write_json(out / "metrics.json", metrics)  # last: it says that the run is finished
 
     for key, note in (("test", ""), ("test_without_duplicates", f" without the {copied.sum()} that "

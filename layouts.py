@@ -73,7 +73,7 @@ def list_files(root):
         for entry in entries:
             if not entry.name.startswith((".", "__MACOSX")):
                 path = f"{folder}/{entry.name}" if folder else entry.name
-                (stack if entry.is_dir() else found).append(path)
+                (stack if os.path.isdir(entry.path) else found).append(path)
     return sorted(found)
 
 
@@ -291,12 +291,15 @@ def read_npz(file):
     try:
         with np.load(file, allow_pickle=False) as arrays:
             arrays = {key: arrays[key] for key in arrays.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:
+    except Exception as error:  # zip files and arrays break in many ways
         raise UserError(f"{file}: is no .npz file of plain arrays") from error
     splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
     if not splits or not all(f"{s}_labels" in arrays for s in splits):
         raise UserError(f"{file}: needs the arrays train_images and train_labels (and val_, test_), "
                         f"but holds {some(arrays, 9) or 'none'}")
+    sizes = {s: (len(arrays[f"{s}_images"]), len(arrays[f"{s}_labels"])) for s in splits}
+    if any(a != b for a, b in sizes.values()):
+        raise UserError(f"{file}: has another number of labels than of images: {sizes}")
     images = [a for s in splits for a in arrays[f"{s}_images"]]
     labels = np.concatenate([arrays[f"{s}_labels"].reshape(len(arrays[f"{s}_images"]), -1)
                              for s in splits])
@@ -339,12 +342,17 @@ def read(args):
         data.multilabel = True
     if args.split:
         data.given = read_split(args.split, data.names)
+        named = data.given != ""
+        if not named.all():
+            data.notes.append(f"left out, since {args.split} does not name them: "
+                              f"{some(np.array(data.names)[~named])}")
+            data.keep(named)
     return data
 
 
 def read_split(file, names):
     """(N,) "train", "val" or "test" of a CSV file with the columns path and split, such as a run
-    writes. Raises UserError unless it names every image once."""
+    writes; "" for images that it does not name. Raises UserError where it names others."""
     header, rows, lines = _csv_rows(file)
     if not {"path", "split"} <= set(header):
         raise UserError(f"{file}: needs the columns path and split (--split)")
@@ -357,7 +365,7 @@ def read_split(file, names):
     if len(given) < len(rows):
         twice = [p for p, n in Counter(row[path] for row in rows).items() if n > 1]
         raise UserError(f"{file}: names images twice: {some(twice)}")
-    missing = [name for name in names if name not in given]
+    missing = [path for path in given if path not in set(names)]
     if missing:
-        raise UserError(f"{file}: says nothing of {len(missing)} images: {some(missing)}")
-    return np.array([given[name] for name in names])
+        raise UserError(f"{file}: names {len(missing)} images that are not there: {some(missing)}")
+    return np.array([given.get(name, "") for name in names])

@@ -20,16 +20,14 @@ def world():
 
 
 def start(device):
-    """Join the other processes; returns the device of this one."""
+    """Join the other processes, each with a device of its own."""
     if world() == 1:
-        return device
+        return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     if rank():
         sys.stdout = open(os.devnull, "w")
-    return device
 
 
 def over_all(tensor, op="SUM"):

@@ -36,6 +36,17 @@ OUTPUTS = ("cnn.pt", "vit.pt", "last.pt", "log.jsonl", "config.json", "split.csv
 MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every", "epochs"}
 
 
+class KeyValues(ParseKwargs):
+    """timm's KEY=VALUE arguments, with one line for what is none."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = [v for v in values if "=" not in v or v.split("=")[0] in ("img_size", "init", "name")]
+        if wrong:
+            parser.error(f"{option_string}: {wrong[0]} is no KEY=VALUE argument for timm.create_model "
+                         f"(image size and initialisation have flags of their own)")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def parse_arguments():
     parser = cli.Parser(__doc__)
     add = parser.add_argument
@@ -45,7 +56,7 @@ def parse_arguments():
     add("--vit", default="vit_base_patch16_384.augreg_in21k_ft_in1k", metavar="NAME",
         help="second arm, any timm model")
     for arm in ("cnn", "vit"):
-        add(f"--{arm}-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
+        add(f"--{arm}-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
             help="arguments for timm.create_model, such as patch_size=8")
     add("--img-size", type=cli.positive, default=384, help="side of the images in pixels (F.2.2)")
     add("--init", default="imagenet", metavar="WHAT",
@@ -56,17 +67,17 @@ def parse_arguments():
         help="on the logits before the loss (Table 21)")
     add("--epochs", type=cli.positive, default=100, help="passes over the training images")
     add("--bs", "--batch-size", type=cli.positive, default=16, help="images in a step")
-    add("--lr", type=float, default=1e-3, help="learning rate of both arms (F.2.3)")
-    add("--min-lr", type=float, default=1e-6, help="its minimum (F.2.3)")
+    add("--lr", type=cli.rate, default=1e-3, help="learning rate of both arms (F.2.3)")
+    add("--min-lr", type=cli.rate, default=1e-6, help="its minimum (F.2.3)")
     add("--t-max", type=cli.t_max, default=16, metavar="N",
         help="iterations from --lr down to --min-lr, and up again (F.2.3), or: run, one descent")
     add("--cnn-optimizer", default="adam", choices=["adam", "sgd"], help="Table 9")
-    add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--swa-start", type=float, default=0.75, help="share of the run before averaging begins")
+    add("--momentum", type=cli.rate, default=0.9, help="of SGD")
+    add("--swa-start", type=cli.rate, default=0.75, help="share of the run before averaging begins")
     add("--no-swa", action="store_true", help="save the last weights, not averaged ones")
     add("--blur", action="store_true", help="add Gaussian blur (Table 8)")
     add("--solarize", action="store_true", help="add solarization (Table 8)")
-    add("--seed", type=int, default=0, help="decides the split and everything after it")
+    add("--seed", type=cli.count, default=0, help="decides the split and everything after it")
     add("--out", default=".", metavar="DIR", help="output folder")
     add("--compile", action="store_true", help="torch.compile the step")
     add("--grad-checkpointing", action="store_true",
@@ -74,13 +85,15 @@ def parse_arguments():
     cli.add_run_arguments(parser)
     args = parser.parse_args()
     state = None
+    if args.demo and args.data:
+        parser.error("--demo draws its own images; leave out --data")
     if args.resume:
         last = Path(args.out) / "last.pt" if args.resume is True else Path(args.resume)
         if last.exists() or args.resume is not True:
-            state = checkpoint.load_training(last)
+            state = checkpoint.load_training(last, "pretrain.py")
             parser.set_defaults(out=str(last.parent))
             args = cli.parse_again(parser, state["args"], MAY_CHANGE, last)
-            check_epochs(args, state, last)
+            check_resumable(args, state, last)
         elif args.data or args.demo:
             print(f"{last}: not there, so the run starts from the beginning")
     if args.demo and state is None:
@@ -92,8 +105,12 @@ def parse_arguments():
     return args, state
 
 
-def check_epochs(args, state, last):
-    """--epochs may grow on resuming, unless that would change what was already done."""
+def check_resumable(args, state, last):
+    """--epochs may grow on resuming, unless that would change what was already done; the number of
+    processes may not change, since the batches would."""
+    if state["processes"] != parallel.world():
+        raise UserError(f"{last}: was made by {state['processes']} processes, not {parallel.world()}: "
+                        f"torchrun --nproc-per-node {state['processes']}")
     before = state["args"]["epochs"]
     if args.epochs != before and (args.epochs < before or state["swa"] or args.t_max == "run"):
         raise UserError(f"{last}: was made with --epochs {before}; it may only be lengthened, and "
@@ -102,13 +119,15 @@ def check_epochs(args, state, last):
 
 def main():
     args, state = parse_arguments()
-    device = parallel.start(cli.pick_device(args.device))
+    device = cli.pick_device(args.device)
+    parallel.start(device)
     amp = cli.pick_amp(args.amp, device)
     out = Path(args.out)
     if state is None:
         cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
-        if args.demo and parallel.rank() == 0:
-            demo.draw(Path(args.data), args.seed)
+        with parallel.process_0_first():
+            if args.demo and parallel.rank() == 0:
+                demo.draw(Path(args.data), args.seed)
     elif state["epoch"] >= args.epochs and all((out / name).exists() for name in OUTPUTS):
         print(f"{out}: the run is finished")
         return
@@ -129,9 +148,9 @@ def main():
         raise UserError(f"{args.data}: the training images are not those that the run began with")
 
     if parallel.rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in OUTPUTS if state is None else ():
-            (out / name).unlink(missing_ok=True)
+        checkpoint.start_folder(out, OUTPUTS, fresh=state is None)
+        if state is not None and state["epoch"] < args.epochs:  # weights of a shorter run
+            checkpoint.start_folder(out, ("cnn.pt", "vit.pt"), fresh=True)
         write_csv(out / "split.csv", data.SPLIT_HEADER, data.split_rows(images, split))
         write_csv(out / "duplicates.csv", data.DUPLICATES_HEADER, data.duplicate_rows(images, split))
         write_json(out / "config.json", {
@@ -144,7 +163,8 @@ def main():
                        transform=data.augmentation(args.img_size, args.blur, args.solarize))
     batches = data.Batches(len(views), args.bs, args.seed, rank=parallel.rank(), world=parallel.world())
     swa = train(method, data.loader(views, batches, device, args.workers), args, device, amp, out,
-                {"args": vars(args), "seen": hashes}, state)
+                {"script": "pretrain.py", "args": vars(args), "seen": hashes,
+                 "processes": parallel.world()}, state)
     if parallel.rank():
         return
 
@@ -152,6 +172,9 @@ def main():
     batches.epoch = args.epochs
     with torch.autocast(device.type, amp, enabled=amp is not None):
         trained = swa.finish(lambda: on_device(data.loader(views, batches, device, args.workers), device))
+    for file in (args.init_cnn, args.init_vit):  # what the initial weights saw counts too
+        if file not in (None, "imagenet", "random"):
+            hashes = torch.cat([hashes, checkpoint.seen_by(file)]).unique()
     for arm, name in (("cnn", args.cnn), ("vit", args.vit)):
         save(out / f"{arm}.pt", weights_file(
             trained[arm], arch=name, arm=arm, model_kwargs=kwargs[arm], img_size=args.img_size,
@@ -173,7 +196,10 @@ def build_method(args, resuming):
         arms[arm], kwargs[arm] = make_arm(f"--{arm}", name, init, args.img_size,
                                           **getattr(args, f"{arm}_kwargs"))
         if args.grad_checkpointing:
-            arms[arm].set_grad_checkpointing()
+            try:
+                arms[arm].set_grad_checkpointing()
+            except (AssertionError, AttributeError) as error:
+                raise UserError(f"--grad-checkpointing: timm has none for {name}") from error
     method = CASS(**arms, head_act=args.head_act)
     try:
         method.check_pair(args.img_size)
@@ -229,7 +255,8 @@ def train(method, loader, args, device, amp, out, facts, state=None):
     at = {"epoch": 0, "batch": 0, "iteration": 0, "loss": 0.0, "seconds": 0.0, "log": []}
     if state is not None:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name] or name != "scaler":  # a scaler that was off has no state
+                part.load_state_dict(state[name])
         at = {key: state[key] for key in at}
         checkpoint.set_random_state(state["rng"])
         if parallel.rank() == 0:

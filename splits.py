@@ -88,6 +88,9 @@ def make_split(data, seed, seen=None, allow_seen=False):
     drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
     pool = (split == "") | (split == "train")
     split[pool] = "train"
+    if not pool.any():
+        raise UserError(f"{data.path}: the given split leaves no image for training")
+    _refuse_parted_groups(data, split)
     if not drawn or not data.classes:
         return split
     unit = np.unique(units(data)[pool], return_inverse=True)[1]
@@ -113,6 +116,18 @@ def make_split(data, seed, seen=None, allow_seen=False):
         start += rest * share / sum(shares.values())
     split[pool] = which[unit]
     return split
+
+
+def _refuse_parted_groups(data, split):
+    """Raise UserError where a split that was given puts a group on two sides."""
+    if data.groups is not None:
+        sides = defaultdict(set)
+        for group, side in zip(data.groups, split):
+            sides[group].add(side)
+        parted = [group for group, names in sides.items() if len(names) > 1]
+        if parted:
+            raise UserError(f"{data.path}: the given split parts {len(parted)} of {len(sides)} groups "
+                            f"({some(parted)}); give another, or leave out --group-col")
 
 
 def label_fraction(data, train, frac, seed):

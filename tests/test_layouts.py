@@ -236,7 +236,10 @@ def test_a_split_of_ones_own(folder, tmp_path):
     file.write_text("\n".join(["path,split", *lines]))
     given = read(flags(folder, split=str(file))).given
     assert given.tolist() == ["test" if i % 3 else "train" for i in range(30)]
-    for text, message in (("path,split\n" + "\n".join(lines[1:]), "nothing of 1"),
+    file.write_text("path,split\n" + "\n".join(lines[1:]))
+    images = read(flags(folder, split=str(file)))
+    assert len(images) == 29 and "a/0.png" in images.notes[0]  # what it does not name is left out
+    for text, message in (("path,split\n" + "\n".join([*lines, "a/no.png,test"]), "names 1 images"),
                           ("path,split\na/0.png,later", "line 2: later"),
                           ("name,split\na,b", "columns path and split"),
                           ("\n".join(["path,split", *lines, lines[0]]), "twice")):
