@@ -36,11 +36,13 @@ def kill_and_resume(script, kills, arguments, folder, seed=0):
     last = folder / "cut" / "last.pt"
     for kill in range(kills):
         process = subprocess.Popen(command(script, folder / "cut", [*arguments, "--resume"]), **quiet)
-        began, before = time.perf_counter(), last.exists() and last.stat().st_mtime_ns
-        if rng.random() < 0.7:  # at work: after the next checkpoint; otherwise at any moment
+        before = last.exists() and last.stat().st_mtime_ns
+        if rng.random() < 0.7:  # at work, and so that the run outlives the kills
             while process.poll() is None and before == (last.exists() and last.stat().st_mtime_ns):
                 time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.3 * seconds if time.perf_counter() - began > 1 else seconds))
+            time.sleep(rng.uniform(0, 1.5 * seconds / max(kills, 5)))
+        else:  # at any moment, the first seconds included
+            time.sleep(rng.uniform(0, min(seconds, 8)))
         process.kill()
         error = process.communicate()[1]
         assert process.returncode in (0, -9), error
