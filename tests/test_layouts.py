@@ -96,7 +96,8 @@ def test_names_with_spaces_and_other_letters_and_a_folder_named_like_an_image(tm
 def test_links_are_followed_once(tmp_path):
     draw_classes(tmp_path / "d", {"a": 2, "b": 2})
     (tmp_path / "d/a/loop").symlink_to(tmp_path / "d")
-    assert len(read(flags(tmp_path / "d"))) == 4
+    (tmp_path / "d/a/itself.png").symlink_to("itself.png")
+    assert len(read(flags(tmp_path / "d"))) == 5  # decoding will name the one that is none
 
 
 # CSV files
@@ -283,11 +284,14 @@ def test_bad_npz_files_are_refused_and_not_run(tmp_path):
 
     for arrays, message in (({"x": np.zeros(2)}, "needs the arrays"),
                             ({**medmnist(), "train_images": np.array([Bomb()] * 9)}, "plain arrays"),
+                            ({**medmnist(), "val_labels": np.zeros((6, 1), int)}, "another number"),
                             ({**medmnist(), "val_images": np.zeros((3, 28, 28))}, "uint8")):
         np.savez(file, **arrays)
         with pytest.raises(UserError, match=message):
             read(flags(file))
     assert not (tmp_path / "ran").exists()
-    file.write_bytes(b"not a zip")
-    with pytest.raises(UserError, match="plain arrays"):
-        read(flags(file))
+    np.savez(file, **medmnist())
+    for broken in (b"not a zip", file.read_bytes()[:500]):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match="plain arrays"):
+            read(flags(file))

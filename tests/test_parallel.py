@@ -107,6 +107,9 @@ def test_a_whole_run_on_two_processes(tmp_path):
     np.testing.assert_allclose([x["loss"] for x in logs[0]], [x["loss"] for x in logs[1]], rtol=0.05)
     two, one = (torch.load(tmp_path / n / "vit.pt", weights_only=True) for n in ("two", "one"))
     assert two["swa_snapshots"] == one["swa_snapshots"] >= 1
+    alone = subprocess.run([sys.executable, ROOT / "pretrain.py", "--resume", "two/last.pt"], cwd=tmp_path,
+                           capture_output=True, text=True)
+    assert alone.returncode == 2 and "made by 2 processes" in alone.stderr
     resumed = torchrun(ROOT / "pretrain.py", "--resume", "two/last.pt", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
 

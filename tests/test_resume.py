@@ -87,6 +87,44 @@ def test_finetuning_cut_anywhere(pretrained, tmp_path, script, cut_after, cut):
     assert not (tmp_path / "resumed/last.pt").exists()
 
 
+def test_finetuning_goes_on_from_a_folder_that_was_moved(pretrained, tmp_path, script, cut_after):
+    command = ["--ckpt", pretrained / "cnn.pt", "--epochs", 4, "--bs", 8]
+    assert script(finetune, *command, "--out", tmp_path / "uncut")[0] == 0
+    mend = cut_after(7)
+    with pytest.raises(Cut):
+        script(finetune, *command, "--save-every", 1, "--out", tmp_path / "old")
+    mend()
+    (tmp_path / "old").rename(tmp_path / "moved")
+    status, _, err = script(finetune, "--resume", tmp_path / "moved/last.pt")
+    assert status == 0, err
+    assert same(tmp_path / "uncut/best.pt", tmp_path / "moved/best.pt")
+    assert not (tmp_path / "old").exists()
+
+
+def test_finetuning_refuses_to_go_on_with_other_data(pretrained, folder, tmp_path, script, cut_after):
+    command = ["--ckpt", pretrained / "cnn.pt", "--epochs", 4, "--bs", 8, "--out", tmp_path / "tuned"]
+    mend = cut_after(7)
+    with pytest.raises(Cut):
+        script(finetune, *command, "--save-every", 1)
+    mend()
+    (folder / "a/0.png").rename(folder / "b/new.png")
+    status, _, err = script(finetune, *command, "--resume")
+    assert status == 2 and "not those that the run" in one_line(err)
+
+
+def test_a_resumed_finished_finetuning_trains_nothing(pretrained, tmp_path, script, cut_after):
+    command = ["--ckpt", pretrained / "cnn.pt", "--epochs", 3, "--out", tmp_path / "tuned"]
+    assert script(finetune, *command)[0] == 0
+    kept = {name: (tmp_path / "tuned" / name).read_text() for name in ("confusion.csv", "predictions.csv",
+                                                                     "log.jsonl")}
+    for name in kept:
+        (tmp_path / "tuned" / name).unlink()
+    cut_after(1)  # no step may be taken
+    status, _, err = script(finetune, *command, "--resume")
+    assert status == 0, err
+    assert kept == {name: (tmp_path / "tuned" / name).read_text() for name in kept}
+
+
 def test_other_flags_come_from_the_checkpoint(folder, tmp_path, script, cut_after):
     mend = cut_after(9)
     with pytest.raises(Cut):
@@ -148,6 +186,8 @@ def test_resume_refuses_what_it_cannot_go_on_from(folder, tmp_path, script):
     status, _, err = script(pretrain, "--resume", tmp_path / "other.pt")
     assert status == 2 and "no training state" in one_line(err)
     assert script(pretrain, "--data", folder, *LONG, "--out", tmp_path / "run")[0] == 0
+    status, _, err = script(finetune, "--resume", tmp_path / "run/last.pt")
+    assert status == 2 and "no training state of finetune.py" in one_line(err)
     (folder / "a/0.png").write_bytes((folder / "a/1.png").read_bytes())
     (tmp_path / "run/cnn.pt").unlink()
     status, _, err = script(pretrain, "--resume", tmp_path / "run/last.pt")

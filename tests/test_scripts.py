@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -345,6 +346,12 @@ def spoil(folder):
     (["--data", "images", "--devise", "cpu"], "--devise"),
     (["--data", "images", "--device", "cuda:77"], "--device cuda:77"),
     (["--data", "images", "--t-max", "0"], "--t-max"),
+    (["--data", "images", "--lr", "-1"], "--lr"),
+    (["--data", "images", "--lr", "nan"], "--lr"),
+    (["--data", "images", "--seed", "-1"], "--seed"),
+    (["--data", "images", "--vit-kwargs", "patch_size"], "patch_size is no KEY=VALUE"),
+    (["--data", "images", "--vit-kwargs", "img_size=64"], "flags of their own"),
+    (["--data", "images", "--demo"], "--demo draws its own"),
     (["--data", "images", "--out", "images/a/1.png"], "--out"),
 ])
 def test_pretraining_refuses(folder, script, monkeypatch, arguments, message):
@@ -353,6 +360,48 @@ def test_pretraining_refuses(folder, script, monkeypatch, arguments, message):
     assert status == 2
     import re
     assert re.search(message, one_line(err)), err
+
+
+def test_file_names_of_any_bytes(folder, tmp_path, script):
+    odd = os.fsencode(folder) + b"/a/M\xfcller.png"
+    with open(odd, "wb") as file:
+        file.write((folder / "a/1.png").read_bytes())
+    status, out, err = script(pretrain, "--data", folder, *ARMS, "--epochs", 1, "--out", tmp_path / "run")
+    assert status == 0, err
+    assert b"a/M\xfcller.png," in (tmp_path / "run/split.csv").read_bytes()
+
+
+def test_flags_beside_a_checkpoint_count(pretrained, folder, tmp_path, script):
+    split = rows(pretrained / "split.csv")
+    own = {r["path"]: "test" if r["split"] == "val" else "val" if r["split"] == "test" else "train"
+           for r in split}
+    (tmp_path / "own.csv").write_text("path,split\n" + "\n".join(map(",".join, own.items())))
+    (folder / "zz.png").write_bytes(b"")
+    (folder / "zz.png").rename(folder / "a/zz.png")
+    status, _, err = script(finetune, "--ckpt", pretrained / "cnn.pt", "--split", tmp_path / "own.csv",
+                            "--multilabel", "--epochs", 1)
+    assert status == 0, err
+    metrics = json.loads((pretrained / "finetune_cnn_1/metrics.json").read_text())
+    assert metrics["multilabel"] and metrics["n_test"] == 3
+    status, _, err = script(finetune, "--ckpt", pretrained / "cnn.pt", "--out", tmp_path / "f")
+    assert status == 2 and "a/zz.png" in one_line(err)
+    assert script(finetune, "--ckpt", pretrained / "cnn.pt", "--skip-bad", "--epochs", 1,
+                  "--out", tmp_path / "f")[0] == 0
+    for flag in (["--seed", 7], ["--init", "random"]):
+        status, _, err = script(finetune, "--ckpt", pretrained / "cnn.pt", *flag)
+        assert status == 2 and "go with --arch" in one_line(err)
+
+
+def test_what_a_fine_tuned_model_saw_is_known_too(pretrained, folder, tmp_path, script):
+    assert script(finetune, "--ckpt", pretrained / "cnn.pt", "--epochs", 1, "--out", tmp_path / "f")[0] == 0
+    seen = weights(tmp_path / "f/best.pt")["seen"]
+    assert len(seen) == sum(r["split"] != "test" for r in rows(tmp_path / "f/split.csv"))
+    again = ["--arch", "test_resnet", "--init", pretrained / "cnn.pt", "--img-size", 32, "--data", folder]
+    assert script(finetune, *again, "--seed", 5, "--epochs", 1, "--out", tmp_path / "g")[0] == 0
+    metrics = json.loads((tmp_path / "g/metrics.json").read_text())
+    assert metrics["n_test_seen"] == 0 and metrics["n_train"] >= 21
+    test = {r["path"] for r in rows(tmp_path / "g/predictions.csv")}
+    assert not test & {r["path"] for r in rows(pretrained / "split.csv") if r["split"] == "train"}
 
 
 def test_unreadable_images_are_named_before_training(folder, tmp_path, script):

@@ -73,6 +73,18 @@ def test_groups_and_identical_images_stay_together():
     assert 680 <= (split == "train").sum() <= 720 and 180 <= (split == "test").sum() <= 220
 
 
+def test_a_given_split_that_parts_groups_is_refused():
+    given = ["test" if i % 5 == 0 else "train" for i in range(100)]
+    images = a_set(long_tailed(100), given, groups=[f"p{i // 2}" for i in range(100)])
+    with pytest.raises(UserError, match="parts 20 of 50 groups.*p0.*--group-col"):
+        make_split(images, 0)
+
+
+def test_a_split_without_training_images_is_refused():
+    with pytest.raises(UserError, match="no image for training"):
+        make_split(a_set(long_tailed(10), ["test"] * 10), 0)
+
+
 def test_units_join_what_is_linked_in_a_chain():
     images = a_set([0] * 6, groups=list("aabbcd"), hashes=[1, 2, 2, 3, 4, 5])
     unit = units(images)
