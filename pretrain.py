@@ -59,8 +59,8 @@ def parse_arguments():
         add(f"--{arm}-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
             help="arguments for timm.create_model, such as patch_size=8")
     add("--img-size", type=cli.positive, default=384, help="side of the images in pixels (F.2.2)")
-    add("--init", default="imagenet", metavar="WHAT",
-        help="imagenet (timm's download) or random, for both arms (Table 20)")
+    add("--init", default="imagenet", choices=["imagenet", "random"],
+        help="of both arms (Table 20); imagenet: timm's download")
     for arm in ("cnn", "vit"):
         add(f"--init-{arm}", metavar="WHAT", help="imagenet, random or a weights file, for one arm")
     add("--head-act", default="none", choices=["none", "sigmoid", "softmax"],
