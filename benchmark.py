@@ -98,6 +98,7 @@ def compare_loaders(name, paths, size, workers, rounds, directory):
 
 
 def benchmark_data(args):
+    """Both loaders at three sizes, on the folder and on large JPEGs."""
     rng, rows = np.random.default_rng(0), []
     paths = sorted(rng.permutation(read_folder(args.data).sources)[:args.images].tolist())
     with tempfile.TemporaryDirectory() as folder:
@@ -122,6 +123,7 @@ PRESETS = {
 
 
 def arms_of(setup):
+    """The two arms of a preset, the same every time."""
     torch.manual_seed(0)
     return [build_arm(setup["cnn"], setup["img_size"])[0],
             build_arm(setup["vit"], setup["img_size"], **setup["vit_kwargs"])[0]]
@@ -181,6 +183,7 @@ def our_loop(setup, device, paths, out, in_memory=False):
 
 
 def ceiling_loop(*arguments):
+    """(c)"""
     return our_loop(*arguments, in_memory=True)
 
 
@@ -220,6 +223,7 @@ def matrix_peak(device, dtype):
 
 
 def benchmark_step(args):
+    """The three loops in turn, each in a process of its own."""
     setup = {**PRESETS[args.preset], "bs": args.bs, "workers": args.workers, "amp": args.amp,
              "device": args.device, "compile": args.compile}
     setup["img_size"] = args.img_size or setup["img_size"]

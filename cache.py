@@ -134,8 +134,9 @@ def _key(source):
 def decode_all(sources, size, name, directory):
     """Check and decode all images, in parallel with a progress bar.
 
-    sources: list of sources (str) or arrays, as decode() takes them; size: pixels of a side; name: of the data set, for the file in `directory`
-    (None: nothing is kept and DecodedImages decodes again and again).
+    sources: list of paths (str) or arrays, as decode() takes them; size: pixels of a side; name: of
+    the data set, for the file in `directory` (None: nothing is kept and DecodedImages decodes again
+    and again).
     Returns (table, images, bad): table (N,) of ROW, images DecodedImages, bad {index: reason}.
     Raises UserError where the file cannot be written.
     """

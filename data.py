@@ -238,8 +238,9 @@ def add_arguments(parser, positional=False):
                         help="decode every image again in every epoch")
 
 
+# what a checkpoint carries, so that fine-tuning finds the same data
 FLAGS = ("data", "images", "image_col", "label_col", "label_sep", "multilabel", "group_col",
-         "unlabelled", "split", "skip_bad", "dedup")  # what a checkpoint carries, so that fine-tuning finds the same data
+         "unlabelled", "split", "skip_bad", "dedup")
 
 
 def make_absolute(args):

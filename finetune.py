@@ -40,6 +40,7 @@ MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_
 
 
 def parse_arguments():
+    """The arguments, and the state of --resume FILE or None."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", metavar="FILE", help="cnn.pt or vit.pt of pretrain.py")
@@ -199,8 +200,9 @@ def main():
         write_csv(folder / "split.csv", data.SPLIT_HEADER, data.split_rows(images, split, used[seed]))
         write_csv(folder / "duplicates.csv", data.DUPLICATES_HEADER,
                   data.duplicate_rows(images, split))
-        results.append(finetune(start, images, split, used[seed], seen, seed, args, device, amp,
-                                folder, digest_now, state))
+        results.append(finetune(SimpleNamespace(
+            start=start, images=images, split=split, used=used[seed], seen=seen, seed=seed, args=args,
+            device=device, amp=amp, out=folder, digest=digest_now), state))
     if len(results) > 1:
         summary = summarize(results)
         write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
@@ -236,10 +238,14 @@ def summarize(results):
     return summary
 
 
-def finetune(start, images, split, used, seen, seed, args, device, amp, out, digest_now,
-             state):
-    """Train on the used labels, keep the epoch of the lowest validation loss, test once."""
-    torch.manual_seed(seed)
+def finetune(run, state=None):
+    """Train on the used labels, keep the epoch of the lowest validation loss, test once.
+
+    run: what main() settled; state: of a last.pt or best.pt to go on from. Returns the metrics.
+    """
+    start, images, args, device, amp, out = (run.start, run.images, run.args, run.device, run.amp,
+                                             run.out)
+    torch.manual_seed(run.seed)
     model = start.make()
     model.reset_classifier(len(images.classes))
     if args.mode == "linear":
@@ -253,16 +259,16 @@ def finetune(start, images, split, used, seen, seed, args, device, amp, out, dig
 
     def batches_of(mask, transform=None):
         index = mask.nonzero()[0]
-        views = data.Views(images.images, index, transform, targets[index], seed)
-        batches = data.Batches(len(index), args.bs, None if transform is None else seed,
+        views = data.Views(images.images, index, transform, targets[index], run.seed)
+        batches = data.Batches(len(index), args.bs, None if transform is None else run.seed,
                                drop_single=transform is not None)
         return batches, data.loader(views, batches, device, args.workers)
 
-    train_batches, train_loader = batches_of(used, transform)
-    _, val_loader = batches_of(split == "val")
-    _, test_loader = batches_of(split == "test")
+    train_batches, train_loader = batches_of(run.used, transform)
+    _, val_loader = batches_of(run.split == "val")
+    _, test_loader = batches_of(run.split == "test")
 
-    counts = images.labels[used].sum(0)
+    counts = images.labels[run.used].sum(0)
     weights = class_weights(counts, args.class_weights).to(device)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr,
                                  fused=True)
@@ -298,8 +304,8 @@ def finetune(start, images, split, used, seen, seed, args, device, amp, out, dig
 
     def write(**progress):
         at.update(progress, seconds=time.perf_counter() - began)
-        save(out / "last.pt", {"script": "finetune.py", "args": vars(args), "seed": seed,
-                               "digest": digest_now, **at, "rng": checkpoint.random_state(),
+        save(out / "last.pt", {"script": "finetune.py", "args": vars(args), "seed": run.seed,
+                               "digest": run.digest, **at, "rng": checkpoint.random_state(),
                                **{name: part.state_dict() for name, part in parts.items()}})
 
     if state is not None and at["best_state"] is None and at["best_epoch"]:
@@ -331,7 +337,7 @@ def finetune(start, images, split, used, seen, seed, args, device, amp, out, dig
                     signals.leave(f"{out / 'last.pt'} holds epoch {epoch + 1}; --resume goes on")
             val_loss, val_probabilities = evaluate(val_loader)
             stop_if_not_finite(loss_sum + val_loss, epoch)
-            val = scores(images, split == "val", val_probabilities)
+            val = scores(images, run.split == "val", val_probabilities)
             if val_loss < at["best_loss"]:
                 at.update(best_loss=val_loss, best_epoch=epoch + 1, best_val=val,
                           best_state=copy.deepcopy(model.state_dict()))
@@ -350,13 +356,9 @@ def finetune(start, images, split, used, seen, seed, args, device, amp, out, dig
 
     model.load_state_dict(at["best_state"])
     at.update(best_state=None, seconds=time.perf_counter() - began)
-    save(out / "best.pt", weights_file(
-        model, **start.facts, class_names=images.classes, multilabel=images.multilabel,
-        epoch=at["best_epoch"], seed=args.seed, seen=seen_hashes(start, images, split != "test"),
-        data=data.flags(args), config=vars(args), training={**at, "digest": digest_now}))
-    checkpoint.write_json_lines(out / "log.jsonl", at["log"])
+    write_best(run, model, at)
     _, probabilities = evaluate(test_loader)
-    metrics = write_results(start, images, split, used, seen, seed, args, out, probabilities, {
+    metrics = write_results(run, probabilities, {
         "best_epoch": at["best_epoch"], "epochs": at["epoch"], "val_loss": at["best_loss"],
         "val": at["best_val"], "seconds": round(at["seconds"], 2), "class_weights": weights.tolist()})
     (out / "last.pt").unlink(missing_ok=True)
@@ -370,14 +372,22 @@ def scores(images, mask, probabilities):
     return multiclass_scores(images.labels[mask].argmax(1), probabilities, images.classes)
 
 
-def seen_hashes(start, images, mask):
-    """(n,) int64: hashes of the masked images and of those that the starting weights saw."""
-    own = torch.from_numpy(np.ascontiguousarray(images.table["hash"][mask]).view("int64"))
-    return own.unique() if start.seen is None else torch.cat([own, start.seen]).unique()
+def write_best(run, model, at):
+    """best.pt, which knows what the model saw and how training ended, and the last log.jsonl."""
+    seen = torch.from_numpy(run.images.table["hash"][run.split != "test"].view("int64"))
+    if run.start.seen is not None:
+        seen = torch.cat([seen, run.start.seen])
+    save(run.out / "best.pt", weights_file(
+        model, **run.start.facts, class_names=run.images.classes, multilabel=run.images.multilabel,
+        epoch=at["best_epoch"], seed=run.args.seed, seen=seen.unique(), data=data.flags(run.args),
+        config=vars(run.args), training={**at, "digest": run.digest}))
+    checkpoint.write_json_lines(run.out / "log.jsonl", at["log"])
 
 
-def write_results(start, images, split, used, seen, seed, args, out, probabilities, facts):
+def write_results(run, probabilities, facts):
     """predictions.csv, confusion.csv and metrics.json, which is returned."""
+    start, images, split, used, seen, args, out = (run.start, run.images, run.split, run.used,
+                                                   run.seen, run.args, run.out)
     test, classes = split == "test", images.classes
     copied = copies(images, split)[test]
     unseen = np.ones(test.sum(), bool) if seen is None else ~seen[test]
@@ -387,7 +397,7 @@ def write_results(start, images, split, used, seen, seed, args, out, probabiliti
 
     metrics = {
         "arch": start.facts["arch"], "arm": start.facts["arm"], "ckpt": args.ckpt, "mode": args.mode,
-        "frac": args.frac, "seed": seed, "split_seed": args.seed, "classes": classes,
+        "frac": args.frac, "seed": run.seed, "split_seed": args.seed, "classes": classes,
         "multilabel": images.multilabel, "n_train": int((split == "train").sum()),
         "n_labelled": int(used.sum()), "labelled": data.class_counts(images, used),
         "n_val": int((split == "val").sum()), "n_test": int(test.sum()),

@@ -78,6 +78,7 @@ def list_files(root):
 
 
 def is_image(path):
+    """By its ending."""
     return os.path.splitext(path)[1].lower() in EXTENSIONS
 
 

@@ -1,4 +1,4 @@
-"""One process per GPU under torchrun. Without torchrun there is one process, and nothing happens here."""
+"""One process per GPU under torchrun; without torchrun one process, and nothing happens here."""
 
 import contextlib
 import os

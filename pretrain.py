@@ -48,6 +48,7 @@ class KeyValues(ParseKwargs):
 
 
 def parse_arguments():
+    """The arguments, and the state to resume from or None."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     data.add_arguments(parser)
@@ -170,8 +171,9 @@ def main():
 
     batches = data.Batches(len(views), args.bs, args.seed)  # all images, in this process
     batches.epoch = args.epochs
+    all_images = data.loader(views, batches, device, args.workers)
     with torch.autocast(device.type, amp, enabled=amp is not None):
-        trained = swa.finish(lambda: on_device(data.loader(views, batches, device, args.workers), device))
+        trained = swa.finish(lambda: on_device(all_images, device))
     for file in (args.init_cnn, args.init_vit):  # what the initial weights saw counts too
         if file not in (None, "imagenet", "random"):
             hashes = torch.cat([hashes, checkpoint.seen_by(file)]).unique()
@@ -241,10 +243,12 @@ def train(method, loader, args, device, amp, out, facts, state=None):
     batches = loader.batch_sampler
     iterations = args.epochs * len(batches)
     t_max = max(iterations - 1, 1) if args.t_max == "run" else args.t_max
-    optimizers = {arm: torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, fused=True)
-                  if arm == "cnn" and args.cnn_optimizer == "sgd" else
-                  torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-                  for arm, model in method.arms.items()}
+    def make_optimizer(arm, model):
+        if arm == "cnn" and args.cnn_optimizer == "sgd":
+            return torch.optim.SGD(model.parameters(), args.lr, args.momentum, fused=True)
+        return torch.optim.Adam(model.parameters(), args.lr, fused=True)
+
+    optimizers = {arm: make_optimizer(arm, model) for arm, model in method.arms.items()}
     schedulers = {arm: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t_max, args.min_lr)
                   for arm, optimizer in optimizers.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)

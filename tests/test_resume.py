@@ -16,7 +16,8 @@ import pretrain
 from conftest import ARMS, ROOT, one_line, run
 from kill_and_resume import kill_and_resume
 
-# 21 training images, the last one alone and left out: four batches an epoch; snapshots from the second epoch on; drop paths draw random numbers
+# 21 training images, the last one alone and left out: four batches an epoch; snapshots from the
+# second epoch on; drop paths draw random numbers
 LONG = [*ARMS, "--epochs", 4, "--bs", 5, "--t-max", 3, "--swa-start", 0.3, "--vit-kwargs",
         "drop_path_rate=0.2"]
 

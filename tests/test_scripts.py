@@ -411,7 +411,8 @@ def test_unreadable_images_are_named_before_training(folder, tmp_path, script):
     line = one_line(err)
     assert status == 2 and "2 of 30" in line and "a/0.png" in line and "b/1.png (the file is empty)" in line
     assert not (tmp_path / "run").exists()
-    status, out, _ = script(pretrain, "--data", folder, *ARMS, "--epochs", 1, "--skip-bad", "--out", tmp_path / "run")
+    status, out, _ = script(pretrain, "--data", folder, *ARMS, "--epochs", 1, "--skip-bad",
+                            "--out", tmp_path / "run")
     assert status == 0 and "28 images" in out and "a/0.png" in out
 
 
