@@ -30,19 +30,29 @@ def command(script, out, arguments):
 def kill_and_resume(script, kills, arguments, folder, seed=0):
     """Returns how often the run was cut before its end. Raises AssertionError on other weights."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    began = time.perf_counter()
-    subprocess.run(command(script, folder / "uncut", arguments), check=True, **quiet)
-    seconds, rng, cut = time.perf_counter() - began, random.Random(seed), 0
-    last = folder / "cut" / "last.pt"
-    for kill in range(kills):
-        process = subprocess.Popen(command(script, folder / "cut", [*arguments, "--resume"]), **quiet)
+
+    def start(name, *more):
+        """The process, once it has written a checkpoint or ended."""
+        last = folder / name / "last.pt"
         before = last.exists() and last.stat().st_mtime_ns
-        if rng.random() < 0.7:  # at work, and so that the run outlives the kills
-            while process.poll() is None and before == (last.exists() and last.stat().st_mtime_ns):
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 1.5 * seconds / max(kills, 5)))
-        else:  # at any moment, the first seconds included
-            time.sleep(rng.uniform(0, min(seconds, 8)))
+        process = subprocess.Popen(command(script, folder / name, [*arguments, *more]), **quiet)
+        while process.poll() is None and before == (last.exists() and last.stat().st_mtime_ns):
+            time.sleep(0.002)
+        return process
+
+    began = time.perf_counter()
+    process, at_work = start("uncut"), time.perf_counter()
+    error = process.communicate()[1]
+    assert process.returncode == 0, error
+    starting, working = at_work - began, time.perf_counter() - at_work
+    rng, cut = random.Random(seed), 0
+    for kill in range(kills):
+        if kill % 4 < 3:  # at work, and so that the run outlives the kills
+            process = start("cut", "--resume")
+            time.sleep(rng.uniform(0, 1.5 * working / kills) if kill else 0)
+        else:  # before, or with the first steps
+            process = subprocess.Popen(command(script, folder / "cut", [*arguments, "--resume"]), **quiet)
+            time.sleep(rng.uniform(0, 1.2 * starting))
         process.kill()
         error = process.communicate()[1]
         assert process.returncode in (0, -9), error
