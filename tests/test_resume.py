@@ -239,3 +239,17 @@ def test_save_every():
     assert cli.save_every("20") == 20 and cli.save_every("10m") == 10.0
     assert cli.is_due(20, 40, 0) and not cli.is_due(20, 41, 0) and not cli.is_due(None, 20, 0)
     assert cli.is_due(0.5, 1, time.perf_counter() - 31) and not cli.is_due(0.5, 1, time.perf_counter())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 with a scaler needs a CUDA GPU")
+def test_fp16_scaling_trains_and_resumes(folder, tmp_path, script, cut_after):
+    arguments = ["--data", folder, *LONG, "--device", "cuda", "--amp", "fp16", "--save-every", 2]
+    mend = cut_after(9)
+    with pytest.raises(Cut):
+        script(pretrain, *arguments, "--out", tmp_path / "run")
+    mend()
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert state["scaler"]["scale"] > 1
+    status, _, err = script(pretrain, "--resume", tmp_path / "run/last.pt")
+    assert status == 0, err
+    assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run/cnn.pt").values())
