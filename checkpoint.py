@@ -109,6 +109,14 @@ def set_random_state(state):
         torch.cuda.set_rng_state(gpu_state, device)
 
 
+def restore(parts, state):
+    """Load {name: module, optimizer, ...} and the random generators from the dict of a last.pt."""
+    for name, part in parts.items():
+        if state[name] or name != "scaler":  # a scaler that was off has no state
+            part.load_state_dict(state[name])
+    set_random_state(state["rng"])
+
+
 def load_training(path, script):
     """The dict of a last.pt that this script wrote. Raises UserError."""
     state = load(path)

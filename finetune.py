@@ -31,7 +31,7 @@ from checkpoint import load_weights, save, weights_file, write_csv, write_json
 from cli import UserError
 from losses import class_weights, focal_loss
 from metrics import multiclass_scores, multilabel_scores
-from pretrain import KeyValues, make_arm, stop_if_not_finite
+from pretrain import KeyValues, half_cycle, make_arm, stop_if_not_finite
 from splits import copies, label_fraction
 
 OUTPUTS = ("best.pt", "metrics.json", "predictions.csv", "confusion.csv", "log.jsonl", "split.csv",
@@ -272,8 +272,7 @@ def finetune(run, state=None):
     weights = class_weights(counts, args.class_weights).to(device)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr,
                                  fused=True)
-    iterations = args.epochs * len(train_batches)
-    t_max = max(iterations - 1, 1) if args.t_max == "run" else args.t_max
+    t_max = half_cycle(args.t_max, args.epochs * len(train_batches))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t_max, args.min_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 
@@ -297,10 +296,7 @@ def finetune(run, state=None):
     if state is not None:
         at = {key: state[key] for key in at}
     if state is not None and "rng" in state:  # of last.pt; best.pt keeps but the end
-        for name, part in parts.items():
-            if state[name] or name != "scaler":  # a scaler that was off has no state
-                part.load_state_dict(state[name])
-        checkpoint.set_random_state(state["rng"])
+        checkpoint.restore(parts, state)
 
     def write(**progress):
         at.update(progress, seconds=time.perf_counter() - began)

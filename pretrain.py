@@ -234,6 +234,11 @@ def on_device(loader, device):
         yield data.normalize(images.to(device, non_blocking=True))
 
 
+def half_cycle(t_max, iterations):
+    """--t-max in iterations: "run" is one descent that ends with the last of them."""
+    return max(iterations - 1, 1) if t_max == "run" else t_max
+
+
 def train(method, loader, args, device, amp, out, facts, state=None):
     """Algorithm 1, from the beginning or from the state of a last.pt. Returns the SWA.
 
@@ -242,7 +247,8 @@ def train(method, loader, args, device, amp, out, facts, state=None):
     """
     batches = loader.batch_sampler
     iterations = args.epochs * len(batches)
-    t_max = max(iterations - 1, 1) if args.t_max == "run" else args.t_max
+    t_max = half_cycle(args.t_max, iterations)
+
     def make_optimizer(arm, model):
         if arm == "cnn" and args.cnn_optimizer == "sgd":
             return torch.optim.SGD(model.parameters(), args.lr, args.momentum, fused=True)
@@ -258,11 +264,8 @@ def train(method, loader, args, device, amp, out, facts, state=None):
              **{f"scheduler_{arm}": scheduler for arm, scheduler in schedulers.items()}}
     at = {"epoch": 0, "batch": 0, "iteration": 0, "loss": 0.0, "seconds": 0.0, "log": []}
     if state is not None:
-        for name, part in parts.items():
-            if state[name] or name != "scaler":  # a scaler that was off has no state
-                part.load_state_dict(state[name])
         at = {key: state[key] for key in at}
-        checkpoint.set_random_state(state["rng"])
+        checkpoint.restore(parts, state)
         if parallel.rank() == 0:
             checkpoint.write_json_lines(out / "log.jsonl", at["log"])
     step = method

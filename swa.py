@@ -1,7 +1,6 @@
 """Stochastic weight averaging (Izmailov et al., arXiv 1803.05407v3) as sections 3.1 and F.2.3 of
 the CASS paper (v6) ask for: the mean of an arm's weights at the ends of the annealing cycles."""
 
-import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
