@@ -50,11 +50,12 @@ class CASS(nn.Module):
 
     cnn, vit: any two models that map images to (N, C) logits of one C.
     head_act: "none", "sigmoid" or "softmax" on the logits before the loss (Table 21).
+    objective: the loss of both arms' (N, C) float32 logits; the paper's is equation 1.
     """
 
-    def __init__(self, cnn, vit, head_act="none"):
+    def __init__(self, cnn, vit, head_act="none", objective=cosine_loss):
         super().__init__()
-        self.cnn, self.vit = cnn, vit
+        self.cnn, self.vit, self.objective = cnn, vit, objective
         self.head_act = {"none": nn.Identity(), "sigmoid": nn.Sigmoid(),
                          "softmax": nn.Softmax(dim=1)}[head_act]
 
@@ -67,7 +68,7 @@ class CASS(nn.Module):
         """images: (N, 3, H, W) float, ImageNet-normalized, augmented once. Returns the mean loss."""
         R = self.cnn(images)
         T = self.vit(images)
-        return cosine_loss(self.head_act(R.float()), self.head_act(T.float()))
+        return self.objective(self.head_act(R.float()), self.head_act(T.float()))
 
     @torch.no_grad()
     def check_pair(self, img_size):

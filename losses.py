@@ -63,3 +63,6 @@ def class_weights(counts, kind="minmax"):
         inverse = 1 / counts.clamp(min=1)
         return inverse / inverse.mean()
     raise ValueError(f"kind must be minmax, inverse or none, not {kind!r}")
+
+
+OBJECTIVES = {"cosine": cosine_loss}

@@ -37,6 +37,25 @@ def over_all(tensor, op="SUM"):
     return tensor
 
 
+def gather(x):
+    """(n, ...) of this process -> (N, ...) of all, in the order of their ranks; n may differ.
+
+    For losses over the whole batch under DistributedDataParallel, which averages gradients over the
+    processes: the gradient into x is multiplied by their number, so that the mean is the sum.
+    """
+    if world() == 1:
+        return x
+    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    largest = max(map(int, sizes))
+    padded = torch.cat([x.detach(), x.new_zeros(largest - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(world())]
+    dist.all_gather(parts, padded)
+    parts = [part[:int(n)] for part, n in zip(parts, sizes)]
+    parts[rank()] = x * world() - x.detach() * (world() - 1)
+    return torch.cat(parts)
+
+
 @contextlib.contextmanager
 def process_0_first():
     """Others enter when process 0 has left (the decoded images are made once)."""

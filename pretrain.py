@@ -26,12 +26,18 @@ import checkpoint
 import cli
 import data
 import demo
+import health
+import losses
 import parallel
 from cass import CASS, build_arm
 from checkpoint import load_state_dict, save, weights_file, write_csv, write_json
 from cli import UserError
+from dino import DINO, multi_crop
 from swa import SWA
 
+METHODS = {"cass": (("cnn", "vit"),), "dino": (("cnn",), ("vit",))}  # arms that train together
+CASS_ONLY = ("head_act", "objective", "fail_on_collapse", "t_max", "cnn_optimizer", "momentum",
+             "swa_start", "no_swa", "blur", "solarize")
 OUTPUTS = ("cnn.pt", "vit.pt", "last.pt", "log.jsonl", "config.json", "split.csv", "duplicates.csv")
 MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every", "epochs"}
 
@@ -53,6 +59,8 @@ def parse_arguments():
     add = parser.add_argument
     data.add_arguments(parser)
     add("--demo", action="store_true", help="draw labelled images to OUT/demo_images; small arms")
+    add("--method", default="cass", choices=list(METHODS),
+        help="dino: what the paper compares with, one arm after the other (dino.py)")
     add("--cnn", default="resnet50.a1_in1k", metavar="NAME", help="first arm, any timm model")
     add("--vit", default="vit_base_patch16_384.augreg_in21k_ft_in1k", metavar="NAME",
         help="second arm, any timm model")
@@ -64,11 +72,16 @@ def parse_arguments():
         help="of both arms (Table 20); imagenet: timm's download")
     for arm in ("cnn", "vit"):
         add(f"--init-{arm}", metavar="WHAT", help="imagenet, random or a weights file, for one arm")
+    add("--objective", default="cosine", choices=list(losses.OBJECTIVES),
+        help="cosine: equation 1; the others do not let the arms collapse (README)")
+    add("--fail-on-collapse", action="store_true",
+        help="stop with status 1 after an epoch whose logits have collapsed")
     add("--head-act", default="none", choices=["none", "sigmoid", "softmax"],
         help="on the logits before the loss (Table 21)")
     add("--epochs", type=cli.positive, default=100, help="passes over the training images")
     add("--bs", "--batch-size", type=cli.positive, default=16, help="images in a step")
-    add("--lr", type=cli.rate, default=1e-3, help="learning rate of both arms (F.2.3)")
+    add("--lr", type=cli.rate,
+        help="learning rate of both arms (default: 1e-3, F.2.3; dino: 5e-4 · bs / 256)")
     add("--min-lr", type=cli.rate, default=1e-6, help="its minimum (F.2.3)")
     add("--t-max", type=cli.t_max, default=16, metavar="N",
         help="iterations from --lr down to --min-lr, and up again (F.2.3), or: run, one descent")
@@ -83,6 +96,8 @@ def parse_arguments():
     add("--compile", action="store_true", help="torch.compile the step")
     add("--grad-checkpointing", action="store_true",
         help="recompute activations in the backward pass: less memory, more time")
+    add("--dino-outputs", type=cli.positive, default=65536, metavar="K", help="of DINO's head")
+    add("--dino-crops", type=cli.count, default=8, metavar="N", help="DINO's local crops")
     cli.add_run_arguments(parser)
     args = parser.parse_args()
     state = None
@@ -102,6 +117,12 @@ def parse_arguments():
         args = parser.parse_args()
     elif args.data is None:
         parser.error("--data PATH is missing (or --demo, to try it without images)")
+    if args.method == "dino":
+        changed = [name for name in CASS_ONLY if getattr(args, name) != parser.get_default(name)]
+        if changed:
+            parser.error(f"--{changed[0].replace('_', '-')} goes with --method cass")
+    if args.lr is None:
+        args.lr = 1e-3 if args.method == "cass" else 5e-4 * args.bs * parallel.world() / 256
     data.make_absolute(args)
     return args, state
 
@@ -113,9 +134,10 @@ def check_resumable(args, state, last):
         raise UserError(f"{last}: was made by {state['processes']} processes, not {parallel.world()}: "
                         f"torchrun --nproc-per-node {state['processes']}")
     before = state["args"]["epochs"]
-    if args.epochs != before and (args.epochs < before or state["swa"] or args.t_max == "run"):
+    if args.epochs != before and (args.epochs < before or state["swa"] or args.t_max == "run"
+                                  or args.method == "dino"):
         raise UserError(f"{last}: was made with --epochs {before}; it may only be lengthened, and "
-                        f"neither after a snapshot was averaged nor with --t-max run")
+                        f"neither after a snapshot was averaged, with --t-max run nor with DINO")
 
 
 def main():
@@ -134,9 +156,11 @@ def main():
         return
     images = data.read(args)
 
-    torch.manual_seed(args.seed)
-    method, kwargs = build_method(args, resuming=state is not None)
-    method.to(device, memory_format=torch.channels_last)
+    first = 0 if state is None else state["phase"]
+    methods = []
+    for phase, arms in enumerate(METHODS[args.method]):
+        torch.manual_seed(args.seed)
+        methods.append(build_method(args, arms, resuming=state is not None and phase <= first))
 
     with parallel.process_0_first():
         data.decode(images, args.img_size, args.cache, args.skip_bad)
@@ -160,54 +184,100 @@ def main():
                 "python": platform.python_version(), "torch": torch.__version__,
                 "torchvision": torchvision.__version__, "timm": timm.__version__}})
 
-    views = data.Views(images.images, seen.nonzero()[0], seed=args.seed,
-                       transform=data.augmentation(args.img_size, args.blur, args.solarize))
-    batches = data.Batches(len(views), args.bs, args.seed, rank=parallel.rank(), world=parallel.world())
-    swa = train(method, data.loader(views, batches, device, args.workers), args, device, amp, out,
-                {"script": "pretrain.py", "args": vars(args), "seen": hashes,
-                 "processes": parallel.world()}, state)
-    if parallel.rank():
-        return
-
-    batches = data.Batches(len(views), args.bs, args.seed)  # all images, in this process
-    batches.epoch = args.epochs
-    all_images = data.loader(views, batches, device, args.workers)
-    with torch.autocast(device.type, amp, enabled=amp is not None):
-        trained = swa.finish(lambda: on_device(all_images, device))
+    monitor = health.Monitor(images.images, seen.nonzero()[0], (split == "val").nonzero()[0],
+                             images.labels if images.classes else None, images.multilabel, args.seed)
+    facts = {"script": "pretrain.py", "args": vars(args), "seen": hashes,
+             "processes": parallel.world()}
     for file in (args.init_cnn, args.init_vit):  # what the initial weights saw counts too
         if file not in (None, "imagenet", "random"):
             hashes = torch.cat([hashes, checkpoint.seen_by(file)]).unique()
-    for arm, name in (("cnn", args.cnn), ("vit", args.vit)):
-        save(out / f"{arm}.pt", weights_file(
-            trained[arm], arch=name, arm=arm, model_kwargs=kwargs[arm], img_size=args.img_size,
-            mean=list(data.IMAGENET_MEAN), std=list(data.IMAGENET_STD), epoch=args.epochs,
-            swa_snapshots=swa.snapshots, seed=args.seed, seen=hashes, data=data.flags(args),
-            config=vars(args)))
+    log = []
+    for phase in range(first, len(methods)):
+        method, kwargs, transform = methods[phase]
+        method.to(device, memory_format=torch.channels_last)
+        views = data.Views(images.images, seen.nonzero()[0], transform, seed=args.seed)
+        batches = data.Batches(len(views), args.bs, args.seed, rank=parallel.rank(),
+                               world=parallel.world())
+        swa, log = train(method, data.loader(views, batches, device, args.workers), args, device, amp,
+                         out, {**facts, "phase": phase}, state, monitor, log)
+        state = None
+        if parallel.rank() == 0:
+            batches = data.Batches(len(views), args.bs, args.seed)  # all images, in this process
+            batches.epoch = args.epochs
+            all_images = data.loader(views, batches, device, args.workers)
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                trained = swa.finish(lambda: on_device(all_images, device))
+            for arm, model in trained.items():
+                save(out / f"{arm}.pt", weights_file(
+                    model, arch=getattr(args, arm), arm=arm, model_kwargs=kwargs[arm],
+                    img_size=args.img_size, mean=list(data.IMAGENET_MEAN),
+                    std=list(data.IMAGENET_STD), epoch=args.epochs, swa_snapshots=swa.snapshots,
+                    seed=args.seed, seen=hashes, data=data.flags(args), config=vars(args)))
+        methods[phase] = None  # frees its memory
     print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: " +
-          (f"the mean of {swa.snapshots} snapshots" if swa.snapshots else
+          ("the teachers" if args.method == "dino" else
+           f"the mean of {swa.snapshots} snapshots" if swa.snapshots else
            "the last weights, since --no-swa was given" if args.no_swa else
            "the last weights; no weights averaged, since the run ends before the first minimum of "
            "the learning rate after --swa-start"))
 
 
-def build_method(args, resuming):
-    """CASS with the two arms of --cnn and --vit, and the arguments that rebuild each arm."""
-    arms, kwargs = {}, {}
-    for arm, name in (("cnn", args.cnn), ("vit", args.vit)):
+def build_method(args, arms, resuming):
+    """The method that trains these arms, {arm: the arguments that rebuild it}, and its transform."""
+    models, kwargs = {}, {}
+    for arm in arms:
         init = "random" if resuming else getattr(args, f"init_{arm}") or args.init
-        arms[arm], kwargs[arm] = make_arm(f"--{arm}", name, init, args.img_size,
-                                          **getattr(args, f"{arm}_kwargs"))
+        make = make_backbone if args.method == "dino" else make_arm
+        models[arm], kwargs[arm] = make(f"--{arm}", getattr(args, arm), init, args.img_size,
+                                        **getattr(args, f"{arm}_kwargs"))
         if args.grad_checkpointing:
             try:
-                arms[arm].set_grad_checkpointing()
+                models[arm].set_grad_checkpointing()
             except (AssertionError, AttributeError) as error:
-                raise UserError(f"--grad-checkpointing: timm has none for {name}") from error
-    method = CASS(**arms, head_act=args.head_act)
+                raise UserError(f"--grad-checkpointing: timm has none for "
+                                f"{getattr(args, arm)}") from error
+    if args.method == "dino":
+        size = local_size(models[arm], args.img_size)
+        return (DINO(arm, models[arm], args.dino_outputs), kwargs,
+                multi_crop(args.img_size, size, args.dino_crops))
+    objective = losses.OBJECTIVES[args.objective]
+    if args.objective != "cosine" and parallel.world() > 1:  # it looks at the batch as a whole
+        method = CASS(**models, head_act=args.head_act, objective=lambda R, T: objective(
+            parallel.gather(R), parallel.gather(T)))
+    else:
+        method = CASS(**models, head_act=args.head_act, objective=objective)
     try:
         method.check_pair(args.img_size)
     except ValueError as error:
         raise UserError(f"{error} (--cnn {args.cnn}, --vit {args.vit})") from error
-    return method, kwargs
+    return method, kwargs, data.augmentation(args.img_size, args.blur, args.solarize)
+
+
+def make_backbone(flag, name, init, img_size, **kwargs):
+    """make_arm for DINO: without a head, and, where timm has it, for images of several sizes and with
+    the original's stochastic depth."""
+    extra = {"dynamic_img_size": True, "drop_path_rate": 0.1}
+    try:
+        model, built = make_arm(flag, name, init, img_size, num_classes=0, **{**extra, **kwargs})
+    except UserError as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
+        return make_arm(flag, name, init, img_size, num_classes=0, **kwargs)
+    return model, {key: value for key, value in built.items() if key not in extra.keys() - kwargs}
+
+
+def local_size(model, img_size):
+    """Side of DINO's local crops, 96 to 224 pixels; the full size where the model takes no other."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    size = max(patch, round(img_size * 96 / 224 / patch) * patch)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError):
+        print(f"{type(model).__name__} takes images of {img_size} pixels alone: local crops are "
+              f"resized to that")
+        return img_size
+    return size
 
 
 def make_arm(flag, name, init, img_size, **kwargs):
@@ -229,9 +299,12 @@ def make_arm(flag, name, init, img_size, **kwargs):
 
 
 def on_device(loader, device):
-    """Normalized float batches on the device, from a loader of uint8 ones."""
+    """Normalized float batches on the device, from a loader of uint8 ones: a tensor of one view of
+    each image, or a list of several views."""
     for images in loader:
-        yield data.normalize(images.to(device, non_blocking=True))
+        views = [data.normalize(view.to(device, non_blocking=True)) for view in
+                 (images if isinstance(images, list) else [images])]
+        yield views if isinstance(images, list) else views[0]
 
 
 def half_cycle(t_max, iterations):
@@ -239,35 +312,46 @@ def half_cycle(t_max, iterations):
     return max(iterations - 1, 1) if t_max == "run" else t_max
 
 
-def train(method, loader, args, device, amp, out, facts, state=None):
-    """Algorithm 1, from the beginning or from the state of a last.pt. Returns the SWA.
+def make_optimizers(method, args, t_max):
+    """{arm: optimizer}, {arm: scheduler}; DINO anneals its learning rate by itself."""
+    if isinstance(method, DINO):
+        return {method.arm: method.optimizer(args.lr)}, {}
+    optimizers = {arm: torch.optim.SGD(model.parameters(), args.lr, args.momentum, fused=True)
+                  if arm == "cnn" and args.cnn_optimizer == "sgd"
+                  else torch.optim.Adam(model.parameters(), args.lr, fused=True)
+                  for arm, model in method.arms.items()}
+    return optimizers, {
+        arm: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t_max, args.min_lr)
+        for arm, optimizer in optimizers.items()}
 
-    method: gives the loss of a batch, and its arms; loader: of uint8 batches, its batch_sampler a
-    data.Batches; facts: what last.pt holds besides the training state.
+
+def train(method, loader, args, device, amp, out, facts, state=None, monitor=None, log=()):
+    """Algorithm 1, from the beginning or from the state of a last.pt. Returns the SWA and the log.
+
+    method: a module that gives the loss of a batch, and its `arms`, {name: model}; DINO also has
+    something to do before and after a step. loader: of uint8 batches, its batch_sampler a
+    data.Batches; facts: what last.pt holds besides the training state; monitor: a health.Monitor;
+    log: of what was trained before, which log.jsonl begins with.
     """
-    batches = loader.batch_sampler
+    batches, dino = loader.batch_sampler, isinstance(method, DINO)
     iterations = args.epochs * len(batches)
     t_max = half_cycle(args.t_max, iterations)
-
-    def make_optimizer(arm, model):
-        if arm == "cnn" and args.cnn_optimizer == "sgd":
-            return torch.optim.SGD(model.parameters(), args.lr, args.momentum, fused=True)
-        return torch.optim.Adam(model.parameters(), args.lr, fused=True)
-
-    optimizers = {arm: make_optimizer(arm, model) for arm, model in method.arms.items()}
-    schedulers = {arm: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t_max, args.min_lr)
-                  for arm, optimizer in optimizers.items()}
+    optimizers, schedulers = make_optimizers(method, args, t_max)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    swa = SWA(method.arms, math.inf if args.no_swa else args.swa_start, iterations, t_max)
+    swa = SWA(method.arms, math.inf if args.no_swa or dino else args.swa_start, iterations, t_max)
     parts = {"method": method, "scaler": scaler, "swa": swa,
              **{f"optimizer_{arm}": optimizer for arm, optimizer in optimizers.items()},
              **{f"scheduler_{arm}": scheduler for arm, scheduler in schedulers.items()}}
-    at = {"epoch": 0, "batch": 0, "iteration": 0, "loss": 0.0, "seconds": 0.0, "log": []}
+    at = {"epoch": 0, "batch": 0, "iteration": 0, "loss": 0.0, "seconds": 0.0,
+          "log": list(log)}
     if state is not None:
         at = {key: state[key] for key in at}
         checkpoint.restore(parts, state)
         if parallel.rank() == 0:
             checkpoint.write_json_lines(out / "log.jsonl", at["log"])
+    def autocast():
+        return torch.autocast(device.type, amp, enabled=amp is not None)
+
     step = method
     if args.compile:
         step = torch.compile(step)
@@ -281,7 +365,7 @@ def train(method, loader, args, device, amp, out, facts, state=None):
                                    **{name: part.state_dict() for name, part in parts.items()}})
             checkpoint.write_json_lines(out / "log.jsonl", at["log"])
 
-    iteration, saved = at["iteration"], time.perf_counter()
+    iteration, saved, shown = at["iteration"], time.perf_counter(), ""
     with cli.Signals() as signals, cli.progress(
             total=args.epochs * batches.n, initial=at["epoch"] * batches.n) as bar:
         for epoch in range(at["epoch"], args.epochs):
@@ -292,23 +376,29 @@ def train(method, loader, args, device, amp, out, facts, state=None):
             for batch, images in enumerate(on_device(loader, device), batches.start + 1):
                 for optimizer in optimizers.values():
                     optimizer.zero_grad()
-                with torch.autocast(device.type, amp, enabled=amp is not None):
+                with autocast():
                     loss = step(images)
                 scaler.scale(loss).backward()
+                if dino:
+                    scaler.unscale_(optimizer)
+                    method.before_step(optimizer, args.lr, args.min_lr, iteration / iterations)
                 for optimizer in optimizers.values():
                     scaler.step(optimizer)
                 scaler.update()
+                if dino:
+                    method.after_step(iteration / iterations)
                 for scheduler in schedulers.values():
                     scheduler.step()
                 swa.after_step(iteration)
 
                 iteration += 1
                 loss_sum += loss.detach()
-                bar.update(len(images) * parallel.world())
+                bar.update(len(images[0] if dino else images) * parallel.world())
                 if iteration % 20 == 0:  # the one wait for the device
                     stop_if_not_finite(loss_sum, epoch)
                     bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3g}, "
-                                        f"lr {schedulers['cnn'].get_last_lr()[0]:.1e}", refresh=False)
+                                        f"lr {optimizer.param_groups[0]['lr']:.1e}{shown}",
+                                        refresh=False)
                 stop = signals.noted(device, iteration)
                 if stop or cli.is_due(args.save_every, iteration, saved):
                     stop_if_not_finite(loss_sum, epoch)
@@ -320,14 +410,23 @@ def train(method, loader, args, device, amp, out, facts, state=None):
             stop_if_not_finite(loss_sum, epoch)
             mean_loss = parallel.over_all(loss_sum).item() / (len(batches) * parallel.world())
             seconds = time.perf_counter() - began
-            log = {"epoch": epoch + 1, "iteration": iteration, "loss": mean_loss,
-                   "lr": schedulers["cnn"].get_last_lr()[0], "seconds": round(seconds, 3),
-                   "images_per_second": round(batches.n / seconds, 2),
+            row = {"arms": "+".join(method.arms), "epoch": epoch + 1, "iteration": iteration,
+                   "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
+                   "seconds": round(seconds, 3), "images_per_second": round(batches.n / seconds, 2),
                    "swa_snapshots": swa.snapshots}
+            if monitor is not None and parallel.rank() == 0:
+                row |= monitor(method.arms, device, autocast)
+                row["monitor_seconds"] = round(time.perf_counter() - began - seconds, 3)
+                shown = health.in_brief(row)
             write(epoch=epoch + 1, batch=0, iteration=iteration, loss=0.0, seconds=0.0,
-                  log=[*at["log"], log])
+                  log=[*at["log"], row])
             saved = time.perf_counter()
-    return swa
+            collapsed = health.warning(row)
+            if collapsed:
+                bar.write(f"epoch {epoch + 1}: {collapsed}", file=sys.stderr)
+                if args.fail_on_collapse:
+                    raise FloatingPointError(f"epoch {epoch + 1}: {collapsed} (--fail-on-collapse)")
+    return swa, at["log"]
 
 
 def stop_if_not_finite(loss, epoch):

@@ -1,0 +1,543 @@
+"""The paper's tables, one command each, its figures beside ours.
+
+    python experiments.py --table 4 --data /path --dry-run      (commands and time; nothing is run)
+    python experiments.py --table 4 --data /path                (the paper's size: a GPU)
+    python experiments.py --table 4 --data /path --scale small --seeds 0 1 2     (small arms, 48 px)
+
+Every cell is a pre-training and a fine-tuning through the scripts, with one seed. Finished cells are
+skipped when the command is called again, a cut one goes on, a failed one is recorded and tried again.
+Writes to --out (default: results/tableN): config.json, cells/*.json, table.csv, table.md; weights and
+logs of the runs to --work, shared by all tables.
+
+Tables: 1 training time; 2 to 5 label fractions; 6, 14 batch size; 7, 15 epochs; 8 augmentations; 9 SGD;
+10 to 13, 16, 17 other arms; 18 two CNNs; 19 two Transformers; 20 initialisation; 21 softmax, sigmoid;
+objectives: what else makes the arms agree (README, "Does CASS collapse?").
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torchvision
+
+import cli
+import data
+import losses
+from cass import build_arm
+from checkpoint import load_weights, write_csv, write_json, writing
+from cli import UserError
+
+ROOT = Path(__file__).parent
+
+# what the paper calls a model -> at its size; at a size that a CPU manages
+MODELS = {
+    "ResNet-50": (("resnet50.a1_in1k", {}), ("resnet10t", {})),
+    "ResNet-18": (("resnet18.a1_in1k", {}), ("test_resnet", {})),
+    "ResNet-200": (("resnet200d", {}), ("resnet18", {})),  # 64.69 M parameters
+    "DenseNet-161": (("densenet161.tv_in1k", {}), ("densenet121", {"growth_rate": 8})),
+    "ViT-B/16": (("vit_base_patch16_384.augreg_in21k_ft_in1k", {}),
+                 ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 6})),
+    "ViT-L/16": (("vit_large_patch16_384.augreg_in21k_ft_in1k", {}),
+                 ("vit_small_patch16_224", {"patch_size": 8, "depth": 6})),
+    "DeiT-B/16": (("deit_base_patch16_384.fb_in1k", {}),
+                  ("deit_tiny_patch16_224", {"patch_size": 8, "depth": 6})),
+    "Swin-B": (("swin_base_patch4_window12_384.ms_in22k_ft_in1k", {}),
+               ("swin_tiny_patch4_window7_224", {"window_size": 6, "embed_dim": 48,
+                                                 "depths": (2, 2, 2), "num_heads": (3, 6, 12)}))}
+SCALES = {  # image size, epochs, flags
+    "paper": (384, 100, []),
+    "small": (48, 3, ["--init", "random"])}
+SMALL_DINO = ["--dino-outputs", "4096"]
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "timm": timm.__version__}
+
+
+@dataclass
+class Row:
+    """A line of a table: a pre-training of two arms (or none: supervised) and the flags it takes."""
+    label: str
+    method: str = "cass"
+    cnn: str = "ResNet-50"
+    vit: str = "ViT-B/16"
+    flags: list = field(default_factory=list)
+    epochs: float = 1  # times those of the scale
+    arms: tuple = ("cnn", "vit")
+    fracs: tuple = (1.0,)
+
+
+def rows_of(table):
+    """The rows of a table of the paper."""
+    def fractions(*fracs):
+        return [Row("DINO", "dino", fracs=fracs), Row("CASS", fracs=fracs),
+                Row("Supervised", "supervised", fracs=fracs)]
+
+    def pairs(*names):
+        return [Row(f"{cnn} + {vit}", cnn=cnn, vit=vit,
+                    flags=["--init-cnn", "random"] if cnn == "ResNet-200" else [])
+                for cnn, vit in names]
+
+    def alone(*names):
+        return [Row(name, "supervised", arms=(arm,), **{arm: name},
+                    flags=["--init", "random"] if name == "ResNet-200" else [])
+                for arm, name in names]
+
+    cnns = [(cnn, "ViT-B/16") for cnn in ("ResNet-18", "ResNet-50", "ResNet-200")]
+    batch = [Row(f"batch {n}", flags=["--bs", str(n)]) for n in (8, 16, 32)]
+    epochs = [Row(f"{round(100 * e)} epochs", epochs=e) for e in (0.5, 1, 2, 3)]
+    two = ("ResNet-50", "ViT-B/16")
+    return {
+        "1": [Row("DINO", "dino", fracs=()), Row("CASS", fracs=())],
+        "2": fractions(0.1, 1.0), "3": fractions(0.1, 1.0),
+        "4": fractions(0.01, 0.1, 1.0), "5": fractions(0.01, 0.1, 1.0),
+        "6": batch, "14": batch, "7": epochs, "15": epochs,
+        "8": [Row("CASS only"), Row("CASS + Solarize", flags=["--solarize"]),
+              Row("CASS + Gaussian blur", flags=["--blur"]),
+              Row("CASS + Gaussian blur + Solarize", flags=["--blur", "--solarize"])],
+        "9": [Row("Adam"), Row("SGD", flags=["--cnn-optimizer", "sgd"])],
+        "10": pairs(two, ("ResNet-50", "ViT-L/16")),
+        "11": alone(("cnn", "ResNet-50"), ("vit", "ViT-B/16"), ("vit", "ViT-L/16")),
+        "12": pairs(*cnns), "13": alone(*(("cnn", cnn) for cnn, _ in cnns)), "16": pairs(*cnns),
+        "17": pairs(*(("ResNet-50", vit) for vit in ("DeiT-B/16", "ViT-B/16", "ViT-L/16"))),
+        "18": pairs(two, ("ResNet-50", "DenseNet-161")), "19": pairs(two, ("Swin-B", "ViT-B/16")),
+        "20": [Row("random", flags=["--init", "random"]), Row("ImageNet", flags=["--init", "imagenet"])],
+        "21": [Row("without"), Row("sigmoid", flags=["--head-act", "sigmoid"]),
+               Row("softmax", flags=["--head-act", "softmax"])],
+        "objectives": [*fractions(0.01, 0.1),
+                       *(Row(f"CASS, {name}", fracs=(0.01, 0.1), flags=["--objective", name])
+                         for name in losses.OBJECTIVES if name != "cosine")],
+    }.get(table)
+
+
+def parse_arguments():
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--table", required=True, metavar="N", help="number in the paper, or: objectives")
+    data.add_arguments(parser)
+    add("--scale", default="paper", choices=list(SCALES),
+        help="paper: its arms at 384 px, ImageNet weights, 100 epochs; small: small arms at 48 px "
+             "from random weights, 3 epochs")
+    add("--epochs", type=cli.positive, help="of pre-training, instead of the scale's")
+    add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N",
+        help="each is a pre-training and a fine-tuning of its own")
+    add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="label fractions, of the table's")
+    add("--only", metavar="TEXT", help="only rows whose name contains this (a regular expression)")
+    add("--metric", choices=["macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc"],
+        help="in table.md (default: macro_f1; Table 5: balanced_accuracy); table.csv has all")
+    add("--warm", nargs=2, metavar=("CNN", "VIT"),
+        help="start both arms from these weights files of finetune.py, heads included")
+    add("--dry-run", action="store_true", help="print every command and an estimate of the time")
+    add("--out", metavar="DIR", help="folder of the table (default: results/tableN)")
+    add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
+    add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
+    args = parser.parse_args()
+    rows = rows_of(args.table)
+    if rows is None:
+        parser.error(f"--table {args.table}: the paper has no such table that can be measured; "
+                     f"there are 1 to 21 and: objectives")
+    if args.data is None:
+        parser.error("--data PATH is missing")
+    rows = [row for row in rows if not args.only or re.search(args.only, row.label)]
+    if not rows:
+        parser.error(f"--only {args.only}: no row of the table is called so")
+    for row in rows:
+        row.fracs = tuple(f for f in row.fracs if not args.fracs or f in args.fracs)
+    data.make_absolute(args)
+    args.out = Path(args.out or f"results/table{args.table}".replace("tableobj", "obj"))
+    return args, rows
+
+
+def data_flags(args):
+    """The data flags as they were given, to hand on."""
+    given = []
+    for key in data.FLAGS:
+        value = getattr(args, key)
+        if value:
+            given.append("--" + key.replace("_", "-"))
+            given += [] if value is True else map(str, value) if isinstance(value, list) else [value]
+    if args.cache != str(data.cache.default_dir()):
+        given += ["--cache", args.cache] if args.cache else ["--no-cache"]
+    return given
+
+
+def model_of(args, row, arm):
+    """Name and arguments of an arm for timm.create_model; with --warm, the file's own."""
+    if not args.warm:
+        return MODELS[getattr(row, arm)][args.scale == "small"]
+    weights = load_weights(args.warm[arm == "vit"])
+    kwargs = {k: v for k, v in weights["model_kwargs"].items() if k != "img_size"}
+    return weights["arch"], {**kwargs, "num_classes": weights["num_classes"]}
+
+
+def model_flags(args, row, arm, prefix):
+    """--cnn NAME --cnn-kwargs KEY=VALUE … (prefix: cnn, vit or arch)."""
+    name, kwargs = model_of(args, row, arm)
+    if prefix == "arch":
+        kwargs = {k: v for k, v in kwargs.items() if k != "num_classes"}
+    words = [f"{k}={v}".replace(" ", "") for k, v in kwargs.items()]
+    return [f"--{prefix}", name, *([f"--{prefix}-kwargs", *words] if words else [])]
+
+
+def commands(args, row, seed):
+    """(pre-training or None, {(arm, frac): fine-tuning}), each a list of words and its folder."""
+    size, epochs, flags = SCALES[args.scale]
+    epochs = max(1, round((args.epochs or epochs) * row.epochs))
+    device = ["--device", args.device] if args.device != "auto" else []
+    common = [*data_flags(args), *device]
+    flags = [*flags, *row.flags]  # of two settings of one flag the last counts
+
+    def folder(words):
+        digest = hashlib.sha256("\0".join(map(str, words)).encode()).hexdigest()[:10]
+        return Path(args.work) / f"{row.method}_seed{seed}_{digest}"
+
+    if row.method == "supervised":
+        init = [w for i, w in enumerate(flags) if w == "--init" or flags[i - 1] == "--init"]
+        tunings = {}
+        for arm in row.arms:
+            start = ["--init", args.warm[arm == "vit"]] if args.warm else init
+            for frac in row.fracs:
+                words = ["finetune.py", *model_flags(args, row, arm, "arch"), *start,
+                         "--img-size", str(size), "--frac", f"{frac:g}", "--seed", str(seed), *common]
+                tunings[arm, frac] = words, folder(words)
+        return None, tunings
+    if row.method == "dino" and args.scale == "small":
+        flags += SMALL_DINO
+    if args.warm:
+        flags += ["--init-cnn", args.warm[0], "--init-vit", args.warm[1]]
+    words = ["pretrain.py", "--method", row.method, *model_flags(args, row, "cnn", "cnn"),
+             *model_flags(args, row, "vit", "vit"), "--img-size", str(size),
+             "--epochs", str(epochs), *flags, "--seed", str(seed), *common]
+    pretraining = words, folder(words)
+    return pretraining, {
+        (arm, frac): (["finetune.py", "--ckpt", str(pretraining[1] / f"{arm}.pt"), "--frac",
+                       f"{frac:g}", *device],
+                      pretraining[1] / f"finetune_{arm}_{frac:g}")
+        for arm in row.arms for frac in row.fracs}
+
+
+def shown(words):
+    """A command as one would type it."""
+    return "python " + " ".join(f'"{w}"' if re.search(r"[\s()]", w) else w for w in map(str, words))
+
+
+class Failed(Exception):
+    """A script left with another status than 0; the text is its last line."""
+
+
+def call(words, folder):
+    """Run a script into its folder unless it is finished there; returns its seconds."""
+    done = folder / "done.json"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        with open(folder / "output.txt", "w") as output:
+            status = subprocess.run(
+                [sys.executable, str(ROOT / words[0]), *map(str, words[1:]), "--out", str(folder),
+                 "--resume"], stdout=output, stderr=subprocess.STDOUT).returncode
+        if status in (130, 143):
+            raise KeyboardInterrupt
+        if status:
+            lines = (folder / "output.txt").read_text(errors="replace").replace("\r", "\n").split("\n")
+            raise Failed(next((line for line in reversed(lines) if line.strip()), f"status {status}"))
+        write_json(done, {"seconds": round(time.perf_counter() - began, 1)})
+        (folder / "last.pt").unlink(missing_ok=True)
+    return json.loads(done.read_text())["seconds"]
+
+
+def hardware(device):
+    """In words."""
+    if cli.pick_device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) \
+        if Path("/proc/cpuinfo").exists() else []
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def run_cell(args, row, seed, arm, frac, pretraining, tuning):
+    """The record of a cell, for cells/*.json."""
+    cell = {"row": row.label, "arm": arm, "frac": frac, "seed": seed, "status": "done",
+            "commands": [shown(words) for words, _ in filter(None, (pretraining, tuning))],
+            "hardware": hardware(args.device), "versions": VERSIONS}
+    try:
+        if pretraining:
+            cell["pretrain_seconds"] = call(*pretraining)
+            log = (pretraining[1] / "log.jsonl").read_text().splitlines()
+            cell["log"] = [json.loads(line) for line in log]
+        if tuning:
+            cell["finetune_seconds"] = call(*tuning)
+            metrics = json.loads((tuning[1] / "metrics.json").read_text())
+            cell["metrics"] = {key: value for key, value in metrics.items() if key != "ckpt"}
+    except Failed as error:
+        cell |= {"status": "failed", "error": str(error)}
+    return cell
+
+
+def score(cell, metric, part="test"):
+    """The metric of a finished cell, macro F1 where it has none (balanced accuracy, multi-label)."""
+    scores = cell["metrics"][part] or {}
+    return scores.get(metric, scores.get("macro_f1"))
+
+
+def summarize(cells, metric):
+    """{row|arm|frac: [score of each seed]} of finished cells, in the order they come."""
+    summary = {}
+    for cell in cells:
+        if cell["status"] == "done" and "metrics" in cell:
+            key = f"{cell['row']}|{cell['arm']}|{cell['frac']:g}"
+            summary.setdefault(key, {})[cell["seed"]] = score(cell, metric)
+    return summary
+
+
+def gain(means, frac, over):
+    """Points that CASS gains over `over` on one data set (G.0.3): summed over both arms."""
+    keys = [f"{row}|{arm}|{frac}" for row in ("CASS", over) for arm in ("cnn", "vit")]
+    if not all(key in means for key in keys):
+        return None
+    a, b, c, d = (means[key] for key in keys)
+    return 100 * (a + b - c - d)
+
+
+def gain_lines(args, summary, paper):
+    """For Tables 2 to 5: the gain per label fraction, of this table and over the finished ones, from
+    the paper's figures and from ours (G.0.3: the sum over both arms and the data sets, divided by the
+    number of data sets)."""
+    printed = {n: {k: float(v.split("±")[0]) for k, v in paper[n]["cells"].items()} for n in "2345"}
+    mine = {args.table: {k: np.mean(list(v.values())) for k, v in summary.items()}}
+    for n in set("2345") - {args.table}:
+        other = args.out.parent / f"table{n}" / "table.json"
+        if args.out.name == f"table{args.table}" and other.exists():
+            other = json.loads(other.read_text())
+            if other["scale"] == args.scale:
+                mine[n] = other["means"]
+    for over in ("DINO", "Supervised"):
+        for frac in ("0.01", "0.1", "1"):
+            def mean(of, tables):
+                gains = [g for n in tables if n in of and (g := gain(of[n], frac, over)) is not None]
+                return f"{np.mean(gains):+.1f} ({len(gains)} data sets)" if gains else "not run"
+            yield (f"| CASS over {over}, {float(frac):.0%} | {mean(printed, [args.table])} | "
+                   f"{mean(printed, '2345')} | {mean(mine, [args.table])} | {mean(mine, '2345')} |")
+
+
+def paired(summary, frac, row, other):
+    """Mean and standard error over seeds of the difference of two rows, the mean of their arms; n."""
+    sides = []
+    for name in (row, other):
+        arms = [summary.get(f"{name}|{arm}|{frac}", {}) for arm in ("cnn", "vit")]
+        sides.append({seed: (arms[0][seed] + arms[1][seed]) / 2 for seed in arms[0].keys() & arms[1]})
+    both = np.array([sides[0][s] - sides[1][s] for s in sorted(sides[0].keys() & sides[1])])
+    return (both.mean(), both.std(ddof=1) / len(both) ** 0.5, len(both)) if len(both) > 1 else None
+
+
+def time_lines(cells, paper):
+    """Table 1: seconds per epoch of both methods, the median over epochs, arms summed."""
+    seconds = {}
+    for cell in cells:
+        if cell["status"] == "done":
+            arms = {}
+            for line in cell["log"]:
+                arms.setdefault(line["arms"], []).append(line["seconds"])
+            seconds.setdefault(cell["row"], {})[cell["seed"]] = sum(map(np.median, arms.values()))
+    yield "| data set | DINO | CASS | CASS / DINO |\n|---|---|---|---|"
+
+    def minutes(text):
+        return sum(int(n) * (60 if unit == "h" else 1)
+                   for n, unit in re.findall(r"(\d+) ([hm])", text.lower()))
+    ratios = []
+    for name, times in paper["1"]["times"].items():
+        ratios.append(minutes(times["CASS"]) / minutes(times["DINO"]))
+        yield f"| paper, {name} | {times['DINO']} | {times['CASS']} | {ratios[-1]:.2f} |"
+    yield f"| paper, mean of the ratios | | | {np.mean(ratios):.2f} |"
+    both = sorted(seconds.get("DINO", {}).keys() & seconds.get("CASS", {}))
+    if both:
+        dino, ours = (np.array([seconds[m][s] for s in both]) for m in ("DINO", "CASS"))
+        yield (f"| **this code**, seconds per epoch, n = {len(both)} | {dino.mean():.1f} | "
+               f"{ours.mean():.1f} | {np.mean(ours / dino):.3f} |")
+
+
+def write_table(args, rows, cells, paper):
+    """table.csv, table.json and table.md from the cells that there are."""
+    metric = args.metric or ("balanced_accuracy" if args.table == "5" else "macro_f1")
+    columns = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
+    parts = ("test", "test_without_duplicates")
+    write_csv(args.out / "table.csv",
+              ["row", "arm", "frac", "seed", "status", "pretrain_seconds", "finetune_seconds",
+               *(f"{c}{p[4:]}" for p in parts for c in columns), "error"],
+              ([c["row"], c["arm"], c["frac"], c["seed"], c["status"], c.get("pretrain_seconds"),
+                c.get("finetune_seconds"), *((c["metrics"][p] or {}).get(k) if "metrics" in c else None
+                                             for p in parts for k in columns), c.get("error")]
+               for c in cells))
+    summary = summarize(cells, metric)
+    write_json(args.out / "table.json", {
+        "scale": args.scale, "metric": metric,
+        "means": {k: float(np.mean(list(v.values()))) for k, v in summary.items()},
+        "values": {k: {str(s): x for s, x in v.items()} for k, v in summary.items()}})
+
+    about = paper.get(args.table, {"title": "Objectives beside equation 1", "section": "not in it",
+                                   "metric": "", "cells": {}})
+    size, epochs, _ = SCALES[args.scale]
+    done = [c for c in cells if c["status"] == "done"]
+    lines = [f"# {'Table ' * args.table.isdigit()}{args.table}: {about['title']} (section "
+             f"{about['section']})", "", f"`{shown(['experiments.py', *sys.argv[1:]])}`", "",
+             f"Data: {Path(args.data).name}" + (", de-duplicated" if args.dedup else "") +
+             (f", grouped by {args.group_col}" if args.group_col else "") +
+             f". Scale: **{args.scale}**, {args.epochs or epochs} epochs of pre-training at {size} px" +
+             (", small arms from random weights: not the paper's" if args.scale == "small" else "") +
+             (", from warm arms" if args.warm else "") + ". " +
+             "; ".join(sorted({c["hardware"] for c in done})) + "; " +
+             ", ".join(f"{k} {v}" for k, v in VERSIONS.items()) + ".", ""]
+    if args.table == "1":
+        lines += ["DINO trains one arm after the other, CASS both at once. The paper took DINO from "
+                  "another implementation with other settings (student temperature 0.9, 65,336 outputs, "
+                  "two full-size local views); here it is the original's." +
+                  (" At this scale with 4,096 outputs." if args.scale == "small" else ""), "",
+                  *time_lines(cells, paper)]
+    else:
+        lines += [f"Score: {metric.replace('_', ' ')} on the test split" +
+                  (f" (paper: {about['metric']})" if about["metric"] else "") +
+                  "; mean ± standard deviation (n − 1) over seeds.", "",
+                  "| | arm | labels | paper | this code | time: pre-training, fine-tuning |",
+                  "|---|---|---|---|---|---|"]
+        for row in rows:
+            for frac in row.fracs:
+                lines += [table_line(cells, summary, about["cells"], row, arm, frac)
+                          for arm in row.arms]
+        if args.table in "2345":
+            lines += ["", "Gain in points (G.0.3: summed over both arms, mean over data sets). The "
+                      "paper's own figures do not give the +3.8 and +5.9 of its abstract.", "",
+                      "| | paper, this table | paper, Tables 2–5 | this code, this table | this code, "
+                      "Tables 2–5 |", "|---|---|---|---|---|", *gain_lines(args, summary, paper)]
+        labels = [row.label for row in rows]
+        if {"CASS", "Supervised"} <= set(labels):
+            lines += ["", "Paired by seed, mean of both arms: difference ± standard error.", "",
+                      "| | labels | over Supervised | over CASS |", "|---|---|---|---|"]
+            for label in labels:
+                for frac in sorted({f for row in rows for f in row.fracs}):
+                    got = [paired(summary, f"{frac:g}", label, other) if other != label else None
+                           for other in ("Supervised", "CASS")]
+                    lines.append(f"| {label} | {frac:.0%} | " + " | ".join(
+                        "" if g is None else f"{g[0]:+.3f} ± {g[1]:.3f} (n = {g[2]})"
+                        for g in got) + " |")
+    failed = [c for c in cells if c["status"] == "failed"]
+    lines += [""] + [f"Failed: {c['row']}, {c['arm']}, {c['frac']:g}, seed {c['seed']}: {c['error']}"
+                     for c in failed]
+    with writing(args.out / "table.md") as file:
+        file.write("\n".join(lines).rstrip() + "\n")
+    return lines
+
+
+def table_line(cells, summary, printed, row, arm, frac):
+    """One line of table.md."""
+    key = f"{row.label}|{arm}|{frac:g}"
+    mine = [c for c in cells if c["status"] == "done" and
+            (c["row"], c["arm"], c["frac"]) == (row.label, arm, frac)]
+    values = list(summary.get(key, {}).values())
+    ours = "not run" if not values else f"{np.mean(values):.4f}" + (
+        f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "") + f" (n = {len(values)})"
+    seconds = [f"{np.mean([c[k] for c in mine if k in c]):.0f} s" if any(k in c for c in mine) else "–"
+               for k in ("pretrain_seconds", "finetune_seconds")]
+    return (f"| {row.label} | {getattr(row, arm)} | {frac:.0%} | {printed.get(key, '–')} | {ours} | "
+            f"{', '.join(seconds)} |")
+
+
+def estimate(args, rows, n_train, n_val, n_test):
+    """Print every command, and about how long they take: a step of each arm is timed, and a fine-
+    tuning counted with all of its 50 epochs."""
+    size, epochs, _ = SCALES[args.scale]
+    device, known = cli.pick_device(args.device), {}
+    amp = cli.pick_amp("auto", device)
+
+    def per_image(name, kwargs):
+        """Seconds for an image, forward and backward."""
+        key = name, str(kwargs)
+        if key not in known:
+            model = build_arm(name, size, **kwargs)[0].to(device).train()
+            images = torch.randn(16 if args.scale == "small" or device.type == "cuda" else 2,
+                                 3, size, size, device=device)
+            for _ in range(2):  # the first one warms up
+                began = time.perf_counter()
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    loss = model(images).float().square().mean()
+                loss.backward()
+                loss.item()
+            known[key] = (time.perf_counter() - began) / len(images)
+        return known[key]
+
+    total, seen = 0.0, set()
+    for seed in args.seeds:
+        for row in rows:
+            arm_seconds = {arm: per_image(*model_of(args, row, arm))
+                           for arm in ("cnn", "vit") if row.method != "supervised" or arm in row.arms}
+            pretraining, tunings = commands(args, row, seed)
+            jobs = []
+            if pretraining:
+                images = n_train * max(1, round((args.epochs or epochs) * row.epochs))
+                crops = 2 + 8 * (96 / 224) ** 2 + 2 / 3  # of DINO; the teacher goes forward only
+                jobs.append((pretraining, images * sum(arm_seconds.values()) *
+                             (crops if row.method == "dino" else 1)))
+            for (arm, frac), tuning in tunings.items():
+                images = 50 * (max(frac * n_train, 1) + n_val / 3) + n_test / 3
+                jobs.append((tuning, images * arm_seconds[arm]))
+            for (words, folder), seconds in jobs:
+                if folder not in seen:
+                    state = "finished" if (folder / "done.json").exists() else f"~ {seconds / 60:.1f} min"
+                    print(f"{shown([*words, '--out', folder])}    # {state}")
+                    total += 0 if state == "finished" else seconds
+                    seen.add(folder)
+    print(f"{len(seen)} runs, about {total / 3600:.1f} hours here; fine-tuning stops early, and is "
+          f"counted with all its epochs")
+
+
+def main():
+    args, rows = parse_arguments()
+    images = data.read(args)
+    if not images.classes or len(images.classes) == 1 and not images.multilabel:
+        raise UserError(f"{images.path}: has no labels, which the tables need; give each class a folder "
+                        f"of its own, or a CSV file")
+    if args.dry_run:
+        n = len(images)
+        given = {part: int((images.given == part).sum()) for part in ("train", "val", "test")}
+        test = given["test"] or round(0.2 * n)
+        val = given["val"] or round((n - test) / 8)
+        return estimate(args, rows, n - test - val, val, test)
+
+    config = {"table": args.table, "scale": args.scale, "epochs": args.epochs, "warm": args.warm,
+              "data": {k: v if k not in ("data", "images", "split") or not v else Path(v).name
+                       for k, v in data.flags(args).items()}}
+    file = args.out / "config.json"
+    if file.exists() and json.loads(file.read_text()) != config:
+        raise UserError(f"{args.out}: holds results of another configuration ({file}); name another "
+                        f"folder with --out")
+    (args.out / "cells").mkdir(parents=True, exist_ok=True)
+    write_json(file, config)
+    paper = json.loads((ROOT / "paper.json").read_text())["tables"]
+
+    jobs = [(row, seed, arm, frac, pretraining, tuning)
+            for seed in args.seeds for row in rows
+            for pretraining, tunings in [commands(args, row, seed)]
+            for (arm, frac), tuning in (tunings or {("both", 0): None}).items()]
+    for job in cli.progress(jobs, desc=f"table {args.table}"):
+        row, seed, arm, frac, *_ = job
+        name = re.sub(r"[^\w.-]+", "_", f"{row.label}_{arm}_{frac:g}_seed{seed}")
+        file = args.out / "cells" / f"{name}.json"
+        if not (file.exists() and json.loads(file.read_text())["status"] == "done"):
+            cell = run_cell(args, *job)
+            write_json(file, cell)
+            if cell["status"] == "failed":
+                print(f"failed: {name}: {cell['error']}", file=sys.stderr)
+    order = {row.label: i for i, row in enumerate(rows_of(args.table))}
+    cells = [json.loads(file.read_text()) for file in (args.out / "cells").glob("*.json")]
+    cells.sort(key=lambda c: (order[c["row"]], c["frac"], c["arm"], c["seed"]))
+    print("\n".join(write_table(args, rows_of(args.table), cells, paper)))
+
+
+if __name__ == "__main__":
+    cli.run(main)
