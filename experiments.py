@@ -408,7 +408,7 @@ def write_table(args, rows, cells, paper):
                   "|---|---|---|---|---|---|"]
         for row in rows:
             for frac in row.fracs:
-                lines += [table_line(cells, summary, about["cells"], row, arm, frac)
+                lines += [table_line(args, cells, summary, about["cells"], row, arm, frac)
                           for arm in row.arms]
         if args.table in "2345":
             lines += ["", "Gain in points (G.0.3: summed over both arms, mean over data sets). The "
@@ -434,7 +434,7 @@ def write_table(args, rows, cells, paper):
     return lines
 
 
-def table_line(cells, summary, printed, row, arm, frac):
+def table_line(args, cells, summary, printed, row, arm, frac):
     """One line of table.md."""
     key = f"{row.label}|{arm}|{frac:g}"
     mine = [c for c in cells if c["status"] == "done" and
@@ -444,7 +444,7 @@ def table_line(cells, summary, printed, row, arm, frac):
         f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "") + f" (n = {len(values)})"
     seconds = [f"{np.mean([c[k] for c in mine if k in c]):.0f} s" if any(k in c for c in mine) else "–"
                for k in ("pretrain_seconds", "finetune_seconds")]
-    return (f"| {row.label} | {getattr(row, arm)} | {frac:.0%} | {printed.get(key, '–')} | {ours} | "
+    return (f"| {row.label} | {model_of(args, row, arm)[0]} | {frac:.0%} | {printed.get(key, '–')} | {ours} | "
             f"{', '.join(seconds)} |")
 
 
