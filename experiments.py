@@ -2,7 +2,7 @@
 
     python experiments.py --table 4 --data /path --dry-run      (commands and time; nothing is run)
     python experiments.py --table 4 --data /path                (the paper's size: a GPU)
-    python experiments.py --table 4 --data /path --scale small --seeds 0 1 2     (small arms, 48 px)
+    python experiments.py --table 4 --data /path --scale small --seeds 0 1 2     (small arms, 32 px)
 
 Every cell is a pre-training and a fine-tuning through the scripts, with one seed. Finished cells are
 skipped when the command is called again, a cut one goes on, a failed one is recorded and tried again.
@@ -52,11 +52,11 @@ MODELS = {
     "DeiT-B/16": (("deit_base_patch16_384.fb_in1k", {}),
                   ("deit_tiny_patch16_224", {"patch_size": 8, "depth": 6})),
     "Swin-B": (("swin_base_patch4_window12_384.ms_in22k_ft_in1k", {}),
-               ("swin_tiny_patch4_window7_224", {"window_size": 6, "embed_dim": 48,
+               ("swin_tiny_patch4_window7_224", {"window_size": 4, "embed_dim": 48,
                                                  "depths": (2, 2, 2), "num_heads": (3, 6, 12)}))}
 SCALES = {  # image size, epochs, flags
     "paper": (384, 100, []),
-    "small": (48, 3, ["--init", "random"])}
+    "small": (32, 3, ["--init", "random"])}
 SMALL_DINO = ["--dino-outputs", "4096"]
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "timm": timm.__version__}
@@ -124,7 +124,7 @@ def parse_arguments():
     add("--table", required=True, metavar="N", help="number in the paper, or: objectives")
     data.add_arguments(parser)
     add("--scale", default="paper", choices=list(SCALES),
-        help="paper: its arms at 384 px, ImageNet weights, 100 epochs; small: small arms at 48 px "
+        help="paper: its arms at 384 px, ImageNet weights, 100 epochs; small: small arms at 32 px "
              "from random weights, 3 epochs")
     add("--epochs", type=cli.positive, help="of pre-training, instead of the scale's")
     add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N",

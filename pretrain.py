@@ -175,7 +175,8 @@ def main():
     if parallel.rank() == 0:
         checkpoint.start_folder(out, OUTPUTS, fresh=state is None)
         if state is not None and state["epoch"] < args.epochs:  # weights of a shorter run
-            checkpoint.start_folder(out, ("cnn.pt", "vit.pt"), fresh=True)
+            left = [f"{arm}.pt" for arms in METHODS[args.method][first:] for arm in arms]
+            checkpoint.start_folder(out, left, fresh=True)
         write_csv(out / "split.csv", data.SPLIT_HEADER, data.split_rows(images, split))
         write_csv(out / "duplicates.csv", data.DUPLICATES_HEADER, data.duplicate_rows(images, split))
         write_json(out / "config.json", {
@@ -267,9 +268,11 @@ def make_backbone(flag, name, init, img_size, **kwargs):
 
 
 def local_size(model, img_size):
-    """Side of DINO's local crops, 96 to 224 pixels; the full size where the model takes no other."""
+    """Side of DINO's local crops: 96 to 224 pixels, in whole patches; of a CNN at least 24, since its
+    stages shrink 16 to one pixel too early; the full size where the model takes no other."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
-    size = max(patch, round(img_size * 96 / 224 / patch) * patch)
+    size = max(24 if patch == 1 else patch, round(img_size * 96 / 224 / patch) * patch)
+    size = min(size, img_size)
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))

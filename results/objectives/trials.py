@@ -26,7 +26,7 @@ from cass import CASS, build_arm  # noqa: E402
 from checkpoint import write_json  # noqa: E402
 from losses import cosine_loss  # noqa: E402
 
-SIZE = 48
+SIZE = 32
 ARMS = {"cnn": ("resnet10t", {}), "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 6})}
 
 
@@ -169,7 +169,7 @@ def main():
                 cpu, folder = torch.device("cpu"), out.parent / f".trial_{name}"
                 folder.mkdir(parents=True, exist_ok=True)
                 loader = data.loader(views, batches, cpu)
-                swa = pretrain.train(method, loader, loop, cpu, torch.bfloat16, folder, {})
+                swa, _ = pretrain.train(method, loader, loop, cpu, torch.bfloat16, folder, {})
                 arms = swa.finish(lambda: pretrain.on_device(loader, cpu))
                 for file in folder.iterdir():
                     file.unlink()
