@@ -169,7 +169,7 @@ def main():
     for size in {arm.img_size for arm in arms}:
         data.decode(images, size, args.cache, args.skip_bad)
         pixels[size] = images.images
-    for note in images.notes:
+    for note in dict.fromkeys(images.notes):  # each once, though there are several sizes
         print(note)
     for arm in arms:
         arm.model.to(device, memory_format=torch.channels_last)
