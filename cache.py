@@ -59,13 +59,20 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def square(rgb, size):
+    """A Pillow RGB image as (3, size, size) uint8: resized bilinearly with antialiasing, whatever
+    the aspect (F.2.2)."""
+    resized = rgb.resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
 def decode(source, size):
     """Read one image: a file (the first frame of several, EXIF orientation applied) or an array,
     (H, W) or (H, W, 3) uint8.
 
-    Returns (pixels, facts): pixels (3, size, size) uint8, RGB, resized bilinearly with antialiasing
-    whatever the aspect (F.2.2); facts a dict with "hash" (of the full-size RGB pixels), "width",
-    "height", "frames", "mode" as in the file. Raises ValueError with the reason in one line.
+    Returns (pixels, facts): pixels (3, size, size) uint8, RGB, of square(); facts a dict with
+    "hash" (of the full-size RGB pixels), "width", "height", "frames", "mode" as in the file. Raises
+    ValueError with the reason in one line.
     """
     open_image = Image.open if isinstance(source, str) else Image.fromarray
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
@@ -84,8 +91,7 @@ def decode(source, size):
         raise ValueError(f"broken image file ({error})") from None
     facts |= {"width": rgb.width, "height": rgb.height,
               "hash": digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb))}
-    resized = rgb.resize((size, size), Image.Resampling.BILINEAR)
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1)), facts
+    return square(rgb, size), facts
 
 
 class DecodedImages:

@@ -125,14 +125,28 @@ def load_training(path, script):
     return state
 
 
-def load_weights(path):
+def load_weights(path, way_out="; to start from other weights, name the model with --arch and the "
+                               "file with --init"):
     """The dict of a weights file that pretrain.py or finetune.py wrote. Raises UserError."""
     weights = load(path)
     needed = {"state_dict", "arch", "num_classes", "model_kwargs", "img_size", "arm", "seed", "data"}
     if not isinstance(weights, dict) or not needed <= weights.keys():
-        raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py; to start from "
-                        f"other weights, name the model with --arch and the file with --init")
+        raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py{way_out}")
     return weights
+
+
+def build(weights, path):
+    """The timm model that the dict of a weights file describes. Raises UserError, naming the path,
+    where it does not fit."""
+    import timm  # here, since data.py does without
+    try:
+        model = timm.create_model(weights["arch"], num_classes=weights["num_classes"],
+                                  **weights["model_kwargs"])
+        model.load_state_dict(weights["state_dict"])
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: its weights do not fit {weights['arch']} in this version of timm "
+                        f"({' '.join(str(error).split())[:200]})") from error
+    return model
 
 
 def seen_by(path):

@@ -139,10 +139,15 @@ def loader(views, batches, device, workers=None):
                       generator=torch.Generator().manual_seed(0))
 
 
+def text(classes, has):
+    """The names of the classes that an image has, as files hold them."""
+    return "|".join(c for c, h in zip(classes, has) if h)
+
+
 def split_rows(data, split, used=None):
     """Rows of split.csv: path, split, labels, whether the label was used (empty without labels)."""
     for i, name in enumerate(data.names):
-        labels = "|".join(c for c, has in zip(data.classes, data.labels[i]) if has)
+        labels = text(data.classes, data.labels[i])
         yield name, split[i], labels, "" if not data.classes else int(used is not None and used[i])
 
 
@@ -154,8 +159,7 @@ def duplicate_rows(data, split):
     """Rows of duplicates.csv: images with one number are pixel-identical."""
     for group, members in enumerate(duplicates(data)):
         for i in members:
-            labels = "|".join(c for c, has in zip(data.classes, data.labels[i]) if has)
-            yield group, data.names[i], split[i], labels
+            yield group, data.names[i], split[i], text(data.classes, data.labels[i])
 
 
 def class_counts(data, mask):

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import timm
 import torch
 
 import checkpoint
@@ -30,7 +29,7 @@ from cache import digest
 from checkpoint import load_weights, save, weights_file, write_csv, write_json
 from cli import UserError
 from losses import class_weights, focal_loss
-from metrics import multiclass_scores, multilabel_scores
+from metrics import decide, multiclass_scores, multilabel_scores
 from pretrain import KeyValues, half_cycle, make_arm, stop_if_not_finite
 from splits import copies, label_fraction
 
@@ -115,16 +114,9 @@ def start_point(args):
         args.seed = weights["seed"]
 
         def make():
-            model = timm.create_model(weights["arch"], num_classes=weights["num_classes"],
-                                      **weights["model_kwargs"])
-            model.load_state_dict(weights["state_dict"])
-            return model
+            return checkpoint.build(weights, args.ckpt)
 
-        try:
-            make()
-        except (RuntimeError, TypeError) as error:
-            raise UserError(f"{args.ckpt}: its weights do not fit {weights['arch']} in this version "
-                            f"of timm ({' '.join(str(error).split())[:200]})") from error
+        make()  # weights that do not fit are better known before the images are read
         facts = {key: weights[key] for key in
                  ("arch", "arm", "model_kwargs", "img_size", "mean", "std")}
         return SimpleNamespace(make=make, facts=facts, seen=weights.get("seen"))
@@ -380,6 +372,21 @@ def write_best(run, model, at):
     checkpoint.write_json_lines(run.out / "log.jsonl", at["log"])
 
 
+def prediction_table(names, probabilities, classes, multilabel, true, copied, seen):
+    """Header and rows of predictions.csv.
+
+    probabilities: (N, C) float32, written to the last bit; true: (N, C) bool; copied, seen: (N,)
+    bool, pixel-identical to an image of an earlier split, and seen by pre-training.
+    """
+    def rows():
+        for n, t, p, q, *flags in zip(names, true, decide(probabilities, multilabel), probabilities,
+                                      copied, seen):
+            yield [n, data.text(classes, t), data.text(classes, p), *map(str, q), *map(int, flags)]
+
+    header = ["path", "true", "predicted", *(f"prob_{c}" for c in classes), "duplicate", "seen"]
+    return header, rows()
+
+
 def write_results(run, probabilities, facts):
     """predictions.csv, confusion.csv and metrics.json, which is returned."""
     start, images, split, used, seen, args, out = (run.start, run.images, run.split, run.used,
@@ -401,16 +408,8 @@ def write_results(run, probabilities, facts):
         "test": part(np.ones(test.sum(), bool)), "test_without_duplicates": part(~copied),
         "test_without_seen": part(unseen)}
     names = [n for n, t in zip(images.names, test) if t]
-    true = images.labels[test]
-    predicted = probabilities >= 0.5 if images.multilabel else \
-        np.eye(len(classes), dtype=bool)[probabilities.argmax(1)]
-
-    def text(row):
-        return "|".join(c for c, has in zip(classes, row) if has)
-
-    write_csv(out / "predictions.csv", ["path", "true", "predicted", *(f"prob_{c}" for c in classes)],
-              ([n, text(t), text(p), *(f"{x:.6g}" for x in q)]
-               for n, t, p, q in zip(names, true, predicted, probabilities)))
+    write_csv(out / "predictions.csv", *prediction_table(
+        names, probabilities, classes, images.multilabel, images.labels[test], copied, ~unseen))
     header = ["label", "tp", "fp", "fn", "tn"] if images.multilabel else ["true \\ predicted", *classes]
     write_csv(out / "confusion.csv", header,
               ([c, *row] for c, row in zip(classes, metrics["test"]["confusion"])))

@@ -96,7 +96,7 @@ def read_folder(root, unlabelled=False):
     given = [SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts]
     if len(set(given) - {""}) > 1:
         outside = [name for name, split in zip(names, given) if not split]
-        if outside:
+        if outside and not unlabelled:
             raise UserError(f"{root}: has images beside its train and test folders: {some(outside)};"
                             f" move them away, or name the split of each with --split FILE")
         parts = [p[1:] for p in parts]
@@ -287,14 +287,17 @@ def _labels(file, columns, rows, lines, where, label_sep):
     return labels, classes, []
 
 
-def read_npz(file):
-    """A MedMNIST file: {train,val,test}_images (N, H, W[, 3]) uint8 and ..._labels (N, C) ints."""
+def read_npz(file, unlabelled=False):
+    """A MedMNIST file: {train,val,test}_images (N, H, W[, 3]) uint8 and ..._labels (N, C) ints,
+    which are not looked at if unlabelled."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             arrays = {key: arrays[key] for key in arrays.files}
     except Exception as error:  # zip files and arrays break in many ways
         raise UserError(f"{file}: is no .npz file of plain arrays") from error
     splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
+    if unlabelled:
+        arrays |= {f"{s}_labels": np.zeros((len(arrays[f"{s}_images"]), 0)) for s in splits}
     if not splits or not all(f"{s}_labels" in arrays for s in splits):
         raise UserError(f"{file}: needs the arrays train_images and train_labels (and val_, test_), "
                         f"but holds {some(arrays, 9) or 'none'}")
@@ -328,10 +331,11 @@ def read(args):
     if path.is_dir():
         data = read_folder(path, args.unlabelled)
     elif path.suffix.lower() == ".npz":
-        data = read_npz(path)
+        data = read_npz(path, args.unlabelled)
     elif path.suffix.lower() in (".csv", ".tsv", ".txt"):
         unused = []
-        data = read_csv(path, args.images, args.image_col, args.label_col, args.label_sep,
+        data = read_csv(path, args.images, args.image_col,
+                        ["none"] if args.unlabelled else args.label_col, args.label_sep,
                         args.group_col)
     else:
         raise UserError(f"{path}: is neither a folder nor a .csv or .npz file (--data)")

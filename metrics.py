@@ -3,6 +3,13 @@
 import numpy as np
 
 
+def decide(probabilities, multilabel):
+    """(N, C) probabilities -> (N, C) bool: what is predicted. Multi-label at 0.5, else argmax."""
+    if multilabel:
+        return probabilities >= 0.5
+    return np.eye(probabilities.shape[1], dtype=bool)[probabilities.argmax(1)]
+
+
 def confusion_matrix(true, predicted, num_classes):
     """(N,) and (N,) class indices -> (C, C) counts: row the true class, column the predicted one."""
     flat = np.bincount(np.asarray(true) * num_classes + predicted, minlength=num_classes**2)
