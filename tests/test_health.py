@@ -1,0 +1,153 @@
+"""Measures of features against loops and closed forms; the monitor on arms built to collapse."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import health
+import pretrain
+from conftest import ARMS, one_line
+
+
+def test_spread_and_mean_cosine_equal_the_loops():
+    torch.manual_seed(0)
+    x = torch.randn(7, 5) + 1
+    rows = [[v / math.sqrt(sum(u * u for u in row)) for v in row] for row in x.tolist()]
+    columns = list(zip(*rows))
+    sds = [math.sqrt(sum((v - sum(c) / 7) ** 2 for v in c) / 6) for c in columns]
+    assert health.spread(x) == pytest.approx(sum(sds) / 5 * math.sqrt(5), rel=1e-5)
+    pairs = [sum(a * b for a, b in zip(p, q)) for i, p in enumerate(rows)
+             for j, q in enumerate(rows) if i != j]
+    assert health.mean_cosine(x) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+
+
+def test_measures_of_a_constant_and_of_everything():
+    constant = torch.ones(20, 4) * torch.rand(4)
+    assert health.spread(constant) == pytest.approx(0, abs=1e-6)
+    assert health.mean_cosine(constant) == pytest.approx(1, abs=1e-5)
+    torch.manual_seed(0)
+    everywhere = torch.randn(2000, 16)
+    assert health.spread(everywhere) == pytest.approx(1, abs=0.02)
+    assert health.mean_cosine(everywhere) == pytest.approx(0, abs=0.01)
+    assert health.effective_rank(everywhere) == pytest.approx(16, abs=0.2)
+
+
+def test_effective_rank_of_known_singular_values():
+    torch.manual_seed(0)
+    u = torch.linalg.qr(torch.randn(30, 4) - torch.randn(30, 4).mean(0))[0]
+    u = torch.linalg.qr(u - u.mean(0))[0]  # orthonormal columns of mean 0
+    v = torch.linalg.qr(torch.randn(6, 4))[0]
+    values = torch.tensor([4.0, 2.0, 1.0, 1.0])
+    x = u @ torch.diag(values) @ v.T
+    p = (values / 8).tolist()
+    expected = math.exp(-sum(q * math.log(q) for q in p))
+    assert health.effective_rank(x) == pytest.approx(expected, rel=1e-4)
+    assert health.effective_rank(x + 100 * torch.randn(6)) == pytest.approx(expected, rel=1e-2)
+
+
+def test_agreement_of_equal_of_unrelated_and_of_shuffled_arms():
+    torch.manual_seed(0)
+    a = torch.randn(200, 30)
+    same, others, retrieval = health.agreement(a * 3 + 7, a)  # offset and scale do not count
+    assert same == pytest.approx(1, abs=1e-5) and retrieval == 1
+    assert others == pytest.approx(-1 / 199, abs=1e-3)
+    same, _, retrieval = health.agreement(a, torch.randn(200, 30))
+    assert abs(same) < 0.05 and retrieval < 0.05
+    _, _, retrieval = health.agreement(a, a.roll(1, 0))
+    assert retrieval == 0
+    assert all(math.isfinite(v) for v in health.agreement(torch.ones(8, 3), torch.ones(8, 3)))
+
+
+def test_knn_equals_the_loop_and_scikit_learn():
+    from sklearn.neighbors import KNeighborsClassifier
+    torch.manual_seed(0)
+    features, queries = torch.randn(40, 6), torch.randn(9, 6)
+    classes = torch.randint(0, 3, (40,))
+    labels = torch.eye(3)[classes]
+    found = health.knn(features, labels, queries, k=5)
+    unit = [[v / math.sqrt(sum(u * u for u in r)) for v in r] for r in features.tolist()]
+    for query, scores in zip(queries.tolist(), found.tolist()):
+        norm = math.sqrt(sum(v * v for v in query))
+        cosines = sorted(((sum(a * b for a, b in zip(query, row)) / norm, i)
+                          for i, row in enumerate(unit)), reverse=True)[:5]
+        weights = [math.exp(c / 0.07) for c, _ in cosines]
+        for c in range(3):
+            votes = sum(w for w, (_, i) in zip(weights, cosines) if classes[i] == c)
+            assert scores[c] == pytest.approx(votes / sum(weights), abs=1e-4)
+    oracle = KNeighborsClassifier(5, metric="cosine",
+                                  weights=lambda d: np.exp((1 - d) / 0.07)).fit(features, classes)
+    assert found.argmax(1).tolist() == oracle.predict(queries).tolist()
+    assert health.knn(features[:3], labels[:3], queries).shape == (9, 3)  # fewer than k
+
+
+class Arm(nn.Module):
+    """Logits: an offset, and `scale` times a random projection of the images' own means."""
+
+    def __init__(self, scale, seed=0, offset=5.0):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.weight = torch.randn(3 * 16, 20, generator=g)
+        self.scale, self.offset = scale, offset
+
+    def forward_features(self, images):
+        return nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+
+    def forward_head(self, features, pre_logits=False):
+        if pre_logits:
+            return features
+        offset = torch.linspace(-1, 1, 20) * self.offset
+        return offset + self.scale * features @ self.weight
+
+
+def monitor(n=80, labels=None):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, 3, 16, 16), dtype=np.uint8)
+    return health.Monitor(images, np.arange(n - 20), np.arange(n - 20, n), labels, False, 0)
+
+
+def flags(cnn, vit):
+    row = monitor()({"cnn": cnn, "vit": vit}, torch.device("cpu"),
+                    lambda: torch.autocast("cpu", torch.bfloat16, enabled=False))
+    return row, (row["cnn_logits_collapsed"], row["vit_logits_collapsed"])
+
+
+def test_monitor_flags_arms_that_collapsed_and_no_others():
+    row, both = flags(Arm(1e-4, 1), Arm(1e-4, 2))
+    assert both == (True, True)
+    assert row["cnn_logits_spread"] < 0.01 and row["cnn_logits_mean_cosine"] > 0.999
+    _, healthy = flags(Arm(1.0, 1, offset=0), Arm(1.0, 1, offset=0))
+    assert healthy == (False, False)
+    _, one = flags(Arm(1e-4, 1), Arm(1.0, 2, offset=0))
+    assert one == (True, False)
+    # an objective that standardizes leaves a common offset: little spread, but all of it shared
+    row, offset = flags(Arm(1e-3, 1), Arm(1e-3, 1))
+    assert row["cnn_logits_spread"] < 0.05 and row["cnn_logits_mean_cosine"] > 0.99
+    assert row["agreement"] > 0.9 and offset == (False, False)
+
+
+def test_monitor_sees_labels_only_for_knn_and_no_test_images():
+    labels = np.eye(4, dtype=bool)[np.arange(80) % 4]
+    m = monitor(labels=labels)
+    assert set(m.train) <= set(range(60)) and set(m.val) <= set(range(60, 80))
+    run = (torch.device("cpu"), lambda: torch.autocast("cpu", enabled=False))
+    arms = {"cnn": Arm(1.0), "vit": Arm(1.0)}
+    with_labels, without = m(arms, *run), monitor()(arms, *run)
+    assert {k: v for k, v in with_labels.items() if "knn" not in k} == without
+    assert 0 <= with_labels["cnn_knn"] <= 1 and "cnn_knn" not in without
+
+
+def test_equation_1_from_random_weights_is_flagged_within_the_first_epoch(folder, tmp_path, script):
+    command = ["--data", folder, *ARMS, "--epochs", 3, "--bs", 4, "--lr", 3e-3, "--t-max", "run"]
+    status, _, err = script(pretrain, *command, "--out", tmp_path / "run")
+    assert status == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert any(row["cnn_logits_collapsed"] or row["vit_logits_collapsed"] for row in rows), rows
+    assert "collapsed to nearly one vector" in err and "--objective" in err
+    status, _, err = script(pretrain, *command, "--fail-on-collapse", "--out", tmp_path / "failed")
+    assert status == 1 and "--fail-on-collapse" in err.splitlines()[-1]
+    assert (tmp_path / "failed/last.pt").exists()
+    assert one_line(err.splitlines()[-1])
