@@ -1,8 +1,15 @@
-"""Losses of CASS (Singh & Cirrone, arXiv 2206.04170v6): equation 1 and the focal loss of F.3.2."""
+"""Losses of CASS (Singh & Cirrone, arXiv 2206.04170v6): equation 1 and the focal loss of F.3.2; and two
+objectives that, unlike equation 1, do not let both arms collapse to one constant vector."""
 
 import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
+
+
+def _check(logits_cnn, logits_vit):
+    if logits_cnn.ndim != 2 or logits_cnn.shape != logits_vit.shape:
+        raise ValueError(f"both arms must give logits of one shape (N, C), not "
+                         f"{tuple(logits_cnn.shape)} and {tuple(logits_vit.shape)}")
 
 
 def cosine_loss(logits_cnn, logits_vit, eps=1e-12):
@@ -13,12 +20,51 @@ def cosine_loss(logits_cnn, logits_vit, eps=1e-12):
     The paper prints a product of two sums; we read it as one dot product per image, as its
     published code does.
     """
-    if logits_cnn.ndim != 2 or logits_cnn.shape != logits_vit.shape:
-        raise ValueError(f"both arms must give logits of one shape (N, C), not "
-                         f"{tuple(logits_cnn.shape)} and {tuple(logits_vit.shape)}")
+    _check(logits_cnn, logits_vit)
     R = F.normalize(logits_cnn.float(), dim=1, eps=eps)
     T = F.normalize(logits_vit.float(), dim=1, eps=eps)
     return (2 - 2 * (R * T).sum(dim=1)).mean()
+
+
+def info_nce(logits_cnn, logits_vit, temperature=0.1):
+    """In-batch contrast, not in the CASS paper: which of the batch's Transformer logits belong to
+    these CNN logits, and the other way round. With x_i, y_i normalized to length 1:
+    -1/2N sum_i [log softmax_j(x_i y_j / t)_i + log softmax_j(y_i x_j / t)_i]
+    (van den Oord et al., arXiv 1807.03748v2, equation 4; both ways as in arXiv 2103.00020v1).
+
+    Arms that give every image one vector score log N, far from the minimum. Arguments and result as
+    of cosine_loss; the whole batch at once: gather it across processes.
+    """
+    _check(logits_cnn, logits_vit)
+    with torch.autocast(logits_cnn.device.type, enabled=False):
+        R, T = F.normalize(logits_cnn.float(), dim=1), F.normalize(logits_vit.float(), dim=1)
+        similarity = R @ T.T / temperature
+        own = torch.arange(len(R), device=R.device)
+        return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+
+
+def vicreg(logits_cnn, logits_vit, sim=25.0, std=25.0, cov=1.0):
+    """VICReg between the arms, not in the CASS paper (Bardes et al., arXiv 2105.04906v3, equations 1
+    to 6): the logits of an image agree, every logit varies over the batch (standard deviation of at
+    least 1), and no two vary together. Differs from its equation 5: the squared error is averaged
+    over the C logits, as in its published code.
+
+    Arguments and result as of cosine_loss; N of at least 2, the whole batch at once as for info_nce.
+    """
+    _check(logits_cnn, logits_vit)
+    N, C = logits_cnn.shape
+    with torch.autocast(logits_cnn.device.type, enabled=False):
+        R, T = logits_cnn.float(), logits_vit.float()
+        loss = sim * F.mse_loss(R, T)
+        for x in (R - R.mean(0), T - T.mean(0)):
+            covariance = x.T @ x / (N - 1)
+            variance = covariance.diagonal()
+            loss = loss + std * F.relu(1 - (variance + 1e-4).sqrt()).mean()
+            loss = loss + cov * (covariance.square().sum() - variance.square().sum()) / C
+    return loss
+
+
+OBJECTIVES = {"cosine": cosine_loss, "info_nce": info_nce, "vicreg": vicreg}
 
 
 def focal_loss(logits, targets, weights=None, alpha=1.0, gamma=2.0):
@@ -63,6 +109,3 @@ def class_weights(counts, kind="minmax"):
         inverse = 1 / counts.clamp(min=1)
         return inverse / inverse.mean()
     raise ValueError(f"kind must be minmax, inverse or none, not {kind!r}")
-
-
-OBJECTIVES = {"cosine": cosine_loss}

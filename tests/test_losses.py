@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import class_weights, cosine_loss, focal_loss
+from losses import OBJECTIVES, class_weights, cosine_loss, focal_loss, info_nce, vicreg
 
 
 def slow_cosine_loss(R, T, eps):
@@ -132,3 +132,66 @@ def test_class_weights():
     assert class_weights([0, 5, 10], "minmax").tolist() == pytest.approx([0.2, 0.6, 1.0])
     with pytest.raises(ValueError, match="median"):
         class_weights([1, 2], "median")
+
+
+def slow_info_nce(R, T, temperature):
+    def unit(row):
+        norm = math.sqrt(sum(v * v for v in row))
+        return [v / norm for v in row]
+    R, T = [unit(r) for r in R.tolist()], [unit(t) for t in T.tolist()]
+    total = 0.0
+    for queries, keys in ((R, T), (T, R)):
+        for i, q in enumerate(queries):
+            e = [math.exp(sum(a * b for a, b in zip(q, k)) / temperature) for k in keys]
+            total -= math.log(e[i] / sum(e))
+    return total / (2 * len(R))
+
+
+def slow_vicreg(R, T):
+    n, c = R.shape
+    total = 25 * sum((a - b) ** 2 for r, t in zip(R.tolist(), T.tolist())
+                     for a, b in zip(r, t)) / (n * c)
+    for x in (R, T):
+        columns = [[v - sum(column) / n for v in column] for column in x.T.tolist()]
+        cov = [[sum(a * b for a, b in zip(p, q)) / (n - 1) for q in columns] for p in columns]
+        total += 25 * sum(max(0, 1 - math.sqrt(cov[i][i] + 1e-4)) for i in range(c)) / c
+        total += sum(cov[i][j] ** 2 for i in range(c) for j in range(c) if i != j) / c
+    return total
+
+
+def test_objectives_equal_the_loops():
+    torch.manual_seed(0)
+    R, T = 0.7 * torch.randn(6, 5), torch.randn(6, 5)
+    assert info_nce(R, T, 0.2).item() == pytest.approx(slow_info_nce(R, T, 0.2), rel=1e-5)
+    assert vicreg(R, T).item() == pytest.approx(slow_vicreg(R, T), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "vicreg"])
+def test_collapsed_arms_are_no_minimum(name):
+    """Where both arms give one vector, equation 1 is 0 and these are not; a step along the gradient
+    from nearly there leads away."""
+    torch.manual_seed(0)
+    objective, constant = OBJECTIVES[name], torch.randn(1, 8).expand(6, 8)
+    different = torch.eye(8)[:6] * 4
+    assert cosine_loss(constant, constant).item() == pytest.approx(0, abs=1e-6)
+    assert objective(constant, constant) > objective(different, different) + 1
+    R = (constant + 1e-2 * torch.randn(6, 8)).requires_grad_()
+    T = R.detach().clone().requires_grad_()
+    before = torch.stack([x.detach().std(0).mean() for x in (R, T)])
+    objective(R, T).backward()
+    with torch.no_grad():
+        after = torch.stack([(x - 0.01 * x.grad).std(0).mean() for x in (R, T)])
+    assert (after > before).all()
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_objectives_are_symmetric_float32_and_name_the_shapes(name):
+    torch.manual_seed(0)
+    R, T = torch.randn(6, 50).bfloat16(), torch.randn(6, 50).bfloat16()
+    whole = OBJECTIVES[name](R.float(), T.float())
+    assert OBJECTIVES[name](T.float(), R.float()).item() == pytest.approx(whole.item(), rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = OBJECTIVES[name](R, T)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(whole.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="50"):
+        OBJECTIVES[name](R, T[:, :40])

@@ -12,6 +12,7 @@ import torch
 import data
 from cass import CASS, build_arm
 from conftest import ARMS, ROOT, draw_classes
+from losses import OBJECTIVES
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -73,6 +74,46 @@ def test_gradients_of_two_times_8_images_are_those_of_16(tmp_path):
     gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for name, parameter in method.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+GATHER = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import losses, parallel
+from cass import CASS, build_arm
+from torch.nn.parallel import DistributedDataParallel
+parallel.start(torch.device("cpu"))
+gradients = {{}}
+for name in ("info_nce", "vicreg"):
+    torch.manual_seed(0)
+    objective = losses.OBJECTIVES[name]
+    method = CASS(build_arm("test_vit", 32)[0], build_arm("test_vit2", 32)[0],
+                  objective=lambda R, T: objective(parallel.gather(R), parallel.gather(T)))
+    images = torch.randn(11, 3, 32, 32)
+    ddp = DistributedDataParallel(method)
+    part = images[:6] if parallel.rank() == 0 else images[6:]  # shares of different size
+    loss = ddp(part)
+    loss.backward()
+    gradients[name] = loss.detach(), {{n: p.grad for n, p in method.named_parameters()}}
+if parallel.rank() == 1:
+    torch.save(gradients, "gradients.pt")
+"""
+
+
+def test_objectives_see_the_batch_of_all_processes(tmp_path):
+    (tmp_path / "step.py").write_text(GATHER.format(root=str(ROOT)))
+    done = torchrun(tmp_path / "step.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    saved = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for name, (loss, gradients) in saved.items():
+        torch.manual_seed(0)
+        method = CASS(build_arm("test_vit", 32)[0], build_arm("test_vit2", 32)[0],
+                      objective=OBJECTIVES[name])
+        whole = method(torch.randn(11, 3, 32, 32))
+        whole.backward()
+        torch.testing.assert_close(loss, whole.detach(), rtol=1e-4, atol=1e-5)
+        for key, parameter in method.named_parameters():
+            torch.testing.assert_close(gradients[key], parameter.grad, rtol=1e-3, atol=1e-4)
 
 
 ENTRY = """

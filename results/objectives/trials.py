@@ -1,6 +1,6 @@
 """Objectives tried beside equation 1, judged on the training and validation splits alone.
 
-    python results/objectives/trials.py --data /path [--epochs 2 --only barlow ...] --out trials.json
+    python results/objectives/trials.py --data /path [--epochs 2 --img-size 32 --only barlow ...] --out FILE
 
 Each pre-trains the small arms through pretrain.train, then embeds training and validation images:
 k-NN accuracy, and the balanced accuracy of a ridge probe on 1 % and 10 % of the labels (5 draws).
@@ -26,7 +26,6 @@ from cass import CASS, build_arm  # noqa: E402
 from checkpoint import write_json  # noqa: E402
 from losses import cosine_loss  # noqa: E402
 
-SIZE = 32
 ARMS = {"cnn": ("resnet10t", {}), "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 6})}
 
 
@@ -138,6 +137,7 @@ def main():
     parser = argparse.ArgumentParser()
     data.add_arguments(parser)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--only", nargs="+", default=list(OBJECTIVES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -146,14 +146,14 @@ def main():
     out, rows = Path(args.out), []
     for seed in args.seeds:
         images = data.read(args)
-        data.decode(images, SIZE, cache.default_dir())
+        data.decode(images, args.img_size, cache.default_dir())
         split = data.split_and_report(images, args, seed)
         y = torch.from_numpy(images.labels.argmax(1))
         train, val = (torch.from_numpy((split == s).nonzero()[0]) for s in ("train", "val"))
         some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:2000]]
         for name in args.only:
             torch.manual_seed(seed)
-            arms = [build_arm(a, SIZE, **k)[0] for a, k in ARMS.values()]
+            arms = [build_arm(a, args.img_size, **k)[0] for a, k in ARMS.values()]
             objective = OBJECTIVES.get(name)
             method = (OnFeatures(*arms, objective) if "projector" in name
                       else CASS(*arms, objective=objective))
@@ -161,7 +161,7 @@ def main():
             began = time.perf_counter()
             if objective is not None:
                 views = data.Views(images.images, train.numpy(), seed=seed,
-                                   transform=data.augmentation(SIZE))
+                                   transform=data.augmentation(args.img_size))
                 batches = data.Batches(len(views), 16, seed)
                 loop = SimpleNamespace(
                     epochs=args.epochs, t_max=16, no_swa=False, swa_start=0.75, lr=args.lr,

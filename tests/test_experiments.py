@@ -1,0 +1,183 @@
+"""experiments.py: the commands it makes run, its tables hold what the runs scored, and it goes on."""
+
+import contextlib
+import csv
+import json
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import cli
+import experiments
+import finetune
+import pretrain
+from conftest import draw_classes, one_line
+from experiments import MODELS, gain, paired, rows_of
+
+TABLES = [str(n) for n in range(1, 22)] + ["objectives"]
+PAPER = json.loads((experiments.ROOT / "paper.json").read_text())["tables"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_cell_of_the_paper_has_a_row(table):
+    cells = {f"{row.label}|{arm}|{frac:g}" for row in rows_of(table) for arm in row.arms
+             for frac in row.fracs}
+    printed = set(PAPER.get(table, {}).get("cells", {}))
+    assert cells == printed if printed else table in ("1", "objectives")
+    for value in PAPER.get(table, {}).get("cells", {}).values():
+        assert 0 < float(value.split("±")[0]) < 1
+
+
+def test_the_papers_own_gains_are_not_its_abstracts():
+    """Row by row from Tables 2 to 5, and the 10.13 points of 100 % labels that do come out."""
+    printed = {n: {k: float(v.split("±")[0]) for k, v in PAPER[n]["cells"].items()} for n in "2345"}
+    got = {frac: np.mean([g for n in "2345" if (g := gain(printed[n], frac, "DINO")) is not None])
+           for frac in ("0.01", "0.1", "1")}
+    assert got["0.01"] == pytest.approx(-7.5, abs=0.1) and got["0.1"] == pytest.approx(5.2, abs=0.1)
+    assert got["1"] == pytest.approx(10.13, abs=0.05)
+    assert gain(printed["2"], "0.01", "DINO") is None
+    by_hand = 100 * ((0.8158 - 0.8237) + (0.8717 - 0.8445))
+    assert gain(printed["2"], "0.1", "DINO") == pytest.approx(by_hand)
+
+
+def test_paired_differences():
+    summary = {"A|cnn|0.1": {0: 0.5, 1: 0.6, 2: 0.9}, "A|vit|0.1": {0: 0.3, 1: 0.2, 2: 0.1},
+               "B|cnn|0.1": {0: 0.4, 1: 0.3}, "B|vit|0.1": {0: 0.2, 1: 0.3}}
+    mean, error, n = paired(summary, "0.1", "A", "B")
+    differences = [0.4 - 0.3, 0.4 - 0.3]
+    assert mean == pytest.approx(np.mean(differences)) and n == 2
+    assert error == pytest.approx(np.std(differences, ddof=1) / math.sqrt(2), abs=1e-9)
+    assert paired(summary, "0.1", "A", "C") is None
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The tests' arms in place of the small ones, 32 px, one epoch."""
+    small = {"cnn": ("test_resnet", {}), "vit": ("test_vit", {})}
+    monkeypatch.setattr(experiments, "MODELS", {
+        name: (paper, small["vit" if name[0] in "VD" and "Net" not in name else "cnn"])
+        for name, (paper, _) in MODELS.items()})
+    monkeypatch.setitem(experiments.SCALES, "small", (32, 1, ["--init", "random"]))
+    monkeypatch.setattr(experiments, "SMALL_DINO", ["--dino-outputs", "64", "--dino-crops", "2"])
+    monkeypatch.chdir(tmp_path)
+    return draw_classes(tmp_path / "images", {"a": 14, "b": 10, "c": 6})
+
+
+def in_this_process(command, stdout, stderr):
+    """Stands for subprocess.run of one of the scripts: the same, without starting Python anew."""
+    module = {"pretrain.py": pretrain, "finetune.py": finetune}[Path(command[1]).name]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), \
+            contextlib.redirect_stderr(stdout):
+        patch.setattr(sys, "argv", list(command[1:]))
+        patch.setattr(stdout, "reconfigure", lambda **_: None, raising=False)
+        try:
+            cli.run(module.main)
+        except SystemExit as leave:
+            return SimpleNamespace(returncode=leave.code)
+    return SimpleNamespace(returncode=0)
+
+
+@pytest.mark.parametrize("table", ["2", "7", "12", "19"])
+def test_dry_run_prints_commands_with_a_time_and_writes_nothing(tiny, tmp_path, script, table):
+    status, said, err = script(experiments, "--table", table, "--data", tiny, "--scale", "small",
+                               "--seeds", 0, "--epochs", 2, "--dry-run")
+    assert status == 0, err
+    lines = said.splitlines()
+    commands = [line for line in lines if line.startswith("python ")]
+    assert all(re.search(r"# ~ [\d.]+ min$", line) for line in commands)
+    assert f"{len(commands)} runs, about" in lines[-1]
+    cells = sum(len(row.fracs) * len(row.arms) for row in rows_of(table))
+    trained = sum(row.method != "supervised" for row in rows_of(table))
+    # runs that two rows share are there once; all arms are two here
+    assert len(commands) == cells + trained if table in "27" else 0 < len(commands) < cells + trained
+    assert all(shlex.split(line.split("#")[0])[1] in ("pretrain.py", "finetune.py")
+               for line in commands)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "images"] or sorted(
+        p.name for p in tmp_path.iterdir()) == ["images"]
+
+
+def test_a_table_is_run_recorded_and_gone_on_with(tiny, tmp_path, script, monkeypatch):
+    command = ["--table", 2, "--data", tiny, "--scale", "small", "--seeds", 0, 1, "--fracs", 1,
+               "--only", "CASS|Supervised"]
+    monkeypatch.setattr(experiments.subprocess, "run", in_this_process)
+    calls, call = [], experiments.call
+
+    def failing_once(words, folder):
+        calls.append(words)
+        if "vit.pt" in str(words) and not (tmp_path / "failed").exists():
+            (tmp_path / "failed").touch()
+            raise experiments.Failed("error: a disk fell over")
+        return call(words, folder)
+
+    monkeypatch.setattr(experiments, "call", failing_once)
+    status, said, err = script(experiments, *command)
+    assert status == 0, err
+    assert "failed: CASS_vit_1_seed0: error: a disk fell over" in err
+    assert "Failed: CASS, vit, 1, seed 0: error: a disk fell over" in said
+    out = tmp_path / "results/table2"
+    status, said, err = script(experiments, *command)
+    assert status == 0 and "Failed" not in said, err
+    before = len(calls)
+    status, again, _ = script(experiments, *command)
+    assert status == 0 and again == said and len(calls) == before  # finished cells are skipped
+
+    with open(out / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and {row["status"] for row in rows} == {"done"}
+    for row in rows:
+        if row["arm"] == "mean":
+            continue
+        cell = json.loads((out / f"cells/{row['row']}_{row['arm']}_1_seed{row['seed']}.json")
+                          .read_text())
+        folder = shlex.split(cell["commands"][-1])
+        ckpt = folder[folder.index("--ckpt") + 1] if "--ckpt" in folder else None
+        place = (tmp_path / ckpt).parent / f"finetune_{row['arm']}_1" if ckpt else None
+        if place:
+            metrics = json.loads((place / "metrics.json").read_text())
+            assert float(row["macro_f1"]) == metrics["test"]["macro_f1"]
+            assert metrics["seed"] == int(row["seed"])
+    scores = [float(r["macro_f1"]) for r in rows if (r["row"], r["arm"]) == ("CASS", "cnn")]
+    line = next(line for line in (out / "table.md").read_text().splitlines()
+                if line.startswith("| CASS | test_resnet | 100%"))
+    assert f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f} (n = 2)" in line
+    assert "0.8650±0.0001" in line  # the paper's
+    assert "**small**" in said and "not the paper's" in said
+
+    status, _, err = script(experiments, *command, "--epochs", 7)
+    assert status == 2 and "another configuration" in one_line(err)
+
+
+def test_table_1_is_the_ratio_of_the_logged_seconds(tiny, tmp_path, script):
+    status, said, err = script(experiments, "--table", 1, "--data", tiny, "--scale", "small",
+                               "--seeds", 0)
+    assert status == 0, err
+    seconds = {}
+    for log in (tmp_path / "runs").glob("*/log.jsonl"):
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        seconds[log.parent.name.split("_")[0]] = sum(
+            np.median([r["seconds"] for r in rows if r["arms"] == arms])
+            for arms in {r["arms"] for r in rows})
+    assert f"| {seconds['cass'] / seconds['dino']:.3f} |" in said
+    assert "| paper, Brain MRI | 26 Hours 21 Mins | 7 Hours 11 Mins | 0.27 |" in said
+    assert "| paper, mean of the ratios | | | 0.30 |" in said or "| 0.31 |" in said
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--table", "22", "--data", "."], "no such table"),
+    (["--table", "4"], "--data PATH is missing"),
+    (["--table", "4", "--data", "nowhere"], "nowhere"),
+    (["--table", "4", "--data", "flat"], "has no labels"),
+    (["--table", "4", "--data", "images", "--only", "BYOL"], "--only BYOL"),
+])
+def test_bad_input_is_one_line_with_status_2(tiny, tmp_path, script, flags, message):
+    draw_classes(tmp_path, {"flat": 3}, start=99)
+    status, _, err = script(experiments, *flags)
+    assert status == 2
+    assert message in one_line(err)
+    assert not (tmp_path / "results").exists()
