@@ -15,6 +15,7 @@ UNKNOWN = (225, 225, 225)
 # has the same colour in every picture
 COLOURS = {"train": (0, 114, 178), "val": (213, 94, 0), "cnn": (86, 180, 233),
            "vit": (230, 159, 0), "": (0, 0, 0)}
+MORE = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0)]
 GAP, LETTER, SMALL = 14, 15, 12  # pixels
 
 
@@ -138,8 +139,8 @@ def matrix(values, rows, columns, labels, low, high):
     return table, cells.height
 
 
-def plot(title, lines, width=300, height=150, edge=8):
-    """Lines {name of COLOURS: [(x, y), ...]} over axes that reach from the least to the greatest
+def plot(title, lines, palette=COLOURS, width=300, height=150, edge=8):
+    """Lines {name of the palette: [(x, y), ...]} over axes that reach from the least to the greatest
     number; drawn four times as large and reduced, which smooths them."""
     points = np.array([point for line in lines.values() for point in line], float)
     (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
@@ -153,9 +154,9 @@ def plot(title, lines, width=300, height=150, edge=8):
     draw.line([(2, 0), (2, 4 * height - 3), (4 * width, 4 * height - 3)], "gray", 4)
     for name, line in lines.items():
         at = [tuple(4 * v for v in place(*point)) for point in line]
-        draw.line(at, COLOURS[name], 8, "curve")
+        draw.line(at, palette[name], 8, "curve")
         for x, y in at if len(at) <= 50 else ():
-            draw.ellipse((x - 11, y - 11, x + 11, y + 11), COLOURS[name])
+            draw.ellipse((x - 11, y - 11, x + 11, y + 11), palette[name])
     marks = ticks(y0, y1)
     left = 8 + max(width_of(mark, SMALL) for _, mark in marks)
     axes = Image.new("RGB", (left + width + 12, height + 22), "white")
@@ -165,6 +166,10 @@ def plot(title, lines, width=300, height=150, edge=8):
         draw.text((left - 5, place(x0, y)[1]), mark, "black", font(SMALL), "rm")
     for x in {x0, (x0 + x1) // 2, x1}:
         draw.text((left + place(x, y0)[0], height + 5), f"{x:g}", "black", font(SMALL), "mt")
-    key = [beside(Image.new("RGB", (14, 14), COLOURS[name]), text(name), gap=4)
-           for name in lines if name]
-    return above(beside(text(title), *key), axes)
+    return above(beside(text(title), *legend(lines, palette)) if palette is COLOURS else text(title), axes)
+
+
+def legend(names, palette):
+    """A coloured square and the name of each line."""
+    return [beside(Image.new("RGB", (14, 14), palette[name]), text(name), gap=4)
+            for name in names if name]

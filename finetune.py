@@ -3,6 +3,7 @@
     python finetune.py --ckpt cnn.pt --frac 0.01
     python finetune.py --arch resnet50 --data /path          (supervised baseline, no pre-training)
     python finetune.py --ckpt cnn.pt --frac 0.01 --resume    (goes on where it was cut)
+    python finetune.py --ckpt cnn.pt --mode knn              (nothing is trained; or: --mode linear)
 
 writes to --out (default: finetune_ARM_FRAC beside the checkpoint): best.pt, metrics.json,
 predictions.csv, confusion.csv, log.jsonl, split.csv, config.json; with several --seeds a folder each
@@ -24,6 +25,7 @@ import torch
 import checkpoint
 import cli
 import data
+import health
 import parallel
 from cache import digest
 from checkpoint import load_weights, save, weights_file, write_csv, write_json
@@ -52,8 +54,9 @@ def parse_arguments():
     add("--allow-seen", action="store_true",
         help="test on images that pre-training saw, where there are no others")
     add("--frac", type=cli.fraction, default=1.0, help="share of the training labels used (4.2)")
-    add("--mode", default="e2e", choices=["e2e", "linear"],
-        help="e2e: all weights (4.2); linear: the head alone")
+    add("--mode", default="e2e", choices=["e2e", "linear", "knn"],
+        help="e2e: all weights (4.2); linear: the head alone; knn: nothing is trained, an image gets "
+             "the labels of the 20 labelled ones that are nearest before the head")
     add("--epochs", type=cli.positive, default=50, help="at most (F.3.2)")
     add("--patience", type=cli.positive, default=5,
         help="epochs without a lower validation loss before it stops (F.3.2)")
@@ -100,7 +103,7 @@ def output_folder(args):
     if args.out:
         return Path(args.out)
     arm = load_weights(args.ckpt)["arm"] if args.ckpt else str(args.arch).split(".")[0]
-    name = f"finetune_{arm}_{args.frac:g}" + "_linear" * (args.mode == "linear")
+    name = f"finetune_{arm}_{args.frac:g}" + ("" if args.mode == "e2e" else f"_{args.mode}")
     return (Path(args.ckpt).parent if args.ckpt else Path(".")) / name
 
 
@@ -167,9 +170,9 @@ def main():
                         f"test; add others, or give --allow-seen")
     used = {seed: label_fraction(images, split == "train", args.frac, seed) for seed in seeds}
 
-    results = []
+    results, not_kept = [], ("last.pt", "best.pt", "log.jsonl") if args.mode == "knn" else ("last.pt",)
     for seed, folder in folders.items():
-        if args.resume and all((folder / name).exists() for name in OUTPUTS if name != "last.pt"):
+        if args.resume and all((folder / name).exists() for name in OUTPUTS if name not in not_kept):
             print(f"seed {seed}: {folder} is finished")
             results.append(json.loads((folder / "metrics.json").read_text()))
             continue
@@ -192,9 +195,10 @@ def main():
         write_csv(folder / "split.csv", data.SPLIT_HEADER, data.split_rows(images, split, used[seed]))
         write_csv(folder / "duplicates.csv", data.DUPLICATES_HEADER,
                   data.duplicate_rows(images, split))
-        results.append(finetune(SimpleNamespace(
+        run = SimpleNamespace(
             start=start, images=images, split=split, used=used[seed], seen=seen, seed=seed, args=args,
-            device=device, amp=amp, out=folder, digest=digest_now), state))
+            device=device, amp=amp, out=folder, digest=digest_now)
+        results.append(nearest(run) if args.mode == "knn" else finetune(run, state))
     if len(results) > 1:
         summary = summarize(results)
         write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
@@ -228,6 +232,29 @@ def summarize(results):
                 summary[name] = {"mean": float(np.mean(values)),
                                  "std": float(np.std(values, ddof=1)), "values": values}
     return summary
+
+
+def nearest(run):
+    """--mode knn: label the test images by the used ones (health.knn). Returns the metrics."""
+    start, images, began = run.start, run.images, time.perf_counter()
+    torch.manual_seed(run.seed)
+    model = start.make().to(run.device, memory_format=torch.channels_last)
+
+    def features(mask):
+        index = mask.nonzero()[0]
+        loader = data.loader(data.Views(images.images, index), data.Batches(
+            len(index), run.args.bs, drop_single=False), run.device, run.args.workers)
+        with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
+            return health.embed(model, (data.normalize(
+                pixels.to(run.device), start.facts["mean"], start.facts["std"])
+                for pixels in loader))[0].cpu()
+
+    known, labels = features(run.used), torch.from_numpy(images.labels[run.used]).float()
+    found = {part: health.knn(known, labels, features(run.split == part)).numpy()
+             for part in ("val", "test")}
+    return write_results(run, found["test"], {
+        "neighbours": min(20, len(known)), "val": scores(images, run.split == "val", found["val"]),
+        "seconds": round(time.perf_counter() - began, 2)})
 
 
 def finetune(run, state=None):

@@ -257,13 +257,14 @@ def build_method(args, arms, resuming):
 def make_backbone(flag, name, init, img_size, **kwargs):
     """make_arm for DINO: without a head, and, where timm has it, for images of several sizes and with
     the original's stochastic depth."""
+    kwargs = {**kwargs, "num_classes": 0}
     extra = {"dynamic_img_size": True, "drop_path_rate": 0.1}
     try:
-        model, built = make_arm(flag, name, init, img_size, num_classes=0, **{**extra, **kwargs})
+        model, built = make_arm(flag, name, init, img_size, **{**extra, **kwargs})
     except UserError as error:
         if not isinstance(error.__cause__, TypeError):
             raise
-        return make_arm(flag, name, init, img_size, num_classes=0, **kwargs)
+        return make_arm(flag, name, init, img_size, **kwargs)
     return model, {key: value for key, value in built.items() if key not in extra.keys() - kwargs}
 
 

@@ -5,7 +5,7 @@
     python visualize.py features --ckpt cnn.pt --compare supervised/best.pt   (Figure 4)
     python visualize.py features --ckpt cnn.pt --image FILE --layers 5        (Figure 6)
     python visualize.py cka --cnn cnn.pt --vit vit.pt         (how alike the layers of the arms are)
-    python visualize.py curves RUN_FOLDER                     (log.jsonl of either script)
+    python visualize.py curves RUN_FOLDER ...                 (log.jsonl of either script)
     python visualize.py confusion RUN_FOLDER                  (confusion.csv of finetune.py)
 
 Each writes one PNG (--out). Images come from the test split of the checkpoint's data, as
@@ -30,7 +30,8 @@ import cli
 import data
 from checkpoint import load_weights, writing
 from cli import UserError
-from drawing import COLOURS, GAP, above, beside, colour_bar, colours, matrix, picture, plot, text
+from drawing import (COLOURS, GAP, MORE, above, beside, colour_bar, colours, legend, matrix,
+                     picture, plot, text)
 from finetune import saw, start_point
 from inside import (attention_map, attention_names, feature_maps, has_class_token, layer_grams,
                     layer_names, mean_attention, minibatch_cka)
@@ -60,7 +61,8 @@ def parse_arguments():
         sub.add_argument("--out", default=f"{name}.png", metavar="FILE",
                          help="PNG to write (default: %(default)s)")
         if name in ("curves", "confusion"):
-            sub.add_argument("run", metavar="RUN_FOLDER", help="what a run wrote")
+            sub.add_argument("run", metavar="RUN_FOLDER", help="what a run wrote",
+                             nargs="+" if name == "curves" else None)
         else:
             data.add_arguments(sub)
             sub.add_argument("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
@@ -85,7 +87,8 @@ def parse_arguments():
             "or a weights file (default: what the file says that it began with)")
     add("--n", type=cli.positive, default=128, help="test images (default: %(default)s)")
     add("--bs", type=cli.positive, default=32, help="of them in a minibatch, at least 4")
-    command("curves", draw_curves)
+    command("curves", draw_curves)("--only", nargs="+", metavar="TEXT",
+                                   help="only what is called so, such as: spread rank")
     command("confusion", draw_confusion)
     return parser.parse_args()
 
@@ -284,22 +287,40 @@ def draw_cka(args):
 
 
 def draw_curves(args):
-    """Every number in a run's log.jsonl over the epochs."""
-    file = Path(args.run) / "log.jsonl"
-    with reading(file):
-        panels = series([json.loads(line) for line in file.read_text("utf-8").splitlines()])
+    """The numbers in a run's log.jsonl over the epochs; of several runs, a colour for each."""
+    found = {}
+    for run in args.run:
+        file = Path(run) / "log.jsonl"
+        with reading(file):
+            rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+            found[short(run)] = series(rows, parted=len(args.run) > 1)
+    panels, palette = next(iter(found.values())), COLOURS
+    if len(found) > 1:
+        if len(found) > len(MORE):
+            raise UserError(f"{len(found)} runs are too many for one picture; {len(MORE)} can be told "
+                            f"apart")
+        palette = dict(zip(found, MORE))
+        titles = dict.fromkeys(title for of_run in found.values() for title in of_run)
+        panels = {title: {run: of_run[title][""] for run, of_run in found.items() if title in of_run}
+                  for title in titles}
+    panels = {title: lines for title, lines in panels.items()
+              if not args.only or any(word in title for word in args.only)}
     if not panels:
-        raise UserError(f"{file}: holds no finished epoch")
-    plots = [plot(title, lines) for title, lines in panels.items()]
+        raise UserError(f"{cli.some(args.run)}/log.jsonl: " + (
+            f"nothing there is called {' or '.join(args.only)} (--only)" if args.only
+            else "holds no finished epoch"))
+    plots = [plot(title, lines, palette) for title, lines in panels.items()]
     width = max(p.width for p in plots)
     plots = [ImageOps.expand(p, (0, 0, width - p.width, 0), "white") for p in plots]
     rows = [beside(*plots[i:i + 3], gap=2 * GAP) for i in range(0, len(plots), 3)]
-    return above(text(f"{short(args.run)}, by epoch"), *rows, gap=GAP)
+    head = [text(f"{short(args.run[0])}, by epoch")] if len(found) == 1 else \
+        [text("by epoch:"), *legend(found, palette)]
+    return above(beside(*head), *rows, gap=GAP)
 
 
-def series(rows):
+def series(rows, parted=False):
     """Rows of a log -> {panel: {name of COLOURS: [(epoch, number), ...]}}: train_loss and val_loss
-    are lines of one panel."""
+    are lines of one panel, unless parted."""
     panels = {}
     for i, row in enumerate(rows, 1):
         inner = {f"{key}_{k}": v for key, value in row.items() if isinstance(value, dict)
@@ -307,7 +328,7 @@ def series(rows):
         for key, value in {**row, **inner}.items():
             if isinstance(value, (int, float)) and key not in ("epoch", "iteration"):
                 parts = key.split("_")
-                line = next((part for part in parts if part in COLOURS), "")
+                line = "" if parted else next((part for part in parts if part in COLOURS), "")
                 panel = "_".join(part for part in parts if part != line) or key
                 points = panels.setdefault(panel, {}).setdefault(line, [])
                 points.append((row.get("epoch", i), value))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import finetune
 import health
 import pretrain
 from conftest import ARMS, one_line
@@ -151,3 +152,42 @@ def test_equation_1_from_random_weights_is_flagged_within_the_first_epoch(folder
     assert status == 1 and "--fail-on-collapse" in err.splitlines()[-1]
     assert (tmp_path / "failed/last.pt").exists()
     assert one_line(err.splitlines()[-1])
+
+
+def test_mode_knn_labels_by_the_nearest_features(folder, pretrained, script):
+    """Against timm's own features and scikit-learn."""
+    import csv
+
+    import timm
+    from PIL import Image
+    from sklearn.neighbors import KNeighborsClassifier
+
+    status, said, err = script(finetune, "--ckpt", pretrained / "cnn.pt", "--mode", "knn", "--amp",
+                               "off")
+    assert status == 0, err
+    out = pretrained / "finetune_cnn_1_knn"
+    weights = torch.load(pretrained / "cnn.pt", weights_only=True)
+    model = timm.create_model(weights["arch"], num_classes=0, **weights["model_kwargs"])
+    model.load_state_dict(weights["state_dict"], strict=False)
+    model.eval()
+
+    def features(name):
+        image = Image.open(folder / name).convert("RGB").resize((32, 32), Image.BILINEAR)
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        x = (x - torch.tensor(weights["mean"])[:, None, None]) / torch.tensor(
+            weights["std"])[:, None, None]
+        with torch.no_grad():
+            return model(x[None])[0].numpy()
+
+    with open(out / "split.csv") as file:
+        rows = list(csv.DictReader(file))
+    train = [(features(r["path"]), r["labels"]) for r in rows if r["label_used"] == "1"]
+    oracle = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    oracle.fit([f for f, _ in train], [c for _, c in train])
+    with open(out / "predictions.csv") as file:
+        predicted = {r["path"]: r["predicted"] for r in csv.DictReader(file)}
+    assert predicted == {name: oracle.predict([features(name)])[0] for name in predicted}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["neighbours"] == 20 and not (out / "best.pt").exists()
+    status, said, _ = script(finetune, "--ckpt", pretrained / "cnn.pt", "--mode", "knn", "--resume")
+    assert status == 0 and "is finished" in said
