@@ -97,6 +97,9 @@ class DINO(nn.Module):
         self.student = nn.ModuleDict({"backbone": backbone,
                                       "head": Head(backbone.num_features, out_dim)})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        for module in self.teacher.modules():
+            if hasattr(module, "drop_prob"):  # stochastic depth is for the student
+                module.drop_prob = 0.0
         self.student_temp, self.teacher_temps = student_temp, teacher_temp
         self.center_momentum, self.teacher_momentum = center_momentum, teacher_momentum
         self.register_buffer("center", torch.zeros(out_dim))

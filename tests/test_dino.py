@@ -129,6 +129,16 @@ def test_before_step_sets_clips_and_freezes():
     assert decayed["lr"] == plain["lr"] == pytest.approx(learning_rate(1e-3, 1e-6, 0.5))
 
 
+def test_stochastic_depth_is_for_the_student_alone():
+    torch.manual_seed(0)
+    vit, _ = pretrain.make_backbone("--vit", "test_vit", "random", 32)
+    method = DINO("vit", vit, out_dim=6).train()
+    images = torch.randn(32, 3, 32, 32)
+    student, teacher = ([net["backbone"](images) for _ in range(2)]
+                        for net in (method.student, method.teacher))
+    assert not torch.equal(*student) and torch.equal(*teacher)
+
+
 def test_the_head_compares_directions_alone():
     torch.manual_seed(0)
     head = Head(5, 7)

@@ -76,6 +76,16 @@ def test_gradients_of_two_times_8_images_are_those_of_16(tmp_path):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_dino_trains_on_two_processes(tmp_path):
+    images = draw_classes(tmp_path / "images", {"a": 14, "b": 10, "c": 6})
+    done = torchrun(ROOT / "pretrain.py", "--data", images, *ARMS, "--method", "dino", "--epochs", 1,
+                    "--bs", 4, "--dino-outputs", 64, "--dino-crops", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["arms"] for row in log] == ["cnn", "vit"]
+    assert (tmp_path / "vit.pt").exists()
+
+
 GATHER = """
 import sys, torch
 sys.path.insert(0, {root!r})
