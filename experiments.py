@@ -230,6 +230,14 @@ def shown(words):
     return "python " + " ".join(f'"{w}"' if re.search(r"[\s()]", w) else w for w in map(str, words))
 
 
+def portable(args, text):
+    """Without what comes before the data and the runs on this machine."""
+    for path in (args.data, args.images, args.split, args.work, *(args.warm or ())):
+        if path:
+            text = text.replace(str(path), os.path.basename(os.path.normpath(path)))
+    return text
+
+
 class Failed(Exception):
     """A script left with another status than 0; the text is its last line."""
 
@@ -267,7 +275,8 @@ def run_cell(args, row, seed, arm, frac, pretraining, *tunings):
     """The record of a cell, for cells/*.json. tunings: a fine-tuning, those of both arms for the mean
     of their probabilities, or none."""
     cell = {"row": row.label, "arm": arm, "frac": frac, "seed": seed, "status": "done",
-            "commands": [shown(words) for words, _ in filter(None, (pretraining, *tunings))],
+            "commands": [portable(args, shown(words))
+                         for words, _ in filter(None, (pretraining, *tunings))],
             "hardware": hardware(args.device), "versions": VERSIONS}
     try:
         if pretraining:
@@ -283,7 +292,7 @@ def run_cell(args, row, seed, arm, frac, pretraining, *tunings):
             *_, mean = ensemble.score(ensemble.read_equal(runs, runs))[0]
             cell["metrics"] = mean
     except Failed as error:
-        cell |= {"status": "failed", "error": str(error)}
+        cell |= {"status": "failed", "error": portable(args, str(error))}
     return cell
 
 
@@ -392,7 +401,7 @@ def write_table(args, rows, cells, paper):
     size, epochs, _ = SCALES[args.scale]
     done = [c for c in cells if c["status"] == "done"]
     lines = [f"# {'Table ' * args.table.isdigit()}{args.table}: {about['title']} (section "
-             f"{about['section']})", "", f"`{shown(['experiments.py', *sys.argv[1:]])}`", "",
+             f"{about['section']})", "", f"`{portable(args, shown(['experiments.py', *sys.argv[1:]]))}`", "",
              f"Data: {Path(args.data).name}" + (", de-duplicated" if args.dedup else "") +
              (f", grouped by {args.group_col}" if args.group_col else "") +
              f". Scale: **{args.scale}**, {args.epochs or epochs} epochs of pre-training at {size} px" +
@@ -518,7 +527,8 @@ def main():
         val = given["val"] or round((n - test) / 8)
         return estimate(args, rows, n - test - val, val, test)
 
-    config = {"table": args.table, "scale": args.scale, "epochs": args.epochs, "warm": args.warm,
+    config = {"table": args.table, "scale": args.scale, "epochs": args.epochs,
+              "warm": args.warm and [os.path.basename(os.path.dirname(p)) for p in args.warm],
               "data": {k: v if k not in ("data", "images", "split") or not v else Path(v).name
                        for k, v in data.flags(args).items()}}
     file = args.out / "config.json"
