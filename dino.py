@@ -133,7 +133,7 @@ class DINO(nn.Module):
         return torch.optim.AdamW([
             {"params": [p for p in trained if p.ndim > 1]},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}],
-            lr=lr, weight_decay=0.04)
+            lr=lr, weight_decay=0.04, fused=True)
 
     def before_step(self, optimizer, lr, min_lr, progress):
         """Between the backward pass and the step: learning rate, weight decay 0.04 -> 0.4, gradients

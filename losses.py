@@ -1,5 +1,5 @@
-"""Losses of CASS (Singh & Cirrone, arXiv 2206.04170v6): equation 1 and the focal loss of F.3.2; and two
-objectives that, unlike equation 1, do not let both arms collapse to one constant vector."""
+"""Losses of CASS (Singh & Cirrone, arXiv 2206.04170v6): equation 1 and the focal loss of F.3.2; and
+an objective that, unlike equation 1, does not let both arms collapse to one constant vector."""
 
 import torch
 import torch.nn.functional as F
@@ -26,30 +26,14 @@ def cosine_loss(logits_cnn, logits_vit, eps=1e-12):
     return (2 - 2 * (R * T).sum(dim=1)).mean()
 
 
-def info_nce(logits_cnn, logits_vit, temperature=0.1):
-    """In-batch contrast, not in the CASS paper: which of the batch's Transformer logits belong to
-    these CNN logits, and the other way round. With x_i, y_i normalized to length 1:
-    -1/2N sum_i [log softmax_j(x_i y_j / t)_i + log softmax_j(y_i x_j / t)_i]
-    (van den Oord et al., arXiv 1807.03748v2, equation 4; both ways as in arXiv 2103.00020v1).
-
-    Arms that give every image one vector score log N, far from the minimum. Arguments and result as
-    of cosine_loss; the whole batch at once: gather it across processes.
-    """
-    _check(logits_cnn, logits_vit)
-    with torch.autocast(logits_cnn.device.type, enabled=False):
-        R, T = F.normalize(logits_cnn.float(), dim=1), F.normalize(logits_vit.float(), dim=1)
-        similarity = R @ T.T / temperature
-        own = torch.arange(len(R), device=R.device)
-        return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
-
-
 def vicreg(logits_cnn, logits_vit, sim=25.0, std=25.0, cov=1.0):
     """VICReg between the arms, not in the CASS paper (Bardes et al., arXiv 2105.04906v3, equations 1
     to 6): the logits of an image agree, every logit varies over the batch (standard deviation of at
     least 1), and no two vary together. Differs from its equation 5: the squared error is averaged
     over the C logits, as in its published code.
 
-    Arguments and result as of cosine_loss; N of at least 2, the whole batch at once as for info_nce.
+    Arguments and result as of cosine_loss; N of at least 2, and the whole batch at once: gather it
+    across processes.
     """
     _check(logits_cnn, logits_vit)
     N, C = logits_cnn.shape
@@ -64,7 +48,7 @@ def vicreg(logits_cnn, logits_vit, sim=25.0, std=25.0, cov=1.0):
     return loss
 
 
-OBJECTIVES = {"cosine": cosine_loss, "info_nce": info_nce, "vicreg": vicreg}
+OBJECTIVES = {"cosine": cosine_loss, "vicreg": vicreg}
 
 
 def focal_loss(logits, targets, weights=None, alpha=1.0, gamma=2.0):

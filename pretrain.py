@@ -73,7 +73,7 @@ def parse_arguments():
     for arm in ("cnn", "vit"):
         add(f"--init-{arm}", metavar="WHAT", help="imagenet, random or a weights file, for one arm")
     add("--objective", default="cosine", choices=list(losses.OBJECTIVES),
-        help="cosine: equation 1; the others do not let the arms collapse (README)")
+        help="cosine: equation 1; vicreg: does not let the arms collapse (README)")
     add("--fail-on-collapse", action="store_true",
         help="stop with status 1 after an epoch whose logits have collapsed")
     add("--head-act", default="none", choices=["none", "sigmoid", "softmax"],
@@ -242,11 +242,9 @@ def build_method(args, arms, resuming):
         return (DINO(arm, models[arm], args.dino_outputs), kwargs,
                 multi_crop(args.img_size, size, args.dino_crops))
     objective = losses.OBJECTIVES[args.objective]
-    if args.objective != "cosine" and parallel.world() > 1:  # it looks at the batch as a whole
-        method = CASS(**models, head_act=args.head_act, objective=lambda R, T: objective(
-            parallel.gather(R), parallel.gather(T)))
-    else:
-        method = CASS(**models, head_act=args.head_act, objective=objective)
+    if args.objective != "cosine":  # it looks at the batch as a whole
+        alone, objective = objective, lambda R, T: alone(parallel.gather(R), parallel.gather(T))
+    method = CASS(**models, head_act=args.head_act, objective=objective)
     try:
         method.check_pair(args.img_size)
     except ValueError as error:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import OBJECTIVES, class_weights, cosine_loss, focal_loss, info_nce, vicreg
+from losses import OBJECTIVES, class_weights, cosine_loss, focal_loss, vicreg
 
 
 def slow_cosine_loss(R, T, eps):
@@ -134,19 +134,6 @@ def test_class_weights():
         class_weights([1, 2], "median")
 
 
-def slow_info_nce(R, T, temperature):
-    def unit(row):
-        norm = math.sqrt(sum(v * v for v in row))
-        return [v / norm for v in row]
-    R, T = [unit(r) for r in R.tolist()], [unit(t) for t in T.tolist()]
-    total = 0.0
-    for queries, keys in ((R, T), (T, R)):
-        for i, q in enumerate(queries):
-            e = [math.exp(sum(a * b for a, b in zip(q, k)) / temperature) for k in keys]
-            total -= math.log(e[i] / sum(e))
-    return total / (2 * len(R))
-
-
 def slow_vicreg(R, T):
     n, c = R.shape
     total = 25 * sum((a - b) ** 2 for r, t in zip(R.tolist(), T.tolist())
@@ -159,14 +146,13 @@ def slow_vicreg(R, T):
     return total
 
 
-def test_objectives_equal_the_loops():
+def test_vicreg_equals_the_loops():
     torch.manual_seed(0)
     R, T = 0.7 * torch.randn(6, 5), torch.randn(6, 5)
-    assert info_nce(R, T, 0.2).item() == pytest.approx(slow_info_nce(R, T, 0.2), rel=1e-5)
     assert vicreg(R, T).item() == pytest.approx(slow_vicreg(R, T), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["info_nce", "vicreg"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "cosine"])
 def test_collapsed_arms_are_no_minimum(name):
     """Where both arms give one vector, equation 1 is 0 and these are not; a step along the gradient
     from nearly there leads away."""
