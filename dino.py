@@ -3,8 +3,10 @@ to predict, from small crops, what its own running average says of large ones.
 
     python pretrain.py --method dino --data /path        (the CNN first, then the Transformer)
 
-The constants are the original's for a run of 100 epochs, its spans given as shares of the run.
-Needs torch, torchvision and, across several processes, `over_all` of parallel.py.
+The constants are the original's for Transformers and a run of 100 epochs, its spans given as shares of
+the run. Differs from it: CNNs get the same (its own ResNet-50 had SGD, less decay and smaller crops),
+and batch-norm looks at one process's images. Needs torch, torchvision, and `over_all` and `world` of
+parallel.py.
 """
 
 import copy
@@ -87,15 +89,14 @@ def dino_loss(student, teacher, center, student_temp, teacher_temp):
 class DINO(nn.Module):
     """Student and teacher of one arm, each a backbone and a head.
 
-    arm: "cnn" or "vit"; backbone: images -> features (N, D), such as a timm model of num_classes=0.
+    arm: "cnn" or "vit"; backbone: images -> features (N, dim), such as a timm model of num_classes=0.
     """
 
-    def __init__(self, arm, backbone, out_dim=65536, student_temp=0.1, teacher_temp=(0.04, 0.07),
+    def __init__(self, arm, backbone, dim, out_dim=65536, student_temp=0.1, teacher_temp=(0.04, 0.07),
                  center_momentum=0.9, teacher_momentum=0.996):
         super().__init__()
         self.arm = arm
-        self.student = nn.ModuleDict({"backbone": backbone,
-                                      "head": Head(backbone.num_features, out_dim)})
+        self.student = nn.ModuleDict({"backbone": backbone, "head": Head(dim, out_dim)})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for module in self.teacher.modules():
             if hasattr(module, "drop_prob"):  # stochastic depth is for the student

@@ -78,7 +78,8 @@ class Monitor:
     from these on as many validation images.
 
     images: (N, 3, S, S) uint8 array; train, val: indices; labels: (N, C) 0/1 array or None.
-    Takes a fortieth of the training images, 32 to 512: under 2 % of an epoch from 1,300 images on.
+    Takes a fortieth of the training images, 32 to 512: under 2 % of an epoch from 1,300 images on, in
+    one process. Training sees nothing of it.
     """
 
     def __init__(self, images, train, val, labels, multilabel, seed):
@@ -92,17 +93,16 @@ class Monitor:
         self.val = some(val) if labels is not None else val[:0]
         self.labels = labels
 
-    def __call__(self, arms, device, autocast):
-        """arms: {name: timm model}. Returns {measure: number} for log.jsonl; autocast: a callable
-        that gives the context of the training step."""
+    def __call__(self, arms, device):
+        """arms: {name: timm model}. Returns {measure: number} for log.jsonl. In float32: bfloat16
+        would round away what little two nearly equal rows differ by."""
         result, logits = {}, {}
         for name, model in arms.items():
-            with autocast():
-                features, logits[name] = embed(model, self._batches(self.train, device))
-                result |= {f"{name}_features_{m.__name__}": m(features) for m in MEASURES}
-                if len(self.val):
-                    queries, _ = embed(model, self._batches(self.val, device))
-                    result[f"{name}_knn"] = self._accuracy(features, queries)
+            features, logits[name] = embed(model, self._batches(self.train, device))
+            result |= {f"{name}_features_{m.__name__}": m(features) for m in MEASURES}
+            if len(self.val):
+                queries, _ = embed(model, self._batches(self.val, device))
+                result[f"{name}_knn_readout"] = self._accuracy(features, queries)
         if len(arms) == 2:
             a, b = logits.values()
             result["agreement"], result["agreement_others"], result["retrieval"] = agreement(a, b)
@@ -136,16 +136,16 @@ def in_brief(row):
              for arm in row["arms"].split("+")]
     if "agreement" in row:
         parts.append(f"agreement {row['agreement']:.2f}")
-    parts += [f"{arm} k-NN {row[f'{arm}_knn']:.2f}" for arm in ("cnn", "vit") if f"{arm}_knn" in row]
-    return ", " + ", ".join(parts)
+    found = [f"{arm} {row[key]:.2f}" for arm in ("cnn", "vit") if (key := f"{arm}_knn_readout") in row]
+    return ", " + ", ".join(parts) + (f", k-NN read-out: {' '.join(found)}" if found else "")
 
 
-def warning(row):
+def warning(row, objective):
     """One line where the logits of an arm have collapsed, else None."""
     arms = [arm for arm in row["arms"].split("+") if row.get(f"{arm}_logits_collapsed")]
     if not arms:
         return None
     return (f"the logits of {' and '.join(arms)} have collapsed to nearly one vector (spread " +
             ", ".join(f"{row[f'{arm}_logits_spread']:.2g}" for arm in arms) +
-            f"; agreement on images {row['agreement']:.2f}): the loss is low, but it teaches nothing; "
-            f"try --objective vicreg --lr 3e-4")
+            f"; agreement on images {row['agreement']:.2f}), which a low loss does not show" +
+            ("; try --objective vicreg --lr 3e-4" if objective == "cosine" else ""))

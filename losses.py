@@ -27,10 +27,9 @@ def cosine_loss(logits_cnn, logits_vit, eps=1e-12):
 
 
 def vicreg(logits_cnn, logits_vit, sim=25.0, std=25.0, cov=1.0):
-    """VICReg between the arms, not in the CASS paper (Bardes et al., arXiv 2105.04906v3, equations 1
-    to 6): the logits of an image agree, every logit varies over the batch (standard deviation of at
-    least 1), and no two vary together. Differs from its equation 5: the squared error is averaged
-    over the C logits, as in its published code.
+    """VICReg between the arms, not in the CASS paper (Bardes et al., arXiv 2105.04906v3, its algorithm
+    1): the logits of an image agree, every logit varies over the batch (standard deviation of at
+    least 1), and no two vary together.
 
     Arguments and result as of cosine_loss; N of at least 2, and the whole batch at once: gather it
     across processes.

@@ -38,8 +38,10 @@ from swa import SWA
 METHODS = {"cass": (("cnn", "vit"),), "dino": (("cnn",), ("vit",))}  # arms that train together
 CASS_ONLY = ("head_act", "objective", "fail_on_collapse", "t_max", "cnn_optimizer", "momentum",
              "swa_start", "no_swa", "blur", "solarize")
+DINO_ONLY = ("dino_outputs", "dino_crops")
 OUTPUTS = ("cnn.pt", "vit.pt", "last.pt", "log.jsonl", "config.json", "split.csv", "duplicates.csv")
-MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every", "epochs"}
+MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every", "epochs",
+              "fail_on_collapse"}
 
 
 class KeyValues(ParseKwargs):
@@ -117,10 +119,12 @@ def parse_arguments():
         args = parser.parse_args()
     elif args.data is None:
         parser.error("--data PATH is missing (or --demo, to try it without images)")
-    if args.method == "dino":
-        changed = [name for name in CASS_ONLY if getattr(args, name) != parser.get_default(name)]
-        if changed:
-            parser.error(f"--{changed[0].replace('_', '-')} goes with --method cass")
+    other, names = ("cass", CASS_ONLY) if args.method == "dino" else ("dino", DINO_ONLY)
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} goes with --method {other}")
+    if args.objective != "cosine" and args.bs * parallel.world() == 1:
+        parser.error(f"--objective {args.objective} compares the images of a batch: --bs 2 or more")
     if args.lr is None:
         args.lr = 1e-3 if args.method == "cass" else 5e-4 * args.bs * parallel.world() / 256
     data.make_absolute(args)
@@ -151,16 +155,17 @@ def main():
         with parallel.process_0_first():
             if args.demo and parallel.rank() == 0:
                 demo.draw(Path(args.data), args.seed)
-    elif state["epoch"] >= args.epochs and all((out / name).exists() for name in OUTPUTS):
+    elif (state["epoch"] >= args.epochs and state["phase"] == len(METHODS[args.method]) - 1
+          and all((out / name).exists() for name in OUTPUTS)):
         print(f"{out}: the run is finished")
         return
     images = data.read(args)
 
     first = 0 if state is None else state["phase"]
-    methods = []
-    for phase, arms in enumerate(METHODS[args.method]):
+    methods = {}
+    for phase, arms in list(enumerate(METHODS[args.method]))[first:]:
         torch.manual_seed(args.seed)
-        methods.append(build_method(args, arms, resuming=state is not None and phase <= first))
+        methods[phase] = build_method(args, arms, resuming=state is not None and phase == first)
 
     with parallel.process_0_first():
         data.decode(images, args.img_size, args.cache, args.skip_bad)
@@ -193,8 +198,8 @@ def main():
         if file not in (None, "imagenet", "random"):
             hashes = torch.cat([hashes, checkpoint.seen_by(file)]).unique()
     log = []
-    for phase in range(first, len(methods)):
-        method, kwargs, transform = methods[phase]
+    for phase in list(methods):
+        method, kwargs, transform = methods.pop(phase)
         method.to(device, memory_format=torch.channels_last)
         views = data.Views(images.images, seen.nonzero()[0], transform, seed=args.seed)
         batches = data.Batches(len(views), args.bs, args.seed, rank=parallel.rank(),
@@ -214,7 +219,6 @@ def main():
                     img_size=args.img_size, mean=list(data.IMAGENET_MEAN),
                     std=list(data.IMAGENET_STD), epoch=args.epochs, swa_snapshots=swa.snapshots,
                     seed=args.seed, seen=hashes, data=data.flags(args), config=vars(args)))
-        methods[phase] = None  # frees its memory
     print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: " +
           ("the teachers" if args.method == "dino" else
            f"the mean of {swa.snapshots} snapshots" if swa.snapshots else
@@ -238,8 +242,14 @@ def build_method(args, arms, resuming):
                 raise UserError(f"--grad-checkpointing: timm has none for "
                                 f"{getattr(args, arm)}") from error
     if args.method == "dino":
+        try:
+            with torch.no_grad():
+                features = models[arm].eval()(torch.zeros(1, 3, args.img_size, args.img_size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"--{arm} {getattr(args, arm)}: takes no images of {args.img_size} pixels: "
+                            f"{str(error).splitlines()[0]}") from error
         size = local_size(models[arm], args.img_size)
-        return (DINO(arm, models[arm], args.dino_outputs), kwargs,
+        return (DINO(arm, models[arm], features.shape[1], args.dino_outputs), kwargs,
                 multi_crop(args.img_size, size, args.dino_crops))
     objective = losses.OBJECTIVES[args.objective]
     if args.objective != "cosine":  # it looks at the batch as a whole
@@ -339,6 +349,7 @@ def train(method, loader, args, device, amp, out, facts, state=None, monitor=Non
     iterations = args.epochs * len(batches)
     t_max = half_cycle(args.t_max, iterations)
     optimizers, schedulers = make_optimizers(method, args, t_max)
+    any_optimizer = next(iter(optimizers.values()))  # their learning rates are the same
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     swa = SWA(method.arms, math.inf if args.no_swa or dino else args.swa_start, iterations, t_max)
     parts = {"method": method, "scaler": scaler, "swa": swa,
@@ -351,9 +362,13 @@ def train(method, loader, args, device, amp, out, facts, state=None, monitor=Non
         checkpoint.restore(parts, state)
         if parallel.rank() == 0:
             checkpoint.write_json_lines(out / "log.jsonl", at["log"])
-    def autocast():
-        return torch.autocast(device.type, amp, enabled=amp is not None)
 
+    def stop_if_collapsed():
+        collapsed = health.warning(at["log"][-1], args.objective) if at["log"] else None
+        if collapsed and args.fail_on_collapse:
+            raise FloatingPointError(f"epoch {at['epoch']}: {collapsed} (--fail-on-collapse)")
+        if collapsed:
+            bar.write(f"epoch {at['epoch']}: {collapsed}", file=sys.stderr)
     step = method
     if args.compile:
         step = torch.compile(step)
@@ -370,6 +385,8 @@ def train(method, loader, args, device, amp, out, facts, state=None, monitor=Non
     iteration, saved, shown = at["iteration"], time.perf_counter(), ""
     with cli.Signals() as signals, cli.progress(
             total=args.epochs * batches.n, initial=at["epoch"] * batches.n) as bar:
+        if at["batch"] == 0:
+            stop_if_collapsed()  # in the epoch that an earlier run ended with
         for epoch in range(at["epoch"], args.epochs):
             batches.epoch, batches.start = epoch, at["batch"]
             method.train()
@@ -378,12 +395,13 @@ def train(method, loader, args, device, amp, out, facts, state=None, monitor=Non
             for batch, images in enumerate(on_device(loader, device), batches.start + 1):
                 for optimizer in optimizers.values():
                     optimizer.zero_grad()
-                with autocast():
+                with torch.autocast(device.type, amp, enabled=amp is not None):
                     loss = step(images)
                 scaler.scale(loss).backward()
                 if dino:
-                    scaler.unscale_(optimizer)
-                    method.before_step(optimizer, args.lr, args.min_lr, iteration / iterations)
+                    scaler.unscale_(optimizers[method.arm])
+                    method.before_step(optimizers[method.arm], args.lr, args.min_lr,
+                                       iteration / iterations)
                 for optimizer in optimizers.values():
                     scaler.step(optimizer)
                 scaler.update()
@@ -399,7 +417,7 @@ def train(method, loader, args, device, amp, out, facts, state=None, monitor=Non
                 if iteration % 20 == 0:  # the one wait for the device
                     stop_if_not_finite(loss_sum, epoch)
                     bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3g}, "
-                                        f"lr {optimizer.param_groups[0]['lr']:.1e}{shown}",
+                                        f"lr {any_optimizer.param_groups[0]['lr']:.1e}{shown}",
                                         refresh=False)
                 stop = signals.noted(device, iteration)
                 if stop or cli.is_due(args.save_every, iteration, saved):
@@ -413,21 +431,17 @@ def train(method, loader, args, device, amp, out, facts, state=None, monitor=Non
             mean_loss = parallel.over_all(loss_sum).item() / (len(batches) * parallel.world())
             seconds = time.perf_counter() - began
             row = {"arms": "+".join(method.arms), "epoch": epoch + 1, "iteration": iteration,
-                   "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
+                   "loss": mean_loss, "lr": any_optimizer.param_groups[0]["lr"],
                    "seconds": round(seconds, 3), "images_per_second": round(batches.n / seconds, 2),
                    "swa_snapshots": swa.snapshots}
             if monitor is not None and parallel.rank() == 0:
-                row |= monitor(method.arms, device, autocast)
+                row |= monitor(method.arms, device)
                 row["monitor_seconds"] = round(time.perf_counter() - began - seconds, 3)
                 shown = health.in_brief(row)
             write(epoch=epoch + 1, batch=0, iteration=iteration, loss=0.0, seconds=0.0,
                   log=[*at["log"], row])
             saved = time.perf_counter()
-            collapsed = health.warning(row)
-            if collapsed:
-                bar.write(f"epoch {epoch + 1}: {collapsed}", file=sys.stderr)
-                if args.fail_on_collapse:
-                    raise FloatingPointError(f"epoch {epoch + 1}: {collapsed} (--fail-on-collapse)")
+            stop_if_collapsed()
     return swa, at["log"]
 
 

@@ -111,8 +111,7 @@ def monitor(n=80, labels=None):
 
 
 def flags(cnn, vit):
-    row = monitor()({"cnn": cnn, "vit": vit}, torch.device("cpu"),
-                    lambda: torch.autocast("cpu", torch.bfloat16, enabled=False))
+    row = monitor()({"cnn": cnn, "vit": vit}, torch.device("cpu"))
     return row, (row["cnn_logits_collapsed"], row["vit_logits_collapsed"])
 
 
@@ -134,24 +133,40 @@ def test_monitor_sees_labels_only_for_knn_and_no_test_images():
     labels = np.eye(4, dtype=bool)[np.arange(80) % 4]
     m = monitor(labels=labels)
     assert set(m.train) <= set(range(60)) and set(m.val) <= set(range(60, 80))
-    run = (torch.device("cpu"), lambda: torch.autocast("cpu", enabled=False))
     arms = {"cnn": Arm(1.0), "vit": Arm(1.0)}
-    with_labels, without = m(arms, *run), monitor()(arms, *run)
+    with_labels, without = m(arms, torch.device("cpu")), monitor()(arms, torch.device("cpu"))
     assert {k: v for k, v in with_labels.items() if "knn" not in k} == without
-    assert 0 <= with_labels["cnn_knn"] <= 1 and "cnn_knn" not in without
+    assert 0 <= with_labels["cnn_knn_readout"] <= 1 and "cnn_knn_readout" not in without
 
 
-def test_equation_1_from_random_weights_is_flagged_within_the_first_epoch(folder, tmp_path, script):
-    command = ["--data", folder, *ARMS, "--epochs", 3, "--bs", 4, "--lr", 3e-3, "--t-max", "run"]
-    status, _, err = script(pretrain, *command, "--out", tmp_path / "run")
+def test_the_first_epoch_shows_that_equation_1_collapses_and_vicreg_does_not(folder, tmp_path, script):
+    command = ["--data", folder, *ARMS, "--epochs", 2, "--bs", 4, "--lr", 3e-3, "--t-max", "run"]
+
+    def rows(name):
+        return [json.loads(x) for x in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+
+    status, _, err = script(pretrain, *command, "--epochs", 3, "--out", tmp_path / "cosine")
     assert status == 0, err
-    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert any(row["cnn_logits_collapsed"] or row["vit_logits_collapsed"] for row in rows), rows
-    assert "collapsed to nearly one vector" in err and "--objective" in err
-    status, _, err = script(pretrain, *command, "--fail-on-collapse", "--out", tmp_path / "failed")
-    assert status == 1 and "--fail-on-collapse" in err.splitlines()[-1]
-    assert (tmp_path / "failed/last.pt").exists()
-    assert one_line(err.splitlines()[-1])
+    first = rows("cosine")[0]
+    assert first["vit_logits_collapsed"], first
+    assert "collapsed to nearly one vector" in err and "try --objective vicreg" in err
+    status, _, err = script(pretrain, *command, "--objective", "vicreg", "--out", tmp_path / "vicreg")
+    assert status == 0 and "collapsed" not in err
+    assert not any(row[f"{arm}_logits_collapsed"] for row in rows("vicreg") for arm in ("cnn", "vit"))
+
+    stop = [*command, "--fail-on-collapse", "--out", tmp_path / "failed"]
+    for extra in ([], ["--resume"]):  # going on does not pass over it
+        status, _, err = script(pretrain, *stop, *extra)
+        assert status == 1 and "--fail-on-collapse" in err.splitlines()[-1]
+        assert one_line(err.splitlines()[-1])
+    assert len(rows("failed")) == 1 and not (tmp_path / "failed/cnn.pt").exists()
+    status, _, err = script(pretrain, "--out", tmp_path / "failed", "--resume")  # without the flag
+    assert status == 0 and (tmp_path / "failed/cnn.pt").exists()
+
+
+def test_vicreg_needs_two_images(folder, tmp_path, script):
+    status, _, err = script(pretrain, "--data", folder, *ARMS, "--bs", 1, "--objective", "vicreg")
+    assert status == 2 and "--bs 2 or more" in one_line(err)
 
 
 def test_mode_knn_labels_by_the_nearest_features(folder, pretrained, script):
