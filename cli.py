@@ -174,9 +174,9 @@ def parse_again(parser, saved, free, path):
     return args
 
 
-def progress(iterable=None, **kwargs):
-    """A tqdm bar over images: often on a terminal, seldom in a log file."""
-    return tqdm(iterable, unit="img", dynamic_ncols=True,
+def progress(iterable=None, unit="img", **kwargs):
+    """A tqdm bar, over images: often on a terminal, seldom in a log file."""
+    return tqdm(iterable, unit=unit, dynamic_ncols=True,
                 mininterval=0.2 if sys.stderr.isatty() else 30,
                 disable=parallel.rank() > 0, **kwargs)
 

@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ import torchvision
 import cli
 import data
 import ensemble
+from cache import digest
 from cass import build_arm
 from checkpoint import load_weights, write_csv, write_json, writing
 from cli import UserError
@@ -58,6 +60,7 @@ SCALES = {  # image size, epochs, flags
     "paper": (384, 100, []),
     "small": (32, 3, ["--init", "random"])}
 SMALL_DINO = ["--dino-outputs", "4096", "--dino-crops", "4"]
+OTHER_ARMS = {"10", "11", "12", "13", "16", "17", "18", "19", "20"}  # tables that change arms or start
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "timm": timm.__version__}
 
@@ -92,7 +95,7 @@ def rows_of(table):
                 for arm, name in names]
 
     cnns = [(cnn, "ViT-B/16") for cnn in ("ResNet-18", "ResNet-50", "ResNet-200")]
-    batch = [Row(f"batch {n}", flags=["--bs", str(n)]) for n in (8, 16, 32)]
+    batch = [Row(f"batch {n}", flags=["--bs", str(n)] if n != 16 else []) for n in (8, 16, 32)]
     epochs = [Row(f"{round(100 * e)} epochs", epochs=e) for e in (0.5, 1, 2, 3)]
     two = ("ResNet-50", "ViT-B/16")
     return {
@@ -129,7 +132,7 @@ def parse_arguments():
     add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N",
         help="each is a pre-training and a fine-tuning of its own")
     add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="label fractions, of the table's")
-    add("--only", metavar="TEXT", help="only rows whose name contains this (a regular expression)")
+    add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
     add("--metric", choices=["macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc"],
         help="in table.md (default: macro_f1; Table 5: balanced_accuracy); table.csv has all")
     add("--warm", nargs=2, metavar=("CNN", "VIT"),
@@ -145,34 +148,46 @@ def parse_arguments():
                      f"there are 1 to 21 and: objectives")
     if args.data is None:
         parser.error("--data PATH is missing")
-    rows = [row for row in rows if not args.only or re.search(args.only, row.label)]
-    if not rows:
-        parser.error(f"--only {args.only}: no row of the table is called so")
+    names, known = [row.label for row in rows], {f for row in rows for f in row.fracs}
+    for name in args.only or ():
+        if name not in names:
+            parser.error(f"--only {name}: no row of the table is called so; there are "
+                         f"{', '.join(names)}")
+    for frac in args.fracs or ():
+        if frac not in known:
+            parser.error(f"--fracs {frac:g}: not in the table, which has "
+                         f"{', '.join(f'{f:g}' for f in sorted(known)) or 'none'}")
+    rows = [row for row in rows if not args.only or row.label in args.only]
     for row in rows:
         row.fracs = tuple(f for f in row.fracs if not args.fracs or f in args.fracs)
+    if args.warm and args.table in OTHER_ARMS:
+        parser.error(f"--warm brings its own arms, which Table {args.table} changes")
+    args.warm_weights = [load_weights(path) for path in args.warm or ()]
     data.make_absolute(args)
-    args.out = Path(args.out or f"results/table{args.table}".replace("tableobj", "obj"))
+    name = f"table{args.table}" if args.table.isdigit() else args.table
+    args.out = Path(args.out or f"results/{name}")
+    cli.refuse_overwrite(args.out, (), False)  # it may be no folder
     return args, rows
 
 
 def data_flags(args):
-    """The data flags as they were given, to hand on."""
-    given = []
+    """The data flags as they were given, to hand on; and those of the cache alone."""
+    given, cached = [], []
     for key in data.FLAGS:
         value = getattr(args, key)
         if value:
             given.append("--" + key.replace("_", "-"))
             given += [] if value is True else map(str, value) if isinstance(value, list) else [value]
     if args.cache != str(data.cache.default_dir()):
-        given += ["--cache", args.cache] if args.cache else ["--no-cache"]
-    return given
+        cached = ["--cache", args.cache] if args.cache else ["--no-cache"]
+    return [*given, *cached], cached
 
 
 def model_of(args, row, arm):
     """Name and arguments of an arm for timm.create_model; with --warm, the file's own."""
     if not args.warm:
         return MODELS[getattr(row, arm)][args.scale == "small"]
-    weights = load_weights(args.warm[arm == "vit"])
+    weights = args.warm_weights[arm == "vit"]
     kwargs = {k: v for k, v in weights["model_kwargs"].items() if k != "img_size"}
     return weights["arch"], {**kwargs, "num_classes": weights["num_classes"]}
 
@@ -186,12 +201,17 @@ def model_flags(args, row, arm, prefix):
     return [f"--{prefix}", name, *([f"--{prefix}-kwargs", *words] if words else [])]
 
 
+def epochs_of(args, row):
+    """Epochs of a row's pre-training."""
+    return max(1, round((args.epochs or SCALES[args.scale][1]) * row.epochs))
+
+
 def commands(args, row, seed):
     """(pre-training or None, {(arm, frac): fine-tuning}), each a list of words and its folder."""
-    size, epochs, flags = SCALES[args.scale]
-    epochs = max(1, round((args.epochs or epochs) * row.epochs))
+    size, _, flags = SCALES[args.scale]
     device = ["--device", args.device] if args.device != "auto" else []
-    common = [*data_flags(args), *device]
+    given, cached = data_flags(args)
+    common = [*given, *device]
     flags = [*flags, *row.flags]  # of two settings of one flag the last counts
 
     def folder(words):
@@ -214,25 +234,27 @@ def commands(args, row, seed):
         flags += ["--init-cnn", args.warm[0], "--init-vit", args.warm[1]]
     words = ["pretrain.py", "--method", row.method, *model_flags(args, row, "cnn", "cnn"),
              *model_flags(args, row, "vit", "vit"), "--img-size", str(size),
-             "--epochs", str(epochs), *flags, "--seed", str(seed), *common]
+             "--epochs", str(epochs_of(args, row)), *flags, "--seed", str(seed), *common]
     pretraining = words, folder(words)
     return pretraining, {
         (arm, frac): (["finetune.py", "--ckpt", str(pretraining[1] / f"{arm}.pt"), "--frac",
-                       f"{frac:g}", *device],
+                       f"{frac:g}", *cached, *device],
                       pretraining[1] / f"finetune_{arm}_{frac:g}")
         for arm in row.arms for frac in row.fracs}
 
 
-def shown(words):
+def shown(words, folder):
     """A command as one would type it."""
-    return "python " + " ".join(f'"{w}"' if re.search(r"[\s()]", w) else w for w in map(str, words))
+    return shlex.join(["python", *map(str, words), "--out", str(folder)])
 
 
 def portable(args, text):
     """Without what comes before the data and the runs on this machine."""
     for path in (args.data, args.images, args.split, args.work, *(args.warm or ())):
         if path:
-            text = text.replace(str(path), os.path.basename(os.path.normpath(path)))
+            before = os.path.dirname(os.path.dirname(path) if path in (args.warm or ()) else
+                                     os.path.normpath(path))
+            text = text.replace(path, path.removeprefix(before).lstrip("/"))
     return text
 
 
@@ -240,24 +262,36 @@ class Failed(Exception):
     """A script left with another status than 0; the text is its last line."""
 
 
-def call(words, folder):
-    """Run a script into its folder unless it is finished there; returns its seconds."""
-    done = folder / "done.json"
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        began = time.perf_counter()
-        with open(folder / "output.txt", "w") as output:
-            status = subprocess.run(
-                [sys.executable, str(ROOT / words[0]), *map(str, words[1:]), "--out", str(folder),
-                 "--resume"], stdout=output, stderr=subprocess.STDOUT).returncode
-        if status in (130, 143):
-            raise KeyboardInterrupt
-        if status:
-            lines = (folder / "output.txt").read_text(errors="replace").replace("\r", "\n").split("\n")
-            raise Failed(next((line for line in reversed(lines) if line.strip()), f"status {status}"))
-        write_json(done, {"seconds": round(time.perf_counter() - began, 1)})
-        (folder / "last.pt").unlink(missing_ok=True)
-    return json.loads(done.read_text())["seconds"]
+def run_script(words, output):
+    """Run a script; its exit status. A signal to this process is handed on, and waited for."""
+    with cli.Signals() as signals:
+        process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *map(str, words[1:])],
+                                   stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        while process.poll() is None and not signals.number:
+            time.sleep(0.05)
+        if signals.number:
+            process.send_signal(signals.number)
+            process.wait()
+            signals.leave("the run that was cut goes on when the command is called again")
+    return process.returncode
+
+
+def call(words, folder, failed):
+    """Run a script into its folder unless it is finished there. failed: {folder: error} of this
+    table, which are not tried twice."""
+    if folder in failed:
+        raise Failed(failed[folder])
+    if (folder / "finished").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "w") as output:
+        status = run_script([*words, "--out", folder, "--resume"], output)
+    if status:
+        lines = (folder / "output.txt").read_text(errors="replace").replace("\r", "\n").split("\n")
+        failed[folder] = next((line for line in reversed(lines) if line.strip()), f"status {status}")
+        raise Failed(failed[folder])
+    (folder / "finished").touch()
+    (folder / "last.pt").unlink(missing_ok=True)
 
 
 def hardware(device):
@@ -269,44 +303,44 @@ def hardware(device):
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def run_cell(args, row, seed, arm, frac, pretraining, *tunings):
-    """The record of a cell, for cells/*.json. tunings: a fine-tuning, those of both arms for the mean
-    of their probabilities, or none."""
+def run_cell(args, row, seed, arm, frac, runs, failed):
+    """The record of a cell, for cells/*.json. runs: (words, folder) of a pre-training, of a
+    fine-tuning, or of both arms' for the mean of their probabilities."""
     cell = {"row": row.label, "arm": arm, "frac": frac, "seed": seed, "status": "done",
-            "commands": [portable(args, shown(words))
-                         for words, _ in filter(None, (pretraining, *tunings))],
-            "hardware": hardware(args.device), "versions": VERSIONS}
+            "commands": commands_of(args, runs), "hardware": hardware(args.device),
+            "versions": VERSIONS}
     try:
-        if pretraining:
-            cell["pretrain_seconds"] = call(*pretraining)
-            log = (pretraining[1] / "log.jsonl").read_text().splitlines()
+        for run in runs:
+            call(*run, failed)
+        tunings = [folder for words, folder in runs if words[0] == "finetune.py"]
+        if row.method != "supervised":
+            log = (runs[0][1] / "log.jsonl").read_text().splitlines()
             cell["log"] = [json.loads(line) for line in log]
+            cell["pretrain_seconds"] = round(sum(line["seconds"] for line in cell["log"]), 1)
         if tunings:
-            cell["finetune_seconds"] = sum(call(*tuning) for tuning in tunings)
-            cell["metrics"] = json.loads((tunings[0][1] / "metrics.json").read_text())
-            del cell["metrics"]["ckpt"]  # a path of this machine
+            metrics = [json.loads((folder / "metrics.json").read_text()) for folder in tunings]
+            cell["finetune_seconds"] = round(sum(m["seconds"] for m in metrics), 1)
+            cell["metrics"] = {k: v for k, v in metrics[0].items() if k != "ckpt"}
         if len(tunings) == 2:
-            runs = [folder for _, folder in tunings]
-            *_, mean = ensemble.score(ensemble.read_equal(runs, runs))[0]
-            cell["metrics"] = mean
+            *_, cell["metrics"] = ensemble.score(ensemble.read_equal(tunings, tunings))[0]
     except Failed as error:
         cell |= {"status": "failed", "error": portable(args, str(error))}
     return cell
 
 
-def score(cell, metric, part="test"):
-    """The metric of a finished cell, macro F1 where it has none (balanced accuracy, multi-label)."""
-    scores = cell["metrics"][part] or {}
-    return scores.get(metric, scores.get("macro_f1"))
+def commands_of(args, runs):
+    """The commands of a cell, for its record."""
+    return [portable(args, shown(*run)) for run in runs]
 
 
 def summarize(cells, metric):
     """{row|arm|frac: [score of each seed]} of finished cells, in the order they come."""
     summary = {}
     for cell in cells:
-        if cell["status"] == "done" and "metrics" in cell:
+        value = cell.get("metrics", {}).get("test", {}).get(metric)
+        if value is not None:
             key = f"{cell['row']}|{cell['arm']}|{cell['frac']:g}"
-            summary.setdefault(key, {})[cell["seed"]] = score(cell, metric)
+            summary.setdefault(key, {})[cell["seed"]] = value
     return summary
 
 
@@ -329,7 +363,8 @@ def gain_lines(args, summary, paper):
         other = args.out.parent / f"table{n}" / "table.json"
         if args.out.name == f"table{args.table}" and other.exists():
             other = json.loads(other.read_text())
-            if other["scale"] == args.scale:
+            if (other["scale"], other["epochs"], other["warm"]) == (args.scale, args.epochs,
+                                                                  bool(args.warm)):
                 mine[n] = other["means"]
     for over in ("DINO", "Supervised"):
         for frac in ("0.01", "0.1", "1"):
@@ -368,7 +403,8 @@ def time_lines(cells, paper):
     for name, times in paper["1"]["times"].items():
         ratios.append(minutes(times["CASS"]) / minutes(times["DINO"]))
         yield f"| paper, {name} | {times['DINO']} | {times['CASS']} | {ratios[-1]:.2f} |"
-    yield f"| paper, mean of the ratios | | | {np.mean(ratios):.2f} |"
+    yield (f"| paper, mean of the ratios (its \"69 % less time\" would be 0.31) | | | "
+           f"{np.mean(ratios):.2f} |")
     both = sorted(seconds.get("DINO", {}).keys() & seconds.get("CASS", {}))
     if both:
         dino, ours = (np.array([seconds[m][s] for s in both]) for m in ("DINO", "CASS"))
@@ -376,9 +412,8 @@ def time_lines(cells, paper):
                f"{ours.mean():.1f} | {np.mean(ours / dino):.3f} |")
 
 
-def write_table(args, rows, cells, paper):
-    """table.csv, table.json and table.md from the cells that there are."""
-    metric = args.metric or ("balanced_accuracy" if args.table == "5" else "macro_f1")
+def write_table(args, rows, cells, paper, metric):
+    """table.csv, table.json and table.md from the cells that there are. Returns the lines of it."""
     columns = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
     parts = ("test", "test_without_duplicates")
     write_csv(args.out / "table.csv",
@@ -390,7 +425,7 @@ def write_table(args, rows, cells, paper):
                for c in cells))
     summary = summarize(cells, metric)
     write_json(args.out / "table.json", {
-        "scale": args.scale, "metric": metric,
+        "scale": args.scale, "epochs": args.epochs, "warm": bool(args.warm), "metric": metric,
         "means": {k: float(np.mean(list(v.values()))) for k, v in summary.items()},
         "values": {k: {str(s): x for s, x in v.items()} for k, v in summary.items()}})
 
@@ -399,7 +434,7 @@ def write_table(args, rows, cells, paper):
     size, epochs, _ = SCALES[args.scale]
     done = [c for c in cells if c["status"] == "done"]
     lines = [f"# {'Table ' * args.table.isdigit()}{args.table}: {about['title']} (section "
-             f"{about['section']})", "", f"`{portable(args, shown(['experiments.py', *sys.argv[1:]]))}`", "",
+             f"{about['section']})", "", f"`{portable(args, shlex.join(['python', 'experiments.py', *sys.argv[1:]]))}`", "",
              f"Data: {Path(args.data).name}" + (", de-duplicated" if args.dedup else "") +
              (f", grouped by {args.group_col}" if args.group_col else "") +
              f". Scale: **{args.scale}**, {args.epochs or epochs} epochs of pre-training at {size} px" +
@@ -460,7 +495,10 @@ def table_line(args, cells, summary, printed, row, arm, frac):
     seconds = [f"{np.mean([c[k] for c in mine if k in c]):.0f} s" if any(k in c for c in mine) else "–"
                for k in ("pretrain_seconds", "finetune_seconds")]
     name = "mean of both" if arm == "mean" else model_of(args, row, arm)[0]
-    return (f"| {row.label} | {name} | {frac:.0%} | {printed.get(key, '–')} | {ours} | "
+    label = row.label
+    if args.table in ("7", "15"):
+        label += f" (here {epochs_of(args, row)})"
+    return (f"| {label} | {name} | {frac:.0%} | {printed.get(key, '–')} | {ours} | "
             f"{', '.join(seconds)} |")
 
 
@@ -495,8 +533,9 @@ def estimate(args, rows, n_train, n_val, n_test):
             pretraining, tunings = commands(args, row, seed)
             jobs = []
             if pretraining:
-                images = n_train * max(1, round((args.epochs or epochs) * row.epochs))
-                crops = 2 + 8 * (96 / 224) ** 2 + 2 / 3  # of DINO; the teacher goes forward only
+                images = n_train * epochs_of(args, row)
+                small = 4 if args.scale == "small" else 8
+                crops = 2 + small * (96 / 224) ** 2 + 2 / 3  # of DINO; the teacher goes forward only
                 jobs.append((pretraining, images * sum(arm_seconds.values()) *
                              (crops if row.method == "dino" else 1)))
             for (arm, frac), tuning in tunings.items():
@@ -504,12 +543,46 @@ def estimate(args, rows, n_train, n_val, n_test):
                 jobs.append((tuning, images * arm_seconds[arm]))
             for (words, folder), seconds in jobs:
                 if folder not in seen:
-                    state = "finished" if (folder / "done.json").exists() else f"~ {seconds / 60:.1f} min"
-                    print(f"{shown([*words, '--out', folder])}    # {state}")
+                    state = "finished" if (folder / "finished").exists() else f"~ {seconds / 60:.1f} min"
+                    print(f"{shown(words, folder)}    # {state}")
                     total += 0 if state == "finished" else seconds
                     seen.add(folder)
     print(f"{len(seen)} runs, about {total / 3600:.1f} hours here; fine-tuning stops early, and is "
           f"counted with all its epochs")
+
+
+def jobs_of(args, rows):
+    """What run_cell takes of each cell, but for `failed`."""
+    for seed in args.seeds:
+        for row in rows:
+            pretraining, tunings = commands(args, row, seed)
+            before = [pretraining] if pretraining else []
+            for (arm, frac), tuning in tunings.items():
+                yield row, seed, arm, frac, [*before, tuning]
+            if not tunings:
+                yield row, seed, "both", 0, before
+            for frac in row.fracs if len(row.arms) == 2 else ():
+                yield row, seed, "mean", frac, [*before, tunings["cnn", frac], tunings["vit", frac]]
+
+
+def refuse_other_configuration(args, images):
+    """Write config.json; raise UserError where the folder holds results of something else."""
+    config = {"table": args.table, "scale": args.scale, "settings": [*SCALES[args.scale], *SMALL_DINO],
+              "epochs": args.epochs, "data": portable(args, shlex.join(data_flags(args)[0])),
+              "images": len(images), "classes": images.classes,
+              "digest": digest("".join(images.names), np.ascontiguousarray(images.labels)),
+              "warm": [digest(*(v.numpy() for v in w["state_dict"].values()))
+                       for w in args.warm_weights]}
+    file = args.out / "config.json"
+    try:
+        same = not file.exists() or json.loads(file.read_text()) == config
+    except ValueError:
+        same = False
+    if not same:
+        raise UserError(f"{args.out}: holds results of another configuration ({file}); name another "
+                        f"folder with --out")
+    (args.out / "cells").mkdir(parents=True, exist_ok=True)
+    write_json(file, config)
 
 
 def main():
@@ -518,6 +591,11 @@ def main():
     if not images.classes or len(images.classes) == 1 and not images.multilabel:
         raise UserError(f"{images.path}: has no labels, which the tables need; give each class a folder "
                         f"of its own, or a CSV file")
+    metric = args.metric or ("balanced_accuracy" if args.table == "5" and not images.multilabel
+                             else "macro_f1")
+    if images.multilabel and metric in ("balanced_accuracy", "accuracy"):
+        raise UserError(f"--metric {metric}: {images.path} has several labels to an image; take "
+                        f"macro_f1, micro_f1 or auroc")
     if args.dry_run:
         n = len(images)
         given = {part: int((images.given == part).sum()) for part in ("train", "val", "test")}
@@ -525,41 +603,30 @@ def main():
         val = given["val"] or round((n - test) / 8)
         return estimate(args, rows, n - test - val, val, test)
 
-    config = {"table": args.table, "scale": args.scale, "epochs": args.epochs,
-              "warm": args.warm and [os.path.basename(os.path.dirname(p)) for p in args.warm],
-              "data": {k: v if k not in ("data", "images", "split") or not v else Path(v).name
-                       for k, v in data.flags(args).items()}}
-    file = args.out / "config.json"
-    if file.exists() and json.loads(file.read_text()) != config:
-        raise UserError(f"{args.out}: holds results of another configuration ({file}); name another "
-                        f"folder with --out")
-    (args.out / "cells").mkdir(parents=True, exist_ok=True)
-    write_json(file, config)
+    jobs, failed, errors = list(jobs_of(args, rows)), {}, 0
+    refuse_other_configuration(args, images)
     paper = json.loads((ROOT / "paper.json").read_text())["tables"]
-
-    jobs = []
-    for seed in args.seeds:
-        for row in rows:
-            pretraining, tunings = commands(args, row, seed)
-            jobs += [(row, seed, *cell, pretraining, tuning) for cell, tuning in tunings.items()]
-            if not tunings:
-                jobs.append((row, seed, "both", 0, pretraining))
-            if len(row.arms) == 2:
-                jobs += [(row, seed, "mean", frac, pretraining, tunings["cnn", frac],
-                          tunings["vit", frac]) for frac in row.fracs]
-    for job in cli.progress(jobs, desc=f"table {args.table}"):
-        row, seed, arm, frac, *_ = job
+    for job in cli.progress(jobs, unit="cell", desc=f"table {args.table}"):
+        row, seed, arm, frac, runs = job
         name = re.sub(r"[^\w.-]+", "_", f"{row.label}_{arm}_{frac:g}_seed{seed}")
         file = args.out / "cells" / f"{name}.json"
-        if not (file.exists() and json.loads(file.read_text())["status"] == "done"):
-            cell = run_cell(args, *job)
+        before = json.loads(file.read_text()) if file.exists() else {"status": None}
+        if before["status"] != "done" or before["commands"] != commands_of(args, runs):
+            cell = run_cell(args, *job, failed)
             write_json(file, cell)
             if cell["status"] == "failed":
+                errors += 1
                 print(f"failed: {name}: {cell['error']}", file=sys.stderr)
-    order = {row.label: i for i, row in enumerate(rows_of(args.table))}
+    every = rows_of(args.table)
+    order = {row.label: i for i, row in enumerate(every)}
     cells = [json.loads(file.read_text()) for file in (args.out / "cells").glob("*.json")]
-    cells.sort(key=lambda c: (order[c["row"]], c["frac"], c["arm"], c["seed"]))
-    print("\n".join(write_table(args, rows_of(args.table), cells, paper)))
+    cells = sorted((c for c in cells if c["row"] in order),
+                   key=lambda c: (order[c["row"]], c["frac"], c["arm"], c["seed"]))
+    print("\n".join(write_table(args, every, cells, paper, metric)))
+    if errors:
+        print(f"error: {errors} of {len(jobs)} cells failed; the same command tries them again",
+              file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
