@@ -505,8 +505,7 @@ def table_line(args, cells, summary, printed, row, arm, frac):
 def estimate(args, rows, n_train, n_val, n_test):
     """Print every command, and about how long they take: a step of each arm is timed, and a fine-
     tuning counted with all of its 50 epochs."""
-    size, epochs, _ = SCALES[args.scale]
-    device, known = cli.pick_device(args.device), {}
+    size, device, known = SCALES[args.scale][0], cli.pick_device(args.device), {}
     amp = cli.pick_amp("auto", device)
 
     def per_image(name, kwargs):
