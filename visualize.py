@@ -320,16 +320,20 @@ def draw_curves(args):
 
 def series(rows, parted=False):
     """Rows of a log -> {panel: {name of COLOURS: [(epoch, number), ...]}}: train_loss and val_loss
-    are lines of one panel, unless parted."""
+    are lines of one panel, and so are the arms, unless parted. Of DINO, which trains one arm after
+    the other, every number belongs to one of them."""
     panels = {}
     for i, row in enumerate(rows, 1):
         inner = {f"{key}_{k}": v for key, value in row.items() if isinstance(value, dict)
                  for k, v in value.items()}
+        alone = row["arms"] if row.get("arms") in COLOURS else ""
         for key, value in {**row, **inner}.items():
             if isinstance(value, (int, float)) and key not in ("epoch", "iteration"):
                 parts = key.split("_")
-                line = "" if parted else next((part for part in parts if part in COLOURS), "")
+                line = next((part for part in parts if part in COLOURS), alone)
                 panel = "_".join(part for part in parts if part != line) or key
+                if parted and line:
+                    line, panel = "", f"{line}_{panel}"
                 points = panels.setdefault(panel, {}).setdefault(line, [])
                 points.append((row.get("epoch", i), value))
     return panels

@@ -266,6 +266,16 @@ def test_curves_put_train_and_val_and_both_arms_together():
         "health_rank": {"cnn": [(2, 4)], "vit": [(2, 5)]}}
 
 
+def test_curves_of_several_runs_have_a_panel_to_an_arm_and_dino_s_arms_are_apart():
+    rows = [{"arms": "cnn+vit", "epoch": 1, "loss": 2.0, "cnn_rank": 4, "vit_rank": 5}]
+    assert visualize.series(rows, parted=True) == {
+        "loss": {"": [(1, 2.0)]}, "cnn_rank": {"": [(1, 4)]}, "vit_rank": {"": [(1, 5)]}}
+    dino = [{"arms": "cnn", "epoch": 1, "loss": 3.0}, {"arms": "vit", "epoch": 1, "loss": 4.0}]
+    assert visualize.series(dino) == {"loss": {"cnn": [(1, 3.0)], "vit": [(1, 4.0)]}}
+    assert visualize.series(dino, parted=True) == {"cnn_loss": {"": [(1, 3.0)]},
+                                                   "vit_loss": {"": [(1, 4.0)]}}
+
+
 # the script
 
 
@@ -299,7 +309,8 @@ def test_every_figure_of_a_run(pretrained, tmp_path, script, monkeypatch):
             (["features", "--ckpt", pretrained / "cnn.pt", "--compare", pretrained / "cnn.pt"], 1),
             (["features", "--ckpt", pretrained / "cnn.pt", "--layers", 5], 1),
             (["cka", "--cnn", pretrained / "cnn.pt", "--vit", "fine/best.pt", "--bs", 4], 6),
-            (["curves", pretrained], 0), (["curves", "fine"], 0), (["confusion", "fine"], 0)):
+            (["curves", pretrained], 0), (["curves", "fine"], 0), (["confusion", "fine"], 0),
+            (["curves", pretrained, "fine", "--only", "loss", "spread"], 0)):
         status, out, err = script(visualize, *command, "--out", "out/figure.png")
         assert status == 0 and "wrote out/figure.png" in out, err
         kind, (width, height) = size_of("out/figure.png")
@@ -354,6 +365,7 @@ def test_bad_input_gives_one_line_and_status_2(pretrained, folder, tmp_path, scr
             (["curves", "mine.png"], "log.jsonl: Not a directory"),
             (["curves", "empty"], "holds no finished epoch"),
             (["curves", "odd"], "log.jsonl: is not as"),
+            (["curves", pretrained, "--only", "beauty"], "nothing there is called beauty"),
             (["curves", "list"], "log.jsonl: is not as"),
             (["confusion", pretrained], "confusion.csv: No such file"),
             (["confusion", "empty"], "confusion.csv: is not as"),
