@@ -315,8 +315,10 @@ def run_cell(args, row, seed, arm, frac, runs, failed):
         tunings = [folder for words, folder in runs if words[0] == "finetune.py"]
         if row.method != "supervised":
             log = (runs[0][1] / "log.jsonl").read_text().splitlines()
-            cell["log"] = [json.loads(line) for line in log]
-            cell["pretrain_seconds"] = round(sum(line["seconds"] for line in cell["log"]), 1)
+            log = [json.loads(line) for line in log]
+            cell["pretrain_seconds"] = round(sum(line["seconds"] for line in log), 1)
+            if not tunings:
+                cell["log"] = log
         if tunings:
             metrics = [json.loads((folder / "metrics.json").read_text()) for folder in tunings]
             cell["finetune_seconds"] = round(sum(m["seconds"] for m in metrics), 1)
