@@ -250,7 +250,7 @@ def shown(words, folder):
 
 def portable(args, text):
     """Without what comes before the data and the runs on this machine."""
-    for path in (args.data, args.images, args.split, args.work, *(args.warm or ())):
+    for path in (args.data, args.images, args.split, args.work, str(args.out), *(args.warm or ())):
         if path:
             before = os.path.dirname(os.path.dirname(path) if path in (args.warm or ()) else
                                      os.path.normpath(path))
@@ -439,7 +439,7 @@ def write_table(args, rows, cells, paper, metric):
              f"{about['section']})", "", f"`{portable(args, shlex.join(['python', 'experiments.py', *sys.argv[1:]]))}`", "",
              f"Data: {Path(args.data).name}" + (", de-duplicated" if args.dedup else "") +
              (f", grouped by {args.group_col}" if args.group_col else "") +
-             f". Scale: **{args.scale}**, {args.epochs or epochs} epochs of pre-training at {size} px" +
+             f". Scale: **{args.scale}**, epochs of pre-training: {args.epochs or epochs}, at {size} px" +
              (", small arms from random weights: not the paper's" if args.scale == "small" else "") +
              (", from warm arms" if args.warm else "") + ". " +
              "; ".join(sorted({c["hardware"] for c in done})) + "; " +
@@ -447,7 +447,7 @@ def write_table(args, rows, cells, paper, metric):
     if args.table == "1":
         lines += ["DINO trains one arm after the other, CASS both at once. The paper took DINO from "
                   "another implementation with other settings (student temperature 0.9, 65,336 outputs, "
-                  "two full-size local views); here it is the original's." +
+                  "two full-size local views); here it is the original's for Transformers, for both arms." +
                   (" At this scale with 4,096 outputs and 4 local crops." if args.scale == "small" else ""), "",
                   *time_lines(cells, paper)]
     else:
