@@ -47,6 +47,7 @@ def run(main):
 
     try:
         main()
+        parallel.stop()
     except UserError as error:
         leave(2, error)
     except FloatingPointError as error:

@@ -1,6 +1,7 @@
 """One process per GPU under torchrun; without torchrun one process, and nothing happens here."""
 
 import contextlib
+import gc
 import os
 import sys
 from datetime import timedelta
@@ -28,6 +29,14 @@ def start(device):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     if rank():
         sys.stdout = open(os.devnull, "w")
+
+
+def stop():
+    """Part from the others, after a run that went well. What is left of DistributedDataParallel must
+    be gone by then, or its threads may abort the process as it ends (seen in torch 2.15)."""
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def over_all(tensor, op="SUM"):

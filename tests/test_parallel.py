@@ -61,6 +61,8 @@ ddp = DistributedDataParallel(method)  # must live until the backward pass is ov
 ddp(images[8 * parallel.rank():][:8]).backward()
 if parallel.rank() == 0:
     torch.save({{n: p.grad for n, p in method.named_parameters()}}, "gradients.pt")
+del ddp
+parallel.stop()
 """
 
 
@@ -107,6 +109,8 @@ for name in ("vicreg",):
     gradients[name] = loss.detach(), {{n: p.grad for n, p in method.named_parameters()}}
 if parallel.rank() == 1:
     torch.save(gradients, "gradients.pt")
+del ddp
+parallel.stop()
 """
 
 
