@@ -1,8 +1,8 @@
-"""Images and labels as people have them -> one table, an honest split, augmented batches.
+"""Images and labels as people have them -> one table, a leak-free split, augmented batches.
 
     python data.py PATH [--images DIR --image-col NAME --label-col NAME ...]
 
-reports what PATH holds and what is wrong with it: the first thing to run on new data. PATH is
+reports what PATH holds and what is wrong with it: the first command to run on new data. PATH is
     a folder of images at any depth                               (no labels)
     a folder with one folder of images per class                  CLASS/a.png
     a folder with the splits above the classes                    train/CLASS/a.png, test/CLASS/b.png
@@ -13,7 +13,6 @@ reports what PATH holds and what is wrong with it: the first thing to run on new
 import math
 import os
 import signal
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,36 +20,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
-import cache
-from checkpoint import write_csv
-from cli import Parser, UserError, count, positive, refuse_overwrite, run, some
-from layouts import read
-from splits import copies, duplicates, make_split
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def decode(data, img_size, directory, skip_bad=False):
-    """Check and decode all images of the set (cache.decode_all); sets data.table, data.images.
-    Raises UserError naming every unreadable image, unless they are to be left out."""
-    data.table, data.images, bad = cache.decode_all(data.sources, img_size,
-                                                    os.path.abspath(data.path), directory)
-    if bad:
-        listed = [f"{data.names[i]} ({reason})" for i, reason in sorted(bad.items())]
-        if not skip_bad or len(bad) == len(data):
-            raise UserError(f"{data.path}: {len(bad)} of {len(data)} images cannot be read: "
-                            f"{some(listed, 100)}; mend them, or leave them out with --skip-bad")
-        data.notes.append(f"left out, since they cannot be read: {some(listed, 100)}")
-        data.keep(~np.isin(np.arange(len(data)), list(bad)))
-    several = [name for name, n in zip(data.names, data.table["frames"]) if n > 1]
-    if several:
-        data.notes.append(f"only the first page or frame is read of {some(several)}")
+from common import report
+from common.checkpoint import write_csv
+from common.cli import Parser, count, positive, refuse_overwrite, run
+from common.decode import default_dir
+from common.readers import read
+from common.splits import cross_split_duplicates, make_split
 
 
 def augmentation(img_size, blur=False, solarize=False):
     """The augmentations of F.2.2 (v6) on (3, H, W) uint8, after resizing.
 
-    With p = 0.3 colour jitter or perspective, with p = 0.3 colour jitter or affine, at equal odds;
+    With p = 0.3 color jitter or perspective, with p = 0.3 color jitter or affine, at equal odds;
     then both flips, p = 0.3 each. The strengths of the jitter are not in the paper: 0.2 as in its
     notebooks, hue 0.05 ours. blur, solarize: for Table 8, with DINO's parameters, our choice.
     """
@@ -70,15 +51,9 @@ def augmentation(img_size, blur=False, solarize=False):
     return v2.Compose(steps)
 
 
-def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """(N, 3, H, W) uint8 -> float32, channels normalized (F.2.2)."""
-    images = v2.functional.to_dtype(images, torch.float32, scale=True)
-    return v2.functional.normalize(images, mean, std, inplace=True)
-
-
-class Views(Dataset):
-    """Augmented images: item (epoch, i) is the i-th of `index`, augmented as (seed, epoch, i) says,
-    whichever process does it. With targets, a pair (image, target)."""
+class AugmentedImages(Dataset):
+    """Item (epoch, i) is the i-th image of `index`, augmented as (seed, epoch, i) determines, in
+    whichever process. With targets, a pair (image, target)."""
 
     def __init__(self, images, index, transform=None, targets=None, seed=0):
         self.images, self.index = images, index
@@ -99,18 +74,19 @@ class Views(Dataset):
         return len(self.index)
 
 
-class Batches(Sampler):
-    """Batches of (epoch, i), shuffled by (seed, epoch). Every image comes once an epoch, but a last
-    batch of a single image is left out, where drop_single (batch-norm).
+class EpochBatches(Sampler):
+    """Batches of (epoch, i), shuffled by (seed, epoch). Every image comes once an epoch, except a last
+    batch of a single image, which is left out where drop_single (batch-norm).
 
-    Set `epoch` before each pass, and `start` to skip the first batches of it. Of several processes
-    (`world`) each takes its share, number `rank`, of batches that are `world` times as large.
+    Set `epoch` before each pass, and `start` to skip its first batches. With several processes, each
+    takes its share, number `rank`, of batches that are `world_size` times as large.
     """
 
-    def __init__(self, n, batch_size, seed=None, drop_single=True, rank=0, world=1):
-        self.n, self.batch_size, self.seed = n, batch_size * world, seed
-        self.rank, self.world, self.epoch, self.start = rank, world, 0, 0
-        self.single = drop_single and n > self.batch_size and 0 < n % self.batch_size < 2 * world
+    def __init__(self, n, batch_size, seed=None, drop_single=True, rank=0, world_size=1):
+        self.n, self.batch_size, self.seed = n, batch_size * world_size, seed
+        self.rank, self.world_size, self.epoch, self.start = rank, world_size, 0, 0
+        self.single = (drop_single and n > self.batch_size
+                       and 0 < n % self.batch_size < 2 * world_size)
 
     def __len__(self):
         return math.ceil(self.n / self.batch_size) - self.single
@@ -120,8 +96,8 @@ class Batches(Sampler):
         if self.seed is not None:
             order = np.random.default_rng([self.seed, 2, self.epoch]).permutation(self.n)
         for b in range(self.start, len(self)):
-            part = order[b * self.batch_size:(b + 1) * self.batch_size]
-            yield [(self.epoch, int(i)) for i in np.array_split(part, self.world)[self.rank]]
+            batch = order[b * self.batch_size:(b + 1) * self.batch_size]
+            yield [(self.epoch, int(i)) for i in np.array_split(batch, self.world_size)[self.rank]]
 
 
 def _leave_signals_to_main(_):
@@ -129,134 +105,78 @@ def _leave_signals_to_main(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(views, batches, device, workers=None):
+def loader(dataset, batches, device, workers=None):
     """A DataLoader of uint8 batches. Workers stay alive between epochs."""
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
-    return DataLoader(views, batch_sampler=batches, num_workers=workers,
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                       persistent_workers=workers > 0, pin_memory=device.type == "cuda",
                       worker_init_fn=_leave_signals_to_main,
                       generator=torch.Generator().manual_seed(0))
 
 
-def text(classes, has):
-    """The names of the classes that an image has, as files hold them."""
-    return "|".join(c for c, h in zip(classes, has) if h)
-
-
-def split_rows(data, split, used=None):
-    """Rows of split.csv: path, split, labels, whether the label was used (empty without labels)."""
-    for i, name in enumerate(data.names):
-        labels = text(data.classes, data.labels[i])
-        yield name, split[i], labels, "" if not data.classes else int(used is not None and used[i])
-
-
-SPLIT_HEADER = ("path", "split", "labels", "label_used")
-DUPLICATES_HEADER = ("group", "path", "split", "labels")
-
-
-def duplicate_rows(data, split):
-    """Rows of duplicates.csv: images with one number are pixel-identical."""
-    for group, members in enumerate(duplicates(data)):
-        for i in members:
-            yield group, data.names[i], split[i], text(data.classes, data.labels[i])
-
-
-def class_counts(data, mask):
-    """{class: images} among the masked ones."""
-    return dict(zip(data.classes, data.labels[mask].sum(0).tolist()))
-
-
-def split_and_report(data, args, seed, seen=None, allow_seen=False):
+def split_and_report(images, seed, dedup=False, seen=None, allow_seen=False):
     """make_split, --dedup, and the report at the start of every run. Returns the split."""
-    split = make_split(data, seed, seen, allow_seen)
-    if args.dedup:
-        kept = ~copies(data, split)
+    split = make_split(images, seed, seen, allow_seen)
+    if dedup:
+        kept = ~cross_split_duplicates(images, split)
         if not kept.all():
-            data.notes.append(f"left out by --dedup: {(~kept).sum()} copies of images in an earlier "
-                              f"split")
-        data.keep(kept)
+            images.notes.append(f"left out by --dedup: {(~kept).sum()} exact duplicates of images in "
+                                f"an earlier split")
+        images.keep(kept)
         split = split[kept]
-    report(data, split)
+    report.print_report(images, split)
     return split
-
-
-def report(data, split):
-    """Print what the set holds, how it is split and what is odd about it."""
-    kind = "" if not data.multilabel else ", several or none to an image"
-    print(f"{data.path}: {len(data)} images, " +
-          (f"{len(data.classes)} classes{kind}" if data.classes else "no labels") +
-          ("" if data.groups is None else f", {len(np.unique(data.groups))} groups"))
-    for name in ("train", "val", "test"):
-        mask = split == name
-        if mask.any():
-            counts = ", ".join(f"{c} {n}" for c, n in class_counts(data, mask).items())
-            groups = "" if data.groups is None else f" in {len(np.unique(data.groups[mask]))} groups"
-            print(f"  {name:5} {mask.sum():6}{groups}  {counts}")
-    table = data.table
-    modes = ", ".join(f"{mode} {n}" for mode, n in Counter(table["mode"].tolist()).most_common())
-    print(f"  widths {table['width'].min()} to {table['width'].max()}, heights "
-          f"{table['height'].min()} to {table['height'].max()} pixels; modes {modes}")
-    train = np.flatnonzero(split == "train")
-    sample = [data.images[i] / np.float32(255) for i in train[::len(train) // 100 + 1]]
-    mean = np.mean([x.mean((1, 2)) for x in sample], axis=0)
-    std = np.sqrt(np.mean([(x**2).mean((1, 2)) for x in sample], axis=0) - mean**2)
-    print("  mean " + " ".join(f"{x:.3f}" for x in mean) +
-          ", standard deviation " + " ".join(f"{x:.3f}" for x in std) +
-          " (ImageNet: 0.485 0.456 0.406, 0.229 0.224 0.225)")
-    same = duplicates(data)
-    if same:
-        print(f"  {sum(map(len, same))} images are pixel-identical to another; "
-              f"{copies(data, split).sum()} of them to one in an earlier split (train, val, test)")
-    contradicting = [g for g in same if (data.labels[g] != data.labels[g[0]]).any()]
-    if contradicting:
-        pairs = some(" = ".join(data.names[i] for i in group[:2]) for group in contradicting)
-        print(f"  {len(contradicting)} sets of identical images bear different labels: {pairs}")
-    for note in data.notes:
-        print(f"  {note}")
 
 
 def add_arguments(parser, positional=False):
     """The data flags, the same for every script."""
-    parser.add_argument("data" if positional else "--data", metavar="PATH",
-                        help="image folder, CSV file or MedMNIST .npz (layouts: see data.py)")
-    parser.add_argument("--images", metavar="DIR", help="folder of a CSV file's images")
-    parser.add_argument("--image-col", metavar="NAME", help="CSV column of image names")
-    parser.add_argument("--label-col", metavar="NAME", nargs="+",
-                        help="CSV column of labels, several 0/1 columns, or none")
-    parser.add_argument("--label-sep", metavar="SEP",
-                        help="what parts several labels in one cell of the label column, or none")
-    parser.add_argument("--multilabel", action="store_true",
-                        help="several labels to an image, though every image here has one")
-    parser.add_argument("--group-col", metavar="NAME",
-                        help="CSV column of patients or lesions, never parted by a split")
-    parser.add_argument("--unlabelled", action="store_true",
-                        help="folders below --data are no classes; all images are for training")
-    parser.add_argument("--split", metavar="FILE", help="CSV with path and split, made elsewhere")
-    parser.add_argument("--dedup", action="store_true",
-                        help="leave out images that are pixel-identical to one in an earlier split")
-    parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out")
-    parser.add_argument("--cache", metavar="DIR", default=str(cache.default_dir()),
-                        help="folder of the decoded images (default: %(default)s)")
-    parser.add_argument("--no-cache", dest="cache", action="store_const", const=None,
-                        help="decode every image again in every epoch")
+    add = parser.add_argument
+    add("data" if positional else "--data", metavar="PATH",
+        help="image folder, CSV file or MedMNIST .npz (layouts: see data.py)")
+    add("--images", metavar="DIR", help="folder of a CSV file's images")
+    add("--image-col", metavar="NAME", help="CSV column of image names")
+    add("--label-col", metavar="NAME", nargs="+", help="CSV column of labels, or several 0/1 "
+        "columns; none: no labels, all images are for training, also for folders of folders")
+    add("--label-sep", metavar="SEP", help="separator of several labels in one cell, or none")
+    add("--multilabel", action="store_true",
+        help="several labels per image, though every image here has one")
+    add("--group-col", metavar="NAME", help="CSV column of patients or lesions, kept on one side")
+    add("--split", metavar="FILE", help="CSV with path and split, made elsewhere")
+    add("--dedup", action="store_true",
+        help="leave out exact duplicates of an image in an earlier split")
+    add("--skip-bad", action="store_true", help="leave unreadable images out")
+    add("--cache", metavar="DIR", help=f"folder of the decoded images (default: {default_dir()})")
+    add("--no-cache", dest="cache", action="store_const", const="none",
+        help="decode every image again in every epoch")
 
 
-# what a checkpoint carries, so that fine-tuning finds the same data
-FLAGS = ("data", "images", "image_col", "label_col", "label_sep", "multilabel", "group_col",
-         "unlabelled", "split", "skip_bad", "dedup")
+READING = ("images", "image_col", "label_col", "label_sep", "multilabel", "group_col", "split")
+OPTIONS = ("data", *READING, "skip_bad", "dedup", "cache")  # what a weights file carries
 
 
 def make_absolute(args):
     """Make the paths among the data flags absolute, so that they hold from any folder."""
-    for key in ("data", "images", "split"):
-        if getattr(args, key):
-            setattr(args, key, os.path.abspath(getattr(args, key)))
+    for key in ("data", "images", "split", "cache"):
+        value = getattr(args, key, None)
+        if value and (key, value) != ("cache", "none"):
+            setattr(args, key, os.path.abspath(value))
 
 
-def flags(args):
-    """What a checkpoint carries of the data flags."""
-    return {key: getattr(args, key) for key in FLAGS}
+def options(args, keys=READING):
+    """{name: value} of data flags: what read() takes, or, with OPTIONS, what weights files carry."""
+    return {key: getattr(args, key) for key in keys}
+
+
+def cache_dir(value):
+    """The folder that --cache means, None for --no-cache."""
+    return None if value == "none" else value or default_dir()
+
+
+def write_split(out, images, split, used=None):
+    """split.csv and duplicates.csv."""
+    write_csv(out / "split.csv", report.SPLIT_HEADER, report.split_rows(images, split, used))
+    write_csv(out / "duplicates.csv", report.DUPLICATES_HEADER, report.duplicate_rows(images, split))
 
 
 def main():
@@ -267,15 +187,14 @@ def main():
     parser.add_argument("--out", metavar="DIR", help="write split.csv and duplicates.csv there")
     args = parser.parse_args()
     make_absolute(args)
-    refuse_overwrite(Path(args.out or "."), (), False)
-    data = read(args)
-    decode(data, args.img_size, args.cache, args.skip_bad)
-    split = split_and_report(data, args, args.seed)
+    out = Path(args.out or ".")
+    refuse_overwrite(out, (), False)
+    images = read(args.data, **options(args))
+    images.decode(args.img_size, cache_dir(args.cache), args.skip_bad)
+    split = split_and_report(images, args.seed, args.dedup)
     if args.out:
-        out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        write_csv(out / "split.csv", SPLIT_HEADER, split_rows(data, split))
-        write_csv(out / "duplicates.csv", DUPLICATES_HEADER, duplicate_rows(data, split))
+        write_split(out, images, split)
 
 
 if __name__ == "__main__":

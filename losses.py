@@ -78,7 +78,7 @@ def class_weights(counts, kind="minmax"):
 
     counts: (C,) numbers, at least 0. Returns (C,) float32.
     "minmax": the counts themselves, scaled linearly to [0.2, 1], which is what the paper says and
-        its code does. It FAVOURS THE MAJORITY: the commonest class gets 1, the rarest 0.2. Equal
+        its code does. It FAVOURS THE MAJORITY: the most frequent class gets 1, the rarest 0.2. Equal
         counts give 1 for every class.
     "inverse": 1 / count, scaled to mean 1, which favours the rare; an absent class counts as one.
     "none": 1 for every class.

@@ -15,7 +15,7 @@ def is_cycle_end(iteration, t_max):
 
 
 class SWA:
-    """Averages the weights of each arm; the arms themselves train on untouched.
+    """Averages the weights of each arm; the arms themselves train on unchanged.
 
     arms: {name: module}; start: the share of the run, 0 to 1, after which snapshots are taken;
     iterations: of the whole run; t_max: half a cycle of the learning rate, in iterations.
@@ -58,7 +58,7 @@ class SWA:
         return finished
 
     def state_dict(self):
-        """Plain tensors, to go on from."""
+        """Plain tensors, to resume from."""
         return {name: average.state_dict() for name, average in self.averages.items()}
 
     def load_state_dict(self, state):

@@ -15,13 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
-from checkpoint import writing
-from cli import UserError, progress
+from torchvision.transforms.v2 import functional
+
+from common.checkpoint import atomic_open
+from common.cli import UserError, progress
 
 VERSION = 1  # of decode(); another number, another file
 MAX_PIXELS = 200_000_000
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ROW = np.dtype([("key", "u8"), ("hash", "u8"), ("width", "i4"), ("height", "i4"),
                 ("frames", "i4"), ("mode", "U8")])
 
@@ -59,6 +63,12 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """(N, 3, H, W) uint8 -> float32, channels normalized (F.2.2)."""
+    images = functional.to_dtype(images, torch.float32, scale=True)
+    return functional.normalize(images, mean, std, inplace=True)
+
+
 def square(rgb, size):
     """A Pillow RGB image as (3, size, size) uint8: resized bilinearly with antialiasing, whatever
     the aspect (F.2.2)."""
@@ -70,7 +80,7 @@ def decode(source, size):
     """Read one image: a file (the first frame of several, EXIF orientation applied) or an array,
     (H, W) or (H, W, 3) uint8.
 
-    Returns (pixels, facts): pixels (3, size, size) uint8, RGB, of square(); facts a dict with
+    Returns (pixels, metadata): pixels (3, size, size) uint8, RGB, of square(); metadata a dict with
     "hash" (of the full-size RGB pixels), "width", "height", "frames", "mode" as in the file. Raises
     ValueError with the reason in one line.
     """
@@ -78,7 +88,7 @@ def decode(source, size):
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
     try:
         with open_image(source) as image:
-            facts = {"mode": image.mode, "frames": getattr(image, "n_frames", 1)}
+            metadata = {"mode": image.mode, "frames": getattr(image, "n_frames", 1)}
             rgb = to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         raise ValueError("above 200 megapixels") from None
@@ -89,9 +99,9 @@ def decode(source, size):
         raise ValueError(error.strerror or str(error)) from None
     except Exception as error:  # decoders raise all kinds on broken files
         raise ValueError(f"broken image file ({error})") from None
-    facts |= {"width": rgb.width, "height": rgb.height,
+    metadata |= {"width": rgb.width, "height": rgb.height,
               "hash": digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb))}
-    return square(rgb, size), facts
+    return square(rgb, size), metadata
 
 
 class DecodedImages:
@@ -151,11 +161,11 @@ def decode_all(sources, size, name, directory):
 
     def pixels(i):
         try:
-            array, facts = decode(sources[i], size)
+            array, metadata = decode(sources[i], size)
         except ValueError as error:
             bad[i] = str(error)
             return np.zeros((3, size, size), np.uint8)
-        table[i] = (table["key"][i], *(facts[k] for k in ROW.names[1:]))
+        table[i] = (table["key"][i], *(metadata[k] for k in ROW.names[1:]))
         return array
 
     def in_order(function):
@@ -198,7 +208,7 @@ def decode_all(sources, size, name, directory):
             with contextlib.suppress(FileNotFoundError):  # or that are done just now
                 if time.time() - left.stat().st_mtime > 600:
                     left.unlink()
-        with writing(file, "wb") as f:
+        with atomic_open(file, "wb") as f:
             np.save(f, table)
             for array in bar(known_pixels):
                 f.write(array.data)

@@ -6,21 +6,21 @@ from collections import defaultdict
 
 import numpy as np
 
-from cli import UserError, some
+from common.cli import UserError, preview
 
 SHARES = {"val": 0.1, "test": 0.2}  # of all images; the rest is for training (section 4.3)
 
 
 def duplicates(data):
-    """Lists of the indices of pixel-identical images."""
+    """Lists of the indices of exact duplicates, images with equal pixels."""
     same = defaultdict(list)
     for i, key in enumerate(data.table["hash"].tolist()):
         same[key].append(i)
     return [group for group in same.values() if len(group) > 1]
 
 
-def copies(data, split):
-    """(N,) bool: images with an identical one in an earlier split (train, then val, then test)."""
+def cross_split_duplicates(data, split):
+    """(N,) bool: images with an exact duplicate in an earlier split (train, then val, then test)."""
     rank = np.array([("train", "val", "test").index(s) for s in split])
     copy = np.zeros(len(data), bool)
     for group in duplicates(data):
@@ -28,8 +28,8 @@ def copies(data, split):
     return copy
 
 
-def units(data):
-    """(N,) int: images that must not be parted, since they share a group or are pixel-identical."""
+def indivisible_units(data):
+    """(N,) int: images that must not be parted, since they share a group or are exact duplicates."""
     parent = list(range(len(data)))
 
     def root(i):
@@ -80,9 +80,10 @@ def make_split(data, seed, seen=None, allow_seen=False):
     """(N,) "train", "val" or "test".
 
     A given test (or validation) split stays; what is not given is drawn, 70/10/20 of a whole, by
-    units() and stratified_order(). Images without labels and without a given split are all for
+    indivisible_units() and stratified_order(). Images without labels and without a given split are all for
     training (F.2.1). seen: (N,) bool, the images that pre-training saw: validation and test are
-    drawn from the others. Raises UserError where that leaves no test image, unless allow_seen.
+    drawn from the others; the split that pre-training drew stays as it was. Raises UserError where
+    that leaves no test image, unless allow_seen.
     """
     split = data.given.copy().astype("U5")
     drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
@@ -93,29 +94,37 @@ def make_split(data, seed, seen=None, allow_seen=False):
     _refuse_parted_groups(data, split)
     if not drawn or not data.classes:
         return split
-    unit = np.unique(units(data)[pool], return_inverse=True)[1]
+    unit = np.unique(indivisible_units(data)[pool], return_inverse=True)[1]
     labels, size = data.labels[pool], np.bincount(unit)
     order, _ = stratified_order(labels, unit, np.random.default_rng([seed, 0]))
+    which = _cut(order, size, drawn)
     saw = np.zeros(len(order), bool)
     if seen is not None:
         np.logical_or.at(saw, unit, seen[pool])
         if saw.all() and "test" in drawn and not allow_seen:
-            raise UserError(f"{data.path}: pre-training saw every image, so that none is left for an "
-                            f"honest test; add others, or give --allow-seen")
+            raise UserError(f"{data.path}: pre-training saw every image, so that none is left for a "
+                            f"leak-free test; add others, or give --allow-seen")
         if saw.all():
-            data.notes.append(f"pre-training saw every image: {' and '.join(drawn)} hold such ones")
-            saw[:] = False
-    order = np.concatenate([order[saw[order]], order[~saw[order]]])
+            data.notes.append(f"pre-training saw every image: {' and '.join(drawn)} hold such images")
+        elif (which[saw] != "train").any():  # another split than pre-training's: seen images first
+            order = np.concatenate([order[saw[order]], order[~saw[order]]])
+            which = _cut(order, size, drawn, size[saw].sum())
+    split[pool] = which[unit]
+    return split
+
+
+def _cut(order, size, drawn, n_train=0):
+    """(U,) "train", "val" or "test" for units of these sizes, in this order: the last ones for what
+    is drawn, {name: share of all images}, and at least the first n_train images for training."""
     middle = np.cumsum(size[order]) - size[order] / 2
     n, kept = size.sum(), sum(SHARES.values()) - sum(drawn.values())
     shares = {name: share / (1 - kept) for name, share in drawn.items()}
-    start = max(n * (1 - sum(shares.values())), size[saw].sum())
+    start = max(n * (1 - sum(shares.values())), n_train)
     rest, which = n - start, np.full(len(order), "train")
     for name, share in shares.items():
         which[order[middle >= start]] = name
         start += rest * share / sum(shares.values())
-    split[pool] = which[unit]
-    return split
+    return which
 
 
 def _refuse_parted_groups(data, split):
@@ -127,7 +136,7 @@ def _refuse_parted_groups(data, split):
         parted = [group for group, names in sides.items() if len(names) > 1]
         if parted:
             raise UserError(f"{data.path}: the given split parts {len(parted)} of {len(sides)} groups "
-                            f"({some(parted)}); give another, or leave out --group-col")
+                            f"({preview(parted)}); give another, or leave out --group-col")
 
 
 def label_fraction(data, train, frac, seed):
@@ -140,8 +149,8 @@ def label_fraction(data, train, frac, seed):
     labels = data.labels[index]
     absent = [c for c, n in zip(data.classes, labels.sum(0)) if n == 0]
     if absent:
-        raise UserError(f"{data.path}: no training image has the label {some(absent)}")
-    unit = np.unique(units(data)[index], return_inverse=True)[1]
+        raise UserError(f"{data.path}: no training image has the label {preview(absent)}")
+    unit = np.unique(indivisible_units(data)[index], return_inverse=True)[1]
     order, n_cover = stratified_order(labels, unit, np.random.default_rng([seed, 1]))
     end = np.cumsum(np.bincount(unit)[order])
     wanted = math.floor(frac * len(index) + 0.5)

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def decide(probabilities, multilabel):
+def predicted_labels(probabilities, multilabel):
     """(N, C) probabilities -> (N, C) bool: what is predicted. Multi-label at 0.5, else argmax."""
     if multilabel:
         return probabilities >= 0.5
@@ -83,3 +83,42 @@ def multilabel_scores(true, probabilities, classes):
     confusion = np.stack([tp, fp, fn, len(true) - tp - fp - fn], axis=1)
     return {**scores, "exact_match": float((true == predicted).all(1).mean()) if len(true) else None,
             "confusion": confusion.tolist()}
+
+
+def score(labels, probabilities, classes, multilabel):
+    """The scores of these probabilities (n, C) on images with these labels (n, C) bool."""
+    if multilabel:
+        return multilabel_scores(labels, probabilities, classes)
+    return multiclass_scores(labels.argmax(1), probabilities, classes)
+
+
+def summarize(results):
+    """{score: mean, standard deviation (n - 1) and values over the seeds} of metrics dicts."""
+    summary = {}
+    for part in ("test", "test_without_duplicates", "test_without_seen"):
+        if any(r[part] is None for r in results):
+            continue
+        for key, value in results[0][part].items():
+            values = [r[part][key] for r in results]
+            if isinstance(value, float) and None not in values:
+                name = key if part == "test" else f"{key}_{part[5:]}"
+                summary[name] = {"mean": float(np.mean(values)),
+                                 "std": float(np.std(values, ddof=1)), "values": values}
+    return summary
+
+
+def label_text(classes, has):
+    """The names of the classes that an image has, as the CSV files hold them."""
+    return "|".join(c for c, h in zip(classes, has) if h)
+
+
+def prediction_table(names, probabilities, classes, multilabel, true, duplicate, seen):
+    """Header and rows of predictions.csv.
+
+    probabilities: (N, C) float32, written to the last bit; true: (N, C) bool; duplicate, seen: (N,)
+    bool, exact duplicate of an image in an earlier split, and seen by pre-training.
+    """
+    predicted = predicted_labels(probabilities, multilabel)
+    header = ["path", "true", "predicted", *(f"prob_{c}" for c in classes), "duplicate", "seen"]
+    return header, ([n, label_text(classes, t), label_text(classes, p), *map(str, q), *map(int, flags)]
+                    for n, t, p, q, *flags in zip(names, true, predicted, probabilities, duplicate, seen))

@@ -1,114 +1,16 @@
-"""Images and labels as people have them on disk -> one table, an ImageSet. Nothing is decoded here.
-
-A folder of images at any depth (no labels); one folder per class, CLASS/a.png; the splits above the
-classes, train/CLASS/a.png; a CSV file of image names with one label, a list of labels, or a 0/1
-column per label; a MedMNIST .npz file. What cannot be told is an error, never a guess.
-"""
+"""CSV files of images and labels, and of splits, as people and programs write them."""
 
 import csv
 import os
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from cache import DecodedImages
-from cli import UserError, some
+from common.cli import UserError, preview
+from common.readers import SPLITS, ImageSet, is_image, list_files
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val",
-          "validation": "val", "test": "test", "testing": "test"}
 LABEL_NAMES = {"label", "labels", "class", "target"}
-
-
-@dataclass
-class ImageSet:
-    """N images: `names` relative to the folder they were found in; `labels` (N, C) bool, C = 0
-    without labels; `given` the split that came with them, "" where none did."""
-
-    path: str
-    names: list
-    sources: list  # what cache.decode takes: paths or arrays
-    labels: np.ndarray
-    classes: list
-    given: np.ndarray
-    groups: np.ndarray = None  # (N,) str, of --group-col
-    multilabel: bool = None  # unless told: some image has another number of labels than one
-    notes: list = field(default_factory=list)
-    table: np.ndarray = None  # (N,) of cache.ROW, and
-    images: DecodedImages = None  # the pixels: both from decode()
-
-    def __len__(self):
-        return len(self.names)
-
-    def __post_init__(self):
-        if self.multilabel is None:
-            self.multilabel = bool(self.classes) and bool((self.labels.sum(1) != 1).any())
-
-    def keep(self, mask):
-        """Leave out the images where the (N,) bool mask is False."""
-        for key in ("labels", "given", "groups", "table"):
-            if getattr(self, key) is not None:
-                setattr(self, key, getattr(self, key)[mask])
-        for key in ("names", "sources"):
-            setattr(self, key, [x for x, kept in zip(getattr(self, key), mask) if kept])
-        if self.images is not None:
-            self.images.keep(mask)
-
-
-def list_files(root):
-    """Relative paths of all files below root, sorted; hidden ones skipped, links followed once."""
-    found, seen, stack = [], set(), [""]
-    while stack:
-        folder = stack.pop()
-        stat = os.stat(os.path.join(root, folder))
-        if (stat.st_dev, stat.st_ino) in seen:
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        try:
-            entries = list(os.scandir(os.path.join(root, folder)))
-        except PermissionError as error:
-            raise UserError(f"{os.path.join(root, folder)}: the folder cannot be read") from error
-        for entry in entries:
-            if not entry.name.startswith((".", "__MACOSX")):
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                (stack if os.path.isdir(entry.path) else found).append(path)
-    return sorted(found)
-
-
-def is_image(path):
-    """By its ending."""
-    return os.path.splitext(path)[1].lower() in EXTENSIONS
-
-
-def read_folder(root, unlabelled=False):
-    """Images below a folder. Classes are the folders directly below it (or below train, test, ...)
-    where every image lies directly in one of at least two; otherwise there are no labels."""
-    files = list_files(root)
-    names = [f for f in files if is_image(f)]
-    others = Counter(os.path.splitext(f)[1].lower() or "no ending" for f in files if not is_image(f))
-    others = some(f"{n} {ending}" for ending, n in others.most_common())
-    if not names:
-        raise UserError(f"{root}: holds no images ({', '.join(sorted(EXTENSIONS))})" +
-                        (f", but {others}" if others else ""))
-    parts = [name.split("/") for name in names]
-    given = [SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts]
-    if len(set(given) - {""}) > 1:
-        outside = [name for name, split in zip(names, given) if not split]
-        if outside and not unlabelled:
-            raise UserError(f"{root}: has images beside its train and test folders: {some(outside)};"
-                            f" move them away, or name the split of each with --split FILE")
-        parts = [p[1:] for p in parts]
-    else:
-        given = [""] * len(names)
-    folders = sorted({p[0] for p in parts if len(p) == 2})
-    labelled = all(len(p) == 2 for p in parts) and len(folders) > 1 and not unlabelled
-    classes = folders if labelled else []
-    labels = np.array([[p[0] == c for c in classes] for p in parts], bool)
-    notes = [f"not read: {others}"] if others else []
-    return ImageSet(str(root), names, [os.path.join(root, n) for n in names], labels, classes,
-                    np.array(given), notes=notes)
 
 
 def read_csv(file, images=None, image_col=None, label_col=None, label_sep=None, group_col=None):
@@ -125,7 +27,7 @@ def read_csv(file, images=None, image_col=None, label_col=None, label_sep=None, 
                           ("--label-col", [c for c in label_col or () if c != "none"])):
         missing = [c for c in columns if c is not None and c not in where]
         if missing:
-            raise UserError(f"{file}: has no column {some(missing)} ({flag}); "
+            raise UserError(f"{file}: has no column {preview(missing)} ({flag}); "
                             f"its columns are {', '.join(header)}")
     find = _Finder(Path(images) if images else Path(file).parent)
     if image_col is None:
@@ -138,7 +40,7 @@ def read_csv(file, images=None, image_col=None, label_col=None, label_sep=None, 
             text = {"missing": f"no image in {find.root}",
                     "ambiguous": f"several images in {find.root}",
                     "outside": f"an image outside {find.root}"}[kind]
-            raise UserError(f"{file}: {len(bad)} of {len(rows)} rows name {text} ({some(bad)}); "
+            raise UserError(f"{file}: {len(bad)} of {len(rows)} rows name {text} ({preview(bad)}); "
                             f"--images DIR and --image-col say where the images are")
     if label_col == ["none"]:
         columns = []
@@ -178,13 +80,13 @@ def _csv_rows(file):
     twice = [c for c, n in Counter(header).items() if n > 1]
     if len(header) < 1 or twice or "" in header:
         raise UserError(f"{file}: needs a first line of column names, each once and none empty" +
-                        (f" (twice: {some(twice)})" if twice else ""))
+                        (f" (twice: {preview(twice)})" if twice else ""))
     if not rows:
         raise UserError(f"{file}: holds no rows below its column names")
     ragged = [f"line {line}: {len(row)}" for row, line in rows if len(row) != len(header)]
     if ragged:
         raise UserError(f"{file}: has {len(header)} columns, but {len(ragged)} rows have another "
-                        f"number of cells ({some(ragged)})")
+                        f"number of cells ({preview(ragged)})")
     return header, [row for row, _ in rows], [line for _, line in rows]
 
 
@@ -257,10 +159,10 @@ def _labels(file, columns, rows, lines, where, label_sep):
         bad = [f"line {line}" for row, line in zip(cells, lines)
                if not all(cell in numbers for cell in row)]
         if bad:
-            raise UserError(f"{file}: the columns {some(columns)} must hold 0 or 1 ({some(bad)})")
+            raise UserError(f"{file}: the columns {preview(columns)} must hold 0 or 1 ({preview(bad)})")
         labels = np.array([[numbers[cell] for cell in row] for row in cells], bool)
         empty = [c for c, n in zip(columns, labels.sum(0)) if n == 0]
-        notes = [f"label column without any image dropped: {some(empty, 9)}"] if empty else []
+        notes = [f"label column without any image dropped: {preview(empty, 9)}"] if empty else []
         return labels[:, labels.any(0)], [c for c in columns if c not in empty], notes
     values = [cell for cell, in cells]
     if label_sep is None:
@@ -273,7 +175,7 @@ def _labels(file, columns, rows, lines, where, label_sep):
         lists = [[value] for value in values]
         bad = [f"line {line}" for value, line in zip(values, lines) if not value]
         if bad:
-            raise UserError(f"{file}: {len(bad)} rows have no label in {columns[0]} ({some(bad)}); "
+            raise UserError(f"{file}: {len(bad)} rows have no label in {columns[0]} ({preview(bad)}); "
                             f"fill them in or take the rows out")
     else:
         lists = [[v.strip() for v in value.split(label_sep) if v.strip()] for value in values]
@@ -287,74 +189,6 @@ def _labels(file, columns, rows, lines, where, label_sep):
     return labels, classes, []
 
 
-def read_npz(file, unlabelled=False):
-    """A MedMNIST file: {train,val,test}_images (N, H, W[, 3]) uint8 and ..._labels (N, C) ints,
-    which are not looked at if unlabelled."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            arrays = {key: arrays[key] for key in arrays.files}
-    except Exception as error:  # zip files and arrays break in many ways
-        raise UserError(f"{file}: is no .npz file of plain arrays") from error
-    splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
-    if unlabelled:
-        arrays |= {f"{s}_labels": np.zeros((len(arrays[f"{s}_images"]), 0)) for s in splits}
-    if not splits or not all(f"{s}_labels" in arrays for s in splits):
-        raise UserError(f"{file}: needs the arrays train_images and train_labels (and val_, test_), "
-                        f"but holds {some(arrays, 9) or 'none'}")
-    sizes = {s: (len(arrays[f"{s}_images"]), len(arrays[f"{s}_labels"])) for s in splits}
-    if any(a != b for a, b in sizes.values()):
-        raise UserError(f"{file}: has another number of labels than of images: {sizes}")
-    images = [a for s in splits for a in arrays[f"{s}_images"]]
-    labels = np.concatenate([arrays[f"{s}_labels"].reshape(len(arrays[f"{s}_images"]), -1)
-                             for s in splits])
-    if any(a.dtype != np.uint8 or a.shape[2:] not in ((), (3,)) for a in images):
-        raise UserError(f"{file}: the images must be uint8 of shape (N, H, W) or (N, H, W, 3)")
-    if labels.shape[1] == 1:
-        values = np.unique(labels)
-        labels, classes = labels == values, [str(v) for v in values]
-    else:
-        labels, classes = labels.astype(bool), [str(c) for c in range(labels.shape[1])]
-    names = [f"{s}/{i}" for s in splits for i in range(len(arrays[f"{s}_images"]))]
-    given = np.array([name.split("/")[0] for name in names])
-    if splits == ["train"]:
-        given[:] = ""
-    return ImageSet(str(file), names, images, labels, classes, given)
-
-
-def read(args):
-    """The ImageSet that the data flags name. Nothing is decoded yet. Raises UserError."""
-    path = Path(args.data)
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file or folder (--data)")
-    csv_flags = ["images", "image_col", "label_col", "label_sep", "group_col"]
-    unused = [f"--{f.replace('_', '-')}" for f in csv_flags if getattr(args, f)]
-    if path.is_dir():
-        data = read_folder(path, args.unlabelled)
-    elif path.suffix.lower() == ".npz":
-        data = read_npz(path, args.unlabelled)
-    elif path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        unused = []
-        data = read_csv(path, args.images, args.image_col,
-                        ["none"] if args.unlabelled else args.label_col, args.label_sep,
-                        args.group_col)
-    else:
-        raise UserError(f"{path}: is neither a folder nor a .csv or .npz file (--data)")
-    if unused:
-        raise UserError(f"{path}: {some(unused, 9)} need a CSV file as --data")
-    if args.unlabelled:
-        data.labels, data.classes = data.labels[:, :0], []
-    if args.multilabel:
-        data.multilabel = True
-    if args.split:
-        data.given = read_split(args.split, data.names)
-        named = data.given != ""
-        if not named.all():
-            data.notes.append(f"left out, since {args.split} does not name them: "
-                              f"{some(np.array(data.names)[~named])}")
-            data.keep(named)
-    return data
-
-
 def read_split(file, names):
     """(N,) "train", "val" or "test" of a CSV file with the columns path and split, such as a run
     writes; "" for images that it does not name. Raises UserError where it names others."""
@@ -365,12 +199,13 @@ def read_split(file, names):
     bad = [f"line {line}: {row[split]}" for row, line in zip(rows, lines)
            if row[split].lower() not in SPLITS]
     if bad:
-        raise UserError(f"{file}: a split is train, val or test, not {some(bad)}")
+        raise UserError(f"{file}: a split is train, val or test, not {preview(bad)}")
     given = {row[path]: SPLITS[row[split].lower()] for row in rows}
     if len(given) < len(rows):
         twice = [p for p, n in Counter(row[path] for row in rows).items() if n > 1]
-        raise UserError(f"{file}: names images twice: {some(twice)}")
-    missing = [path for path in given if path not in set(names)]
+        raise UserError(f"{file}: names images twice: {preview(twice)}")
+    known = set(names)
+    missing = [path for path in given if path not in known]
     if missing:
-        raise UserError(f"{file}: names {len(missing)} images that are not there: {some(missing)}")
+        raise UserError(f"{file}: names {len(missing)} images that are not there: {preview(missing)}")
     return np.array([given.get(name, "") for name in names])

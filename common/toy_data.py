@@ -1,8 +1,8 @@
-"""A labelled image folder drawn from nothing, to try everything without data of one's own.
+"""A labelled image folder drawn from scratch, to try everything without data of your own.
 
 Four kinds of cells under a microscope, told apart by outline and texture. Colours of cells and
-background, brightness, size, number, place and noise vary alike in all four, so that mean colour
-tells nothing.
+background, brightness, size, number, place and noise vary in the same way in all four, so that mean
+colour reveals nothing.
 """
 
 from pathlib import Path
@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cli import progress
+from common.cli import progress
 
 CLASSES = ("granular", "ringed", "spiky", "striped")
 PER_CLASS, SIZE = 300, 48
-DEFAULTS = {  # of pretrain.py --demo
+DEFAULTS = {  # of pretrain.py --demo; equation 1 would collapse from random weights
     "cnn": "resnet18", "vit": "vit_tiny_patch16_224", "vit_kwargs": {"patch_size": 8},
-    "init": "random", "img_size": 48, "epochs": 3, "swa_start": 0.5}
+    "init": "random", "img_size": 48, "epochs": 3, "swa_start": 0.5, "objective": "vicreg",
+    "lr": 3e-4}
 
 
 def cells(kind, rng):

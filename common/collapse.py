@@ -1,15 +1,18 @@
-"""Do the arms learn or collapse? Measures of features, for the log of pretrain.py and for k-NN.
+"""Do the arms learn or collapse? Measures of features, for log.jsonl and for k-NN.
 
 All take (N, D) float tensors, one row an image, and return Python floats. Only k-NN sees labels.
 """
 
+import sys
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-import data
+from common.decode import normalize
 
-COLLAPSED_SPREAD, COLLAPSED_AGREEMENT = 0.1, 0.25  # see the README for their calibration
+COLLAPSED_SPREAD, COLLAPSED_AGREEMENT = 0.1, 0.25  # calibration: docs/collapse.md
 
 
 def spread(x):
@@ -117,7 +120,7 @@ class Monitor:
     def _batches(self, index, device):
         for start in range(0, len(index), 64):
             part = np.stack([self.images[i] for i in index[start:start + 64]])
-            yield data.normalize(torch.from_numpy(part).to(device))
+            yield normalize(torch.from_numpy(part).to(device))
 
     def _accuracy(self, features, queries):
         true = torch.from_numpy(self.labels[self.val]).float()
@@ -137,7 +140,7 @@ def in_brief(row):
     if "agreement" in row:
         parts.append(f"agreement {row['agreement']:.2f}")
     found = [f"{arm} {row[key]:.2f}" for arm in ("cnn", "vit") if (key := f"{arm}_knn_readout") in row]
-    return ", " + ", ".join(parts) + (f", k-NN read-out: {' '.join(found)}" if found else "")
+    return ", " + ", ".join(parts) + (f", k-NN: {' '.join(found)}" if found else "")
 
 
 def warning(row, objective):
@@ -148,4 +151,14 @@ def warning(row, objective):
     return (f"the logits of {' and '.join(arms)} have collapsed to nearly one vector (spread " +
             ", ".join(f"{row[f'{arm}_logits_spread']:.2g}" for arm in arms) +
             f"; agreement on images {row['agreement']:.2f}), which a low loss does not show" +
-            ("; try --objective vicreg --lr 3e-4" if objective == "cosine" else ""))
+            ("; see docs/collapse.md, or try --objective vicreg --lr 3e-4"
+             if objective == "cosine" else ""))
+
+
+def react(row, objective, fail):
+    """Warn of a collapse in a row of the log; raise FloatingPointError instead where `fail`."""
+    collapsed = warning(row, objective)
+    if collapsed and fail:
+        raise FloatingPointError(f"epoch {row['epoch']}: {collapsed} (--fail-on-collapse)")
+    if collapsed:
+        tqdm.write(f"epoch {row['epoch']}: {collapsed}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""One process per GPU under torchrun; without torchrun one process, and nothing happens here."""
+"""One process per GPU under torchrun; without torchrun there is one process and nothing happens."""
 
 import contextlib
 import gc
@@ -11,18 +11,18 @@ import torch.distributed as dist
 
 
 def rank():
-    """Number of this process, from 0. Process 0 alone writes and prints."""
+    """Number of this process, from 0. Only process 0 writes and prints."""
     return int(os.environ.get("RANK", 0))
 
 
-def world():
+def world_size():
     """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start(device):
     """Join the other processes, each with a device of its own."""
-    if world() == 1:
+    if world_size() == 1:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -32,16 +32,21 @@ def start(device):
 
 
 def stop():
-    """Part from the others, after a run that went well. What is left of DistributedDataParallel must
-    be gone by then, or its threads may abort the process as it ends (seen in torch 2.15)."""
+    """Leave the others after a successful run. What is left of DistributedDataParallel must be gone
+    by then, or its threads may abort the process at exit (seen in torch 2.15)."""
     if dist.is_available() and dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
 
 
-def over_all(tensor, op="SUM"):
-    """The tensor, reduced over all processes."""
-    if world() > 1:
+def wrap(module):
+    """The module under DistributedDataParallel, or itself in a single process."""
+    return torch.nn.parallel.DistributedDataParallel(module) if world_size() > 1 else module
+
+
+def all_reduce(tensor, op="SUM"):
+    """The tensor, reduced in place over all processes."""
+    if world_size() > 1:
         dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
     return tensor
 
@@ -52,24 +57,24 @@ def gather(x):
     For losses over the whole batch under DistributedDataParallel, which averages gradients over the
     processes: the gradient into x is multiplied by their number, so that the mean is the sum.
     """
-    if world() == 1:
+    if world_size() == 1:
         return x
-    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world())]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
     largest = max(map(int, sizes))
     padded = torch.cat([x.detach(), x.new_zeros(largest - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world())]
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     parts = [part[:int(n)] for part, n in zip(parts, sizes)]
-    parts[rank()] = x * world() - x.detach() * (world() - 1)
+    parts[rank()] = x * world_size() - x.detach() * (world_size() - 1)
     return torch.cat(parts)
 
 
 @contextlib.contextmanager
 def process_0_first():
-    """Others enter when process 0 has left (the decoded images are made once)."""
-    if world() > 1 and rank():
+    """The others enter once process 0 has left (images are decoded once)."""
+    if world_size() > 1 and rank():
         dist.barrier()
     yield
-    if world() > 1 and not rank():
+    if world_size() > 1 and not rank():
         dist.barrier()

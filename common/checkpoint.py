@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError
+from common.cli import UserError
 
 
 @contextlib.contextmanager
-def writing(path, mode="w"):
+def atomic_open(path, mode="w"):
     """Open a file beside `path` that takes its place once it is complete and on disk."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -38,25 +38,27 @@ def writing(path, mode="w"):
         beside.unlink(missing_ok=True)
 
 
-def start_folder(folder, names, fresh):
-    """Make the folder, and clear it of what killed writers left of the files `names`; where the run
-    starts `fresh`, of these files too."""
+def start_folder(folder, names, fresh=()):
+    """Make the folder, and clear it of what killed writers left of the files `names`, and of the
+    files `fresh`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        for left in [*folder.glob(f".{name}.*.tmp"), *([folder / name] if fresh else [])]:
+        for left in folder.glob(f".{name}.*.tmp"):
             left.unlink(missing_ok=True)
+    for name in fresh:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_json(path, value):
-    """`value` as indented JSON. Raises ValueError on a number that is no number."""
-    with writing(path) as file:
+    """`value` as indented JSON. Raises ValueError on NaN and infinity."""
+    with atomic_open(path) as file:
         json.dump(value, file, indent=2, allow_nan=False, ensure_ascii=False)
         file.write("\n")
 
 
 def write_csv(path, header, rows):
     """A header and rows as UTF-8 CSV."""
-    with writing(path) as file:
+    with atomic_open(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
@@ -64,23 +66,23 @@ def write_csv(path, header, rows):
 
 def write_json_lines(path, rows):
     """One JSON object a line."""
-    with writing(path) as file:
+    with atomic_open(path) as file:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def save(path, value):
     """torch.save, whole or not at all. Raises OSError where it cannot be written."""
-    with writing(path, "wb") as file:
+    with atomic_open(path, "wb") as file:
         try:
             torch.save(value, file)
         except RuntimeError as error:  # torch's own on top of what went wrong
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
-def weights_file(model, **facts):
+def weights_file(model, **metadata):
     """The dict of a weights file: the state dict of a timm model, and what it takes to rebuild it."""
     state_dict = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    return {"state_dict": state_dict, "num_classes": model.num_classes, **facts}
+    return {"state_dict": state_dict, "num_classes": model.num_classes, **metadata}
 
 
 def load(path):
@@ -109,9 +111,9 @@ def set_random_state(state):
         torch.cuda.set_rng_state(gpu_state, device)
 
 
-def restore(parts, state):
+def restore(components, state):
     """Load {name: module, optimizer, ...} and the random generators from the dict of a last.pt."""
-    for name, part in parts.items():
+    for name, part in components.items():
         if state[name] or name != "scaler":  # a scaler that was off has no state
             part.load_state_dict(state[name])
     set_random_state(state["rng"])
@@ -121,7 +123,10 @@ def load_training(path, script):
     """The dict of a last.pt that this script wrote. Raises UserError."""
     state = load(path)
     if not isinstance(state, dict) or state.get("script") != script:
-        raise UserError(f"{path}: holds no training state of {script} to go on from (--resume)")
+        raise UserError(f"{path}: holds no training state of {script} to resume from (--resume)")
+    if not isinstance(state.get("loss"), list):
+        raise UserError(f"{path}: was made by an earlier version of {script}; finish the run with that "
+                        f"version, or start a new one with --overwrite")
     return state
 
 
