@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from PIL import ImageOps
 
-import cache
-import checkpoint
-import cli
 import data
-from cli import UserError, some
-from metrics import decide
+from common import checkpoint, cli
+from common.cli import UserError, preview
+from common.decode import default_dir, normalize, square, to_rgb
+from common.metrics import label_text, predicted_labels
+from common.readers import read
+from common.run import on_device
 
 
 def load(path):
@@ -52,9 +53,9 @@ def load(path):
 
 
 def transform(image, size, mean, std):
-    """A Pillow image of any mode -> (3, size, size) float32, made as cache.decode makes files."""
-    pixels = cache.square(cache.to_rgb(ImageOps.exif_transpose(image)), size)
-    return data.normalize(torch.from_numpy(pixels), mean, std)
+    """A Pillow image of any mode -> (3, size, size) float32, made as common.decode makes files."""
+    pixels = square(to_rgb(ImageOps.exif_transpose(image)), size)
+    return normalize(torch.from_numpy(pixels), mean, std)
 
 
 def parse_arguments():
@@ -75,12 +76,9 @@ def parse_arguments():
              "that it came in; auto: faster, as finetune.py has it")
     add("--workers", type=cli.count, metavar="N",
         help="loader processes (default: 0 on a CPU, up to 8 beside a GPU)")
-    add("--cache", metavar="DIR", default=str(cache.default_dir()),
-        help="folder of the decoded images (default: %(default)s)")
-    add("--no-cache", dest="cache", action="store_const", const=None,
+    add("--cache", metavar="DIR", help=f"folder of the decoded images (default: {default_dir()})")
+    add("--no-cache", dest="cache", action="store_const", const="none",
         help="keep nothing there: every image is decoded twice, to check and to predict it")
-    parser.set_defaults(unlabelled=True, label_col=None, label_sep=None, multilabel=False,
-                        group_col=None, split=None)  # for data.read
     args = parser.parse_args()
     if not args.out and not args.embeddings:
         parser.error("give --out FILE, --embeddings FILE or both")
@@ -96,7 +94,7 @@ def prepare_file(path, flag, overwrite):
         raise UserError(f"{path}: " + ("is a folder" if path.is_dir() else "is there already") +
                         f"; name another file with {flag}, or replace a file with --overwrite")
     try:
-        checkpoint.start_folder(path.parent, (path.name,), fresh=False)
+        checkpoint.start_folder(path.parent, (path.name,))
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{path.parent}: is not a folder ({flag})") from error
 
@@ -110,8 +108,8 @@ def refuse_unequal(arms):
                             f"pretrain.py; fine-tune it (finetune.py --ckpt {arm.path}), or leave "
                             f"out --out and write its features with --embeddings FILE")
         if arm.class_names != first.class_names:
-            raise UserError(f"{arm.path}: has the classes {some(arm.class_names, 9)}, but "
-                            f"{first.path} has {some(first.class_names, 9)}; only files with the "
+            raise UserError(f"{arm.path}: has the classes {preview(arm.class_names, 9)}, but "
+                            f"{first.path} has {preview(first.class_names, 9)}; only files with the "
                             f"same classes in the same order can be averaged (--ckpt)")
         if arm.multilabel != first.multilabel:
             several, one = (arm, first) if arm.multilabel else (first, arm)
@@ -123,7 +121,7 @@ def refuse_unequal(arms):
 def forward(arm, pixels, device, amp, with_features):
     """Probabilities (n, C) and, if asked for, features (n, D), float32 in numpy, of pixels
     (n, 3, S, S) uint8."""
-    images = data.normalize(pixels.to(device, non_blocking=True), arm.mean, arm.std)
+    images, = on_device([pixels], device, arm.mean, arm.std)
     features = None
     with torch.autocast(device.type, amp, enabled=amp is not None):
         if with_features:
@@ -136,19 +134,19 @@ def forward(arm, pixels, device, amp, with_features):
     return logits.float().sigmoid().cpu().numpy(), features
 
 
-def forward_all(arms, pixels, args, device, amp):
+def forward_all(arms, pixels, bs, workers, device, amp, with_features):
     """For each batch a list of what forward() gives for each arm. pixels: {size: DecodedImages}."""
     n = len(next(iter(pixels.values())))
-    batches = data.Batches(n, args.bs, drop_single=False)
-    loaders = [data.loader(data.Views(decoded, np.arange(n)), batches, device, args.workers)
+    batches = data.EpochBatches(n, bs, drop_single=False)
+    loaders = [data.loader(data.AugmentedImages(decoded, np.arange(n)), batches, device, workers)
                for decoded in pixels.values()]
     with cli.Signals() as signals, cli.progress(total=n, desc="predicting") as bar:
         for batch in zip(*loaders):
             batch = dict(zip(pixels, batch))
-            yield [forward(arm, batch[arm.img_size], device, amp, bool(args.embeddings))
+            yield [forward(arm, batch[arm.img_size], device, amp, with_features)
                    for arm in arms]
             bar.update(len(next(iter(batch.values()))))
-            if signals.noted(device, 0):
+            if signals.number:
                 signals.leave("nothing was written")
 
 
@@ -165,9 +163,9 @@ def main():
     arms = [load(path) for path in args.ckpt]
     if args.out:
         refuse_unequal(arms)
-    images, pixels = data.read(args), {}
+    images, pixels = read(args.data, args.images, args.image_col, label_col=["none"]), {}
     for size in {arm.img_size for arm in arms}:
-        data.decode(images, size, args.cache, args.skip_bad)
+        images.decode(size, data.cache_dir(args.cache), args.skip_bad)
         pixels[size] = images.images
     for note in dict.fromkeys(images.notes):  # each once, though there are several sizes
         print(note)
@@ -179,7 +177,8 @@ def main():
     def rows():
         """Rows of --out, as the batches come; fills `features`."""
         nonlocal done
-        for outputs in forward_all(arms, pixels, args, device, amp):
+        for outputs in forward_all(arms, pixels, args.bs, args.workers, device, amp,
+                                   bool(args.embeddings)):
             part = slice(done, done + len(outputs[0][0]))
             done = part.stop
             for i, (_, feature) in enumerate(outputs if args.embeddings else ()):
@@ -188,8 +187,8 @@ def main():
                 features[i][part] = feature
             if args.out:
                 mean = np.mean([p for p, _ in outputs], axis=0)
-                for name, has, p in zip(images.names[part], decide(mean, multilabel), mean):
-                    yield [name, data.text(classes, has), *map(str, p)]
+                for name, has, p in zip(images.names[part], predicted_labels(mean, multilabel), mean):
+                    yield [name, label_text(classes, has), *map(str, p)]
 
     if args.out:
         header = ["path", "predicted", *(f"prob_{c}" for c in classes)]
@@ -204,7 +203,7 @@ def main():
         shapes = ", ".join(f"{name} {f.shape[0]} x {f.shape[1]}" for name, f in arrays.items())
         if len(arms) > 1:
             arrays["files"] = np.array([os.path.abspath(arm.path) for arm in arms])
-        with checkpoint.writing(args.embeddings, "wb") as file:
+        with checkpoint.atomic_open(args.embeddings, "wb") as file:
             np.savez(file, **arrays, paths=np.array(images.names))
         print(f"wrote {args.embeddings}: {shapes}")
 

@@ -117,6 +117,11 @@ class Run:
         """Zero-based number of the current step, over the whole run."""
         return self.progress["iteration"]
 
+    @property
+    def epoch(self):
+        """How many epochs are complete."""
+        return self.progress["epoch"]
+
     def epochs(self, n, loader, done=lambda: False):
         """Numbers of the epochs that are left, until done()."""
         self.n, self.loader, self.sampler = n, loader, loader.batch_sampler
@@ -187,9 +192,11 @@ class Run:
         the row."""
         self.check_finite()
         seconds = time.perf_counter() - self.began
-        row = {"epoch": self.progress["epoch"] + 1, **row, "seconds": round(seconds, 3)}
+        row = {"epoch": self.progress["epoch"] + 1, "iteration": self.iteration, **row,
+               "seconds": round(seconds, 3)}
         if monitor is not None and distributed.rank() == 0:
-            row |= monitor(models, self.device)
+            row |= {"arms": "+".join(models), "images_per_second": round(self.sampler.n / seconds, 2),
+                    **monitor(models, self.device)}
             row["monitor_seconds"] = round(time.perf_counter() - self.began - seconds, 3)
             self.status = collapse.in_brief(row)
         self.progress.update(epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0,
