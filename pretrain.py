@@ -31,6 +31,8 @@ from common.run import Run, half_cycle, on_device
 from swa import SWA
 
 OUTPUTS = ("cnn.pt", "vit.pt", "last.pt", "log.jsonl", "config.json", "split.csv", "duplicates.csv")
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "timm": timm.__version__}
 MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every", "epochs",
               "fail_on_collapse"}
 
@@ -214,9 +216,7 @@ def main():
         data.write_split(out, images, split)
         checkpoint.write_json(out / "config.json", {
             "command": sys.argv, "arguments": vars(args), "device": str(device), "amp": str(amp),
-            "processes": distributed.world_size(), "versions": {
-                "python": platform.python_version(), "torch": torch.__version__,
-                "torchvision": torchvision.__version__, "timm": timm.__version__}})
+            "processes": distributed.world_size(), "versions": VERSIONS})
 
     def react(row):
         collapse.react(row, args.objective, args.fail_on_collapse)
@@ -241,7 +241,7 @@ def main():
 
 
 def save_arms(args, swa, dataset, device, amp, seen, out):
-    """cnn.pt and vit.pt: the averaged weights, their batch-norm statistics of the training images."""
+    """cnn.pt and vit.pt: the averaged weights, with batch-norm statistics of the training images."""
     batches = data.EpochBatches(len(dataset), args.bs, args.seed)  # all images, in this process
     batches.epoch = args.epochs
     loader = data.loader(dataset, batches, device, args.workers)
@@ -263,8 +263,9 @@ def save_arms(args, swa, dataset, device, amp, seen, out):
         "after --swa-start"))
     print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac {0.1 if args.demo else 0.01}")
     if args.demo:
-        print(f"compare: python finetune.py --arch {args.cnn} --init random --img-size {args.img_size} "
-              f"--data {out / 'images'} --cache {out / 'cache'} --frac 0.1 --out {out / 'baseline'}")
+        print(f"compare: python finetune.py --arch {args.cnn} --init random --img-size "
+              f"{args.img_size} --data {out / 'images'} --cache {out / 'cache'} --frac 0.1 --out "
+              f"{out / 'baseline'}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-
 from torchvision.transforms.v2 import functional
 
 from common.checkpoint import atomic_open

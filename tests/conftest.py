@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download; read when huggingface_hub is imported
 
 import cli  # noqa: E402
+
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
 

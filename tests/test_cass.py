@@ -8,8 +8,8 @@ from losses import cosine_loss
 
 
 def arms(**kwargs):
-    return (build_arm("test_resnet", 32, num_classes=10)[0],
-            build_arm("test_vit", 32, num_classes=10, **kwargs)[0])
+    return (build_arm("test_resnet", 32, num_classes=10),
+            build_arm("test_vit", 32, num_classes=10, **kwargs))
 
 
 @pytest.mark.parametrize("act, function", [("none", lambda x: x), ("sigmoid", torch.sigmoid),

@@ -6,14 +6,14 @@ import math
 import pytest
 import timm
 import torch
+from conftest import ARMS, one_line
+from test_resume import Cut, same
 from torch import nn
 
-import checkpoint
 import finetune
 import pretrain
-from conftest import ARMS, one_line
-from dino import DINO, Head, cosine, dino_loss, learning_rate, multi_crop
-from test_resume import Cut, same
+from common import checkpoint
+from tools.dino import DINO, Head, cosine, dino_loss, learning_rate, multi_crop
 
 SMALL = [*ARMS, "--method", "dino", "--dino-outputs", 64, "--dino-crops", 2, "--epochs", 2, "--bs", 8]
 

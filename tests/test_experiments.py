@@ -7,18 +7,16 @@ import math
 import re
 import shlex
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import draw_classes, one_line
 
-import cli
-import experiments
 import finetune
 import pretrain
-from conftest import draw_classes, one_line
-from experiments import MODELS, gain, paired, rows_of
+from common import cli
+from tools import experiments
+from tools.experiments import MODELS, gain, paired, rows_of
 
 TABLES = [str(n) for n in range(1, 22)] + ["objectives"]
 PAPER = json.loads((experiments.ROOT / "paper.json").read_text())["tables"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from metrics import auroc, confusion_matrix, multiclass_scores, multilabel_scores
+from common.metrics import auroc, confusion_matrix, multiclass_scores, multilabel_scores
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -12,17 +12,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import ARMS, ROOT
 from PIL import Image
 
 import data
 import finetune
 import pretrain
 from cass import CASS
-from conftest import ARMS, ROOT
-from layouts import ImageSet
+from common.metrics import predicted_labels
+from common.readers import ImageSet
+from common.splits import label_fraction, make_split
 from losses import class_weights, cosine_loss
-from metrics import decide
-from splits import label_fraction, make_split
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -176,7 +176,7 @@ def test_augmentations_come_at_the_expected_rate():
     """Four steps with p = 0.3 each leave 0.7^4 = 24 % of the images as they were."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (300, 3, 24, 24), dtype=np.uint8)
-    views = getattr(data, "AugmentedImages", None) or data.Views
+    views = getattr(data, "AugmentedImages", None) or data.AugmentedImages
     views = views(images, np.arange(300), data.augmentation(24), seed=1)
     epochs = [torch.stack([views[epoch, i] for i in range(300)]) for epoch in (0, 1)]
     plain = torch.from_numpy(images)
@@ -191,7 +191,7 @@ def test_augmentations_come_at_the_expected_rate():
 
 
 def test_batches_are_shuffled_anew_in_every_epoch():
-    batches = getattr(data, "EpochBatches", None) or data.Batches
+    batches = getattr(data, "EpochBatches", None) or data.EpochBatches
     batches, orders = batches(40, 8, seed=0), []
     for epoch in (0, 1, 0):
         batches.epoch = epoch
@@ -350,8 +350,8 @@ def test_label_fractions_take_whole_groups(seed):
 def test_a_probability_of_exactly_a_half_is_a_yes():
     below = np.nextafter(np.float32(0.5), np.float32(0))
     p = np.array([[0.5, below, 0.6]], np.float32)
-    assert decide(p, multilabel=True).tolist() == [[True, False, True]]
-    assert decide(p, multilabel=False).tolist() == [[False, False, True]]
+    assert predicted_labels(p, multilabel=True).tolist() == [[True, False, True]]
+    assert predicted_labels(p, multilabel=False).tolist() == [[False, False, True]]
 
 
 def test_equation_1_does_not_see_small_norms():

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import draw_classes, one_line, picture
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
-import cache
-import data
-import ensemble
 import finetune
 import predict
-from conftest import draw_classes, one_line, picture
+from tools import ensemble
 
 RUN = ["--init", "random", "--epochs", 1, "--amp", "off"]
 
@@ -129,9 +127,9 @@ def test_the_transform_is_to_the_bit_that_of_training(tuned, tmp_path):
     Image.fromarray((picture(4)[..., 0].astype(np.uint16) * 200)).save(tmp_path / "grey16.png")
     colour.quantize(8).save(tmp_path / "palette.gif", save_all=True, append_images=[colour])
     for name in ("turned.jpg", "clear.png", "grey16.png", "palette.gif"):
-        pixels, _ = cache.decode(str(tmp_path / name), 48)
+        pixels, _ = decode(str(tmp_path / name), 48)
         with Image.open(tmp_path / name) as image:
-            assert torch.equal(transform(image), data.normalize(torch.from_numpy(pixels)))
+            assert torch.equal(transform(image), normalize(torch.from_numpy(pixels)))
 
 
 def test_neither_batch_nor_workers_nor_cache_change_the_numbers(tuned, folder, tmp_path, script):
@@ -257,7 +255,7 @@ def test_the_ensemble_against_scikit_learn(tmp_path, script):
     assert script(finetune, "--arch", "test_vit", "--img-size", 32, "--data", d, *RUN, "--out",
                   tmp_path / "start")[0] == 0
     start = torch.load(tmp_path / "start/best.pt", weights_only=True)
-    hashes = [cache.decode(str(d / f"test/{c}/1.png"), 32)[1]["hash"] for c in "abc"]
+    hashes = [decode(str(d / f"test/{c}/1.png"), 32)[1]["hash"] for c in "abc"]
     start["seen"] = torch.from_numpy(np.array(hashes, "u8").view("int64"))
     torch.save(start, tmp_path / "saw.pt")
     runs = [tmp_path / "finetune_cnn", tmp_path / "finetune_vit"]

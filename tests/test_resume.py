@@ -8,13 +8,12 @@ import time
 
 import pytest
 import torch
-
-import checkpoint
-import cli
-import finetune
-import pretrain
 from conftest import ARMS, ROOT, one_line, run
 from kill_and_resume import kill_and_resume
+
+import finetune
+import pretrain
+from common import checkpoint, cli
 
 # 21 training images, the last one alone and left out: four batches an epoch; snapshots from the
 # second epoch on; drop paths draw random numbers
@@ -220,7 +219,7 @@ def test_kills(folder, tmp_path):
 FULL = """
 import resource, signal, sys, torch
 sys.path.insert(0, {root!r})
-import checkpoint, cli
+from common import checkpoint, cli
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 cli.run(lambda: checkpoint.save("last.pt", {{"bad": torch.zeros(1_000_000)}}))

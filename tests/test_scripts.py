@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ARMS, ROOT, draw_classes, one_line, picture, run
 from PIL import Image
 from sklearn.metrics import f1_score
 
 import data
-import demo
 import finetune
 import pretrain
-from conftest import ARMS, ROOT, draw_classes, one_line, picture, run
+from common import toy_data
 
 
 def weights(path):
@@ -154,9 +154,9 @@ def test_finetuning_needs_only_the_checkpoint(pretrained, script):
     assert best["class_names"] == ["a", "b", "c"] and best["num_classes"] == 3
     model = timm.create_model(best["arch"], num_classes=3, **best["model_kwargs"],
                               checkpoint_path=str(folder / "best.pt")).eval()
-    pixels = [data.cache.decode(str(pretrained.parent / "images" / r["path"]), 32)[0] for r in predictions]
+    pixels = [data.decode(str(pretrained.parent / "images" / r["path"]), 32)[0] for r in predictions]
     with torch.no_grad():
-        logits = model(data.normalize(torch.from_numpy(np.stack(pixels))))
+        logits = model(normalize(torch.from_numpy(np.stack(pixels))))
     expected = [[float(r[f"prob_{c}"]) for c in "abc"] for r in predictions]
     np.testing.assert_allclose(logits.sigmoid(), expected, atol=0.02)  # they may be of bfloat16
 
@@ -465,7 +465,7 @@ def test_finetuning_refuses(pretrained, folder, tmp_path, script):
 
 def test_mean_colour_tells_nothing_of_the_demo_s_classes():
     kinds = np.arange(400) % 4
-    means = np.stack([demo.cells(k, np.random.default_rng([7, i])).mean((0, 1)) for i, k in enumerate(kinds)])
+    means = np.stack([toy_data.cells(k, np.random.default_rng([7, i])).mean((0, 1)) for i, k in enumerate(kinds)])
     means = (means - means[:200].mean(0)) / means[:200].std(0)
     distance = ((means[200:, None] - means[None, :200]) ** 2).sum(2)
     nearest = kinds[:200][np.argsort(distance, axis=1)[:, :9]]

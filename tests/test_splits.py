@@ -3,9 +3,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cli import UserError
-from layouts import ImageSet
-from splits import copies, label_fraction, make_split, stratified_order, units
+from common.cli import UserError
+from common.readers import ImageSet
+from common.splits import (
+    cross_split_duplicates,
+    indivisible_units,
+    label_fraction,
+    make_split,
+    stratified_order,
+)
 
 
 def a_set(labels, given=None, groups=None, hashes=None):
@@ -69,7 +75,7 @@ def test_groups_and_identical_images_stay_together():
     for keys in (groups, hashes):
         for key in np.unique(keys):
             assert len(set(split[keys == key])) == 1
-    assert not copies(images, split).any()
+    assert not cross_split_duplicates(images, split).any()
     assert 680 <= (split == "train").sum() <= 720 and 180 <= (split == "test").sum() <= 220
 
 
@@ -87,7 +93,7 @@ def test_a_split_without_training_images_is_refused():
 
 def test_units_join_what_is_linked_in_a_chain():
     images = a_set([0] * 6, groups=list("aabbcd"), hashes=[1, 2, 2, 3, 4, 5])
-    unit = units(images)
+    unit = indivisible_units(images)
     assert len({unit[0], unit[1], unit[2], unit[3]}) == 1
     assert len(set(unit)) == 3
 

@@ -1,7 +1,6 @@
 import torch
 from torch import nn
 
-import data
 import pretrain
 from swa import SWA, is_cycle_end
 
@@ -103,5 +102,5 @@ def test_a_run_averages_its_snapshots_and_recomputes_batch_norm(folder, tmp_path
              for x in seen]
     torch.testing.assert_close(weights["state_dict"]["conv1.1.running_mean"],
                                torch.stack(means).mean(0), rtol=1e-3, atol=1e-4)
-    assert data.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).min() < -1  # seen are normalized
+    assert normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).min() < -1  # seen are normalized
     assert min(x.min() for x in seen) < -1

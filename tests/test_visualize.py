@@ -7,15 +7,24 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import one_line, picture
 from PIL import Image
 from torch import nn
 
-import drawing
 import finetune
-import visualize
-from conftest import one_line, picture
-from inside import (attention, attention_map, feature_maps, gram, hsic, layer_grams, layer_names,
-                    mean_attention, minibatch_cka)
+from tools import plotting as drawing
+from tools import visualize
+from tools.introspect import (
+    attention,
+    attention_map,
+    feature_maps,
+    gram,
+    hsic,
+    layer_grams,
+    layer_names,
+    mean_attention,
+    minibatch_cka,
+)
 
 SMALL = dict(img_size=48, patch_size=8, embed_dim=24, depth=2, num_heads=2)  # a grid of 6 x 6
 KINDS = {

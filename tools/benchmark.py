@@ -1,18 +1,18 @@
 """Speed, as ratios measured in one run on one machine.
 
-    python benchmark.py data --data FOLDER --out data.json
+    python -m tools.benchmark data --data FOLDER --out data.json
         images per second of the loader: (a) every image opened, resized and augmented from disk in
         every epoch with Pillow, as the published notebooks do; (b) ours, from the decoded map. Both
         with the same augmentations and workers, in turn, at 64, 224 and 384 pixels, on FOLDER and
         on 200 generated JPEGs of 1024x1024.
 
-    python benchmark.py step --preset small --out step.json
+    python -m tools.benchmark step --preset small --out step.json
         images per second and peak memory of (a) a loop with the operations of the published
         notebook, (b) ours, (c) ours on a batch already in memory, the ceiling; each in a process of
         its own, in turn. FLOPs an image, and the share of a large matrix product's speed.
 
-    python benchmark.py memory --preset paper --out memory.json       (needs a GPU)
-    python benchmark.py scale --out scale.json
+    python -m tools.benchmark memory --preset paper --out memory.json       (needs a GPU)
+    python -m tools.benchmark scale --out scale.json
         seconds and memory of listing, decoding and loading 1,000 to 100,000 images.
 """
 
@@ -23,7 +23,6 @@ import resource
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,13 +32,14 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode, v2
 
-import cache
-import cli
 import data
 import pretrain
 from cass import CASS, build_arm
-from checkpoint import write_json
-from layouts import read_folder
+from common import cli
+from common.checkpoint import write_json
+from common.decode import IMAGENET_MEAN, IMAGENET_STD, decode_all, normalize
+from common.readers import read_folder
+from common.run import Run
 
 
 class FromDisk(Dataset):
@@ -50,7 +50,7 @@ class FromDisk(Dataset):
         self.transform = v2.Compose([
             v2.Resize((size, size), InterpolationMode.BILINEAR), data.augmentation(size),
             v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)])
+            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
     def __getitem__(self, i):
         with Image.open(self.paths[i]) as image:
@@ -75,17 +75,17 @@ def one_pass(loader, ours):
     began = time.perf_counter()
     for batch in loader:
         if ours:
-            data.normalize(batch)
+            normalize(batch)
     return time.perf_counter() - began
 
 
 def compare_loaders(name, paths, size, workers, rounds, directory):
     """Images per second of both loaders, in turn: the median over the rounds of their ratio."""
     began = time.perf_counter()
-    _, images, _ = cache.decode_all(paths, size, f"benchmark {name}", directory)
+    _, images, _ = decode_all(paths, size, f"benchmark {name}", directory)
     decoding = time.perf_counter() - began
-    batches = data.Batches(len(paths), 16, seed=0)
-    ours = data.loader(data.Views(images, range(len(paths)), data.augmentation(size)), batches,
+    batches = data.EpochBatches(len(paths), 16, seed=0)
+    ours = data.loader(data.AugmentedImages(images, range(len(paths)), data.augmentation(size)), batches,
                        torch.device("cpu"), workers)
     from_disk = DataLoader(FromDisk(paths, size), batch_size=16, shuffle=True, num_workers=workers)
     one_pass(ours, True)  # starts the workers, which stay
@@ -125,8 +125,8 @@ PRESETS = {
 def arms_of(setup):
     """The two arms of a preset, the same every time."""
     torch.manual_seed(0)
-    return [build_arm(setup["cnn"], setup["img_size"])[0],
-            build_arm(setup["vit"], setup["img_size"], **setup["vit_kwargs"])[0]]
+    return [build_arm(setup["cnn"], setup["img_size"]),
+            build_arm(setup["vit"], setup["img_size"], **setup["vit_kwargs"])]
 
 
 def notebook_loop(setup, device, paths, out):
@@ -156,7 +156,10 @@ class InMemory:
 
     def __init__(self, images, steps):
         self.images, self.steps = images, steps
-        self.batch_sampler = data.Batches(len(images) * steps, len(images))
+        self.batch_sampler = data.EpochBatches(len(images) * steps, len(images))
+
+    def __len__(self):
+        return self.steps
 
     def __iter__(self):
         return iter([self.images] * self.steps)
@@ -169,14 +172,13 @@ def our_loop(setup, device, paths, out, in_memory=False):
         pixels = torch.randint(0, 256, (bs, 3, size, size), dtype=torch.uint8).to(device)
         loader = InMemory(pixels, setup["steps"])
     else:
-        _, images, _ = cache.decode_all(paths, size, "benchmark step", out)
-        loader = data.loader(data.Views(images, range(len(paths)), data.augmentation(size)),
-                             data.Batches(len(paths), bs, 0), device, setup["workers"])
+        _, images, _ = decode_all(paths, size, "benchmark step", out)
+        loader = data.loader(data.AugmentedImages(images, range(len(paths)), data.augmentation(size)),
+                             data.EpochBatches(len(paths), bs, 0), device, setup["workers"])
     method = CASS(*arms_of(setup)).to(device, memory_format=torch.channels_last)
-    args = SimpleNamespace(epochs=2, t_max=16, lr=1e-3, min_lr=1e-6, cnn_optimizer="adam",
-                           no_swa=False, swa_start=0.75, compile=setup["compile"], save_every=None)
     began = time.perf_counter()
-    pretrain.train(method, loader, args, device, amp, out, {})
+    pretrain.train(method, loader, Run(out, device, {}), device, amp, epochs=2,
+                   compiled=setup["compile"])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     rest = time.perf_counter() - began - sum(line["seconds"] for line in log)
     return {"seconds": log[1]["seconds"] / setup["steps"], "checkpoint_seconds": rest / 2}
@@ -271,7 +273,7 @@ def benchmark_step(args):
 def benchmark_memory(args):
     """Peak memory of one step as the batch grows, and the largest batch for 12, 24 and 48 GB."""
     if not torch.cuda.is_available():
-        raise cli.UserError("benchmark.py memory measures a GPU's memory, and there is none here")
+        raise cli.UserError("benchmark memory measures a GPU's memory, and there is none here")
     setup, device = PRESETS[args.preset], torch.device("cuda")
     method = CASS(*arms_of(setup)).to(device, memory_format=torch.channels_last)
     optimizers = [torch.optim.Adam(arm.parameters()) for arm in method.arms.values()]
@@ -307,10 +309,10 @@ def benchmark_scale(args):
             sources = read_folder(folder).sources
             listing = time.perf_counter() - began
             began = time.perf_counter()
-            _, images, _ = cache.decode_all(sources, size, folder, Path(folder) / f"cache{n}")
+            _, images, _ = decode_all(sources, size, folder, Path(folder) / f"cache{n}")
             decoding = time.perf_counter() - began
-            loader = data.loader(data.Views(images, range(n), data.augmentation(size)),
-                                 data.Batches(n, 16, 0), torch.device("cpu"), args.workers)
+            loader = data.loader(data.AugmentedImages(images, range(n), data.augmentation(size)),
+                                 data.EpochBatches(n, 16, 0), torch.device("cpu"), args.workers)
             seconds = one_pass(loader, True)
             status = dict(line.split(":", 1) for line in
                           Path("/proc/self/status").read_text().splitlines())

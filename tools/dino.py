@@ -1,23 +1,36 @@
 """DINO (Caron et al., arXiv 2104.14294v2), what the CASS paper compares with: one arm at a time learns
 to predict, from small crops, what its own running average says of large ones.
 
-    python pretrain.py --method dino --data /path        (the CNN first, then the Transformer)
+    python -m tools.dino --data /path           (the CNN first, then the Transformer)
+    python -m tools.dino --out DIR --resume
+
+writes what pretrain.py writes: cnn.pt and vit.pt are the teachers.
 
 The constants are the original's for Transformers and a run of 100 epochs, its spans given as shares of
 the run. Differs from it: CNNs get the same (its own ResNet-50 had SGD, less decay and smaller crops),
 and batch-norm looks at one process's images. Needs torch, torchvision, and `over_all` and `world` of
-parallel.py.
+distributed.py.
 """
 
 import copy
 import math
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
-from parallel import over_all, world
+import data
+from common import arms, checkpoint, cli, collapse, distributed
+from common.arms import KeyValues, make_arm, output_shape
+from common.cli import UserError
+from common.decode import IMAGENET_MEAN, IMAGENET_STD
+from common.distributed import all_reduce, world_size
+from common.readers import read
+from common.run import Run
+from pretrain import MAY_CHANGE, OUTPUTS, VERSIONS
 
 WARMUP, TEMP_WARMUP, FREEZE = 0.1, 0.3, 0.01  # shares of the run: 10, 30 and 1 of 100 epochs
 
@@ -120,7 +133,7 @@ class DINO(nn.Module):
                                                            else [large])]
         student = torch.cat(student).unflatten(0, (len(views), -1))
         loss = dino_loss(student, teacher, self.center, self.student_temp, self.teacher_temp)
-        mean = over_all(teacher.mean((0, 1))) / world()
+        mean = all_reduce(teacher.mean((0, 1))) / world_size()
         self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
         return loss
 
@@ -155,3 +168,179 @@ class DINO(nn.Module):
                              1 - momentum)
         low, high = self.teacher_temps
         self.teacher_temp.fill_(low + (high - low) * min(progress / TEMP_WARMUP, 1))
+
+
+def train(model, loader, run, device, amp, epochs, lr, min_lr, monitor=None):
+    """One arm's training; run: a common.run.Run. The teacher is an average already: no SWA."""
+    iterations = epochs * len(loader)
+    optimizer = model.optimizer(lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    run.track(method=model, optimizer=optimizer, scaler=scaler)
+    forward = distributed.wrap(model)
+    for _ in run.epochs(epochs, loader):
+        model.train()
+        for views in run.batches():
+            progress = run.iteration / iterations
+            optimizer.zero_grad()
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                loss = forward(views)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            model.before_step(optimizer, lr, min_lr, progress)
+            scaler.step(optimizer)
+            scaler.update()
+            model.after_step(progress)
+            run.note(loss)
+        run.end_epoch(monitor, model.arms, loss=run.mean_loss(), lr=optimizer.param_groups[0]["lr"],
+                      swa_snapshots=0)
+
+
+def make_backbone(flag, name, init, img_size, **kwargs):
+    """make_arm without a head, and, where timm has it, for images of several sizes and with the
+    original's stochastic depth. Returns (model, the arguments that rebuild it)."""
+    kwargs = {**kwargs, "num_classes": 0}
+    try:
+        extra = {"dynamic_img_size": True, "drop_path_rate": 0.1}
+        return make_arm(flag, name, init, img_size, **{**extra, **kwargs}), (
+            arms.rebuild_kwargs(name, img_size, kwargs))
+    except UserError as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
+        return make_arm(flag, name, init, img_size, **kwargs), (
+            arms.rebuild_kwargs(name, img_size, kwargs))
+
+
+def local_size(model, img_size):
+    """Side of DINO's local crops: 96 to 224 pixels, in whole patches; of a CNN at least 24, since its
+    stages shrink 16 to one pixel too early; the full size where the model accepts no other."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    size = max(24 if patch == 1 else patch, round(img_size * 96 / 224 / patch) * patch)
+    size = min(size, img_size)
+    try:
+        output_shape(model, size)
+    except ValueError:
+        print(f"{type(model).__name__} accepts images of {img_size} pixels alone: local crops are "
+              f"resized to that")
+        return img_size
+    return size
+
+
+def build(arm, name, kwargs, init, img_size, outputs, crops):
+    """A DINO of one arm, the arguments that rebuild its backbone, and its transform."""
+    backbone, rebuild = make_backbone(f"--{arm}", name, init, img_size, **kwargs)
+    try:
+        features = output_shape(backbone, img_size)
+    except ValueError as error:
+        raise UserError(f"--{arm} {name}: takes no images of {img_size} pixels: {error}") from error
+    size = local_size(backbone, img_size)
+    return DINO(arm, backbone, features[1], outputs), rebuild, multi_crop(img_size, size, crops)
+
+
+def parse_arguments():
+    """The arguments, and the state to resume from or None."""
+    parser = cli.Parser(__doc__)
+    data.add_arguments(parser)
+    add = parser.add_argument
+    add("--cnn", default="resnet50.a1_in1k", metavar="NAME", help="first arm, any timm model")
+    add("--vit", default="vit_base_patch16_384.augreg_in21k_ft_in1k", metavar="NAME",
+        help="second arm, any timm model")
+    for arm in ("cnn", "vit"):
+        add(f"--{arm}-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
+            help="arguments for timm.create_model, such as patch_size=8")
+        add(f"--init-{arm}", metavar="WHAT", help="imagenet, random or a weights file")
+    add("--img-size", type=cli.positive, default=384, help="side of the images in pixels")
+    add("--init", default="imagenet", choices=["imagenet", "random"], help="of both arms")
+    add("--epochs", type=cli.positive, default=100, help="passes over the training images, each arm")
+    add("--bs", "--batch-size", type=cli.positive, default=16, help="images per step")
+    add("--lr", type=cli.rate, help="peak learning rate (default: 5e-4 * bs / 256)")
+    add("--min-lr", type=cli.rate, default=1e-6, help="its minimum")
+    add("--outputs", type=cli.positive, default=65536, metavar="K", help="of the head")
+    add("--crops", type=cli.count, default=8, metavar="N", help="local crops")
+    add("--seed", type=cli.count, default=0, help="determines the split and everything after it")
+    add("--out", default=".", metavar="DIR", help="output folder")
+    cli.add_run_arguments(parser)
+    args, state = parser.parse_args(), None
+    if args.resume:
+        last = Path(args.out) / "last.pt" if args.resume is True else Path(args.resume)
+        if last.exists() or args.resume is not True:
+            state = checkpoint.load_training(last, "tools.dino")
+            parser.set_defaults(out=str(last.parent))
+            args = cli.parse_again(parser, state["args"], MAY_CHANGE - {"epochs"}, last)
+            if state["processes"] != world_size():
+                raise UserError(f"{last}: was made by {state['processes']} processes")
+    if args.data is None:
+        parser.error("--data PATH is missing")
+    args.lr = 5e-4 * args.bs * world_size() / 256 if args.lr is None else args.lr
+    data.make_absolute(args)
+    return args, state
+
+
+def main():
+    args, state = parse_arguments()
+    device = cli.pick_device(args.device)
+    distributed.start(device)
+    amp, out = cli.pick_amp(args.amp, device), Path(args.out)
+    if state is None:
+        cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
+    elif (state["epoch"] >= args.epochs and state["phase"] == 1
+          and all((out / name).exists() for name in OUTPUTS)):
+        print(f"{out}: the run is finished")
+        return
+    images = read(args.data, **data.options(args))
+    first, models = 0 if state is None else state["phase"], {}
+    for phase, arm in list(enumerate(("cnn", "vit")))[first:]:
+        torch.manual_seed(args.seed)
+        init = "random" if state is not None and phase == first else (
+            getattr(args, f"init_{arm}") or args.init)
+        models[phase] = build(arm, getattr(args, arm), getattr(args, f"{arm}_kwargs"), init,
+                              args.img_size, args.outputs, args.crops)
+    with distributed.process_0_first():
+        images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
+    split = data.split_and_report(images, args.seed, args.dedup)
+    index = (split == "train").nonzero()[0]
+    if len(index) < 2 * world_size():
+        raise UserError(f"{images.path}: {len(index)} training images are too few")
+    seen = torch.from_numpy(images.table["hash"][index].view("int64"))
+    if state is not None and not torch.equal(state["seen"], seen):
+        raise UserError(f"{args.data}: the training images are not those that the run began with")
+    if distributed.rank() == 0:
+        checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else ())
+        data.write_split(out, images, split)
+        checkpoint.write_json(out / "config.json", {
+            "command": sys.argv, "arguments": vars(args), "device": str(device), "amp": str(amp),
+            "processes": world_size(), "versions": VERSIONS})
+    monitor = collapse.Monitor(images.images, index, (split == "val").nonzero()[0],
+                               images.labels if images.classes else None, images.multilabel, args.seed)
+    log = []
+    for phase in list(models):
+        model, rebuild, transform = models.pop(phase)
+        model.to(device, memory_format=torch.channels_last)
+        dataset = data.AugmentedImages(images.images, index, transform, seed=args.seed)
+        loader = data.loader(dataset, data.EpochBatches(
+            len(dataset), args.bs, args.seed, rank=distributed.rank(), world_size=world_size()),
+            device, args.workers)
+        run = Run(out, device, {"script": "tools.dino", "args": vars(args), "seen": seen,
+                                "processes": world_size(), "phase": phase}, state, log,
+                  args.save_every)
+        run.announce(model, amp, model, loader, args.epochs)
+        train(model, loader, run, device, amp, args.epochs, args.lr, args.min_lr, monitor)
+        state, log = None, run.progress["log"]
+        if distributed.rank() == 0:
+            save_arm(args, model, rebuild, seen, out)
+    print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: the teachers")
+
+
+def save_arm(args, model, rebuild, seen, out):
+    """cnn.pt or vit.pt, which knows what its initial weights saw."""
+    file = getattr(args, f"init_{model.arm}")
+    if file not in (None, "imagenet", "random"):
+        seen = torch.cat([seen, checkpoint.seen_by(file)]).unique()
+    checkpoint.save(out / f"{model.arm}.pt", checkpoint.weights_file(
+        model.teacher["backbone"], arch=getattr(args, model.arm), arm=model.arm, model_kwargs=rebuild,
+        img_size=args.img_size, mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD), epoch=args.epochs,
+        swa_snapshots=0, seed=args.seed, seen=seen, data=data.options(args, data.OPTIONS),
+        config=vars(args)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

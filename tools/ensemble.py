@@ -1,6 +1,6 @@
 """Score finished fine-tuning runs beside their mean: nobody knows beforehand which arm to pick.
 
-    python ensemble.py finetune_cnn_0.1 finetune_vit_0.1
+    python -m tools.ensemble finetune_cnn_0.1 finetune_vit_0.1
 
 averages the probabilities that two or more runs of finetune.py gave for the same test images, and
 scores each run and the mean; nothing is trained or chosen. Of runs with several --seeds, equal
@@ -19,20 +19,20 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import cli
-import data
-from checkpoint import write_csv, write_json
-from cli import UserError
-from finetune import prediction_table, scores, summarize
+from common import cli
+from common.checkpoint import write_csv, write_json
+from common.cli import UserError
+from common.metrics import label_text, prediction_table, summarize
+from common.metrics import score as score_part
 
 PARTS = {"test": "",
-         "test_without_duplicates": " without those identical to training or validation images",
+         "test_without_duplicates": " without exact duplicates of training or validation images",
          "test_without_seen": " without those that pre-training saw"}
 SHOWN = ("macro_f1", "micro_f1", "balanced_accuracy", "exact_match", "auroc")
 
 
 def folders_of(run):
-    """{"seed0": folder, ...} of the finished seeds of a run; {"": run} where it had but one."""
+    """{"seed0": folder, ...} of the finished seeds of a run; {"": run} where it had only one."""
     if (run / "metrics.json").exists():
         return {"": run}
     found = {file.parent.name: file.parent for file in sorted(run.glob("seed*/metrics.json"))}
@@ -62,7 +62,7 @@ def read_run(folder, run):
             seen=np.array([row.get("seen") == "1" for row in rows]))
         fits = [len(rows), tested.copied.sum(), tested.seen.sum()] == [
             metrics[key] for key in ("n_test", "n_test_duplicates", "n_test_seen")]
-        fits &= true == [data.text(classes, row) for row in tested.labels]
+        fits &= true == [label_text(classes, row) for row in tested.labels]
     except (OSError, KeyError, ValueError, TypeError, AttributeError):
         fits = False
     if not fits:
@@ -91,7 +91,8 @@ def score(tests):
     each = [t.probabilities for t in tests]
     mean = np.mean(each, axis=0)
     masks = dict(zip(PARTS, (np.ones(len(mean), bool), ~copied, ~seen)))
-    return [{part: scores(tests[0], mask, p[mask]) if mask.any() else None
+    return [{part: score_part(tests[0].labels[mask], p[mask], tests[0].classes,
+                               tests[0].multilabel) if mask.any() else None
              for part, mask in masks.items()} for p in (*each, mean)], mean, copied, seen
 
 

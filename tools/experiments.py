@@ -1,17 +1,17 @@
 """The paper's tables, one command each, its figures beside ours.
 
-    python experiments.py --table 4 --data /path --dry-run      (commands and time; nothing is run)
-    python experiments.py --table 4 --data /path                (the paper's size: a GPU)
-    python experiments.py --table 4 --data /path --scale small --seeds 0 1 2     (small arms, 32 px)
+    python -m tools.experiments --table 4 --data /path --dry-run      (commands and time; nothing is run)
+    python -m tools.experiments --table 4 --data /path                (the paper's size: a GPU)
+    python -m tools.experiments --table 4 --data /path --scale small --seeds 0 1 2     (small arms, 32 px)
 
 Every cell is a pre-training and a fine-tuning through the scripts, with one seed. Finished cells are
-skipped when the command is called again, a cut one goes on, a failed one is recorded and tried again.
+skipped when the command is called again, an interrupted one resumes, a failed one is recorded and tried again.
 Writes to --out (default: results/tableN): config.json, cells/*.json, table.csv, table.md; weights and
 logs of the runs to --work, shared by all tables.
 
 Tables: 1 training time; 2 to 5 label fractions; 6, 14 batch size; 7, 15 epochs; 8 augmentations; 9 SGD;
 10 to 13, 16, 17 other arms; 18 two CNNs; 19 two Transformers; 20 initialisation; 21 softmax, sigmoid;
-objectives: what else makes the arms agree (README, "Does CASS collapse?").
+objectives: what else makes the arms agree (docs/collapse.md).
 """
 
 import hashlib
@@ -31,15 +31,16 @@ import timm
 import torch
 import torchvision
 
-import cli
 import data
-import ensemble
-from cache import digest
 from cass import build_arm
-from checkpoint import load_weights, write_csv, write_json, writing
-from cli import UserError
+from common import cli
+from common.checkpoint import atomic_open, load_weights, write_csv, write_json
+from common.cli import UserError
+from common.decode import digest
+from common.readers import read
+from tools import ensemble
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 # what the paper calls a model -> at its size; at a size that a CPU manages
 MODELS = {
@@ -59,7 +60,7 @@ MODELS = {
 SCALES = {  # image size, epochs, flags
     "paper": (384, 100, []),
     "small": (32, 3, ["--init", "random"])}
-SMALL_DINO = ["--dino-outputs", "4096", "--dino-crops", "4"]
+SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
 OTHER_ARMS = {"10", "11", "12", "13", "16", "17", "18", "19", "20"}  # tables that change arms or start
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "timm": timm.__version__}
@@ -103,18 +104,18 @@ def rows_of(table):
         "2": fractions(0.1, 1.0), "3": fractions(0.1, 1.0),
         "4": fractions(0.01, 0.1, 1.0), "5": fractions(0.01, 0.1, 1.0),
         "6": batch, "14": batch, "7": epochs, "15": epochs,
-        "8": [Row("CASS only"), Row("CASS + Solarize", flags=["--solarize"]),
-              Row("CASS + Gaussian blur", flags=["--blur"]),
-              Row("CASS + Gaussian blur + Solarize", flags=["--blur", "--solarize"])],
-        "9": [Row("Adam"), Row("SGD", flags=["--cnn-optimizer", "sgd"])],
+        "8": [Row("CASS only"), Row("CASS + Solarize", flags=["--ablation", "solarize"]),
+              Row("CASS + Gaussian blur", flags=["--ablation", "blur"]),
+              Row("CASS + Gaussian blur + Solarize", flags=["--ablation", "blur", "solarize"])],
+        "9": [Row("Adam"), Row("SGD", flags=["--ablation", "sgd"])],
         "10": pairs(two, ("ResNet-50", "ViT-L/16")),
         "11": alone(("cnn", "ResNet-50"), ("vit", "ViT-B/16"), ("vit", "ViT-L/16")),
         "12": pairs(*cnns), "13": alone(*(("cnn", cnn) for cnn, _ in cnns)), "16": pairs(*cnns),
         "17": pairs(*(("ResNet-50", vit) for vit in ("DeiT-B/16", "ViT-B/16", "ViT-L/16"))),
         "18": pairs(two, ("ResNet-50", "DenseNet-161")), "19": pairs(two, ("Swin-B", "ViT-B/16")),
         "20": [Row("random", flags=["--init", "random"]), Row("ImageNet", flags=["--init", "imagenet"])],
-        "21": [Row("without"), Row("sigmoid", flags=["--head-act", "sigmoid"]),
-               Row("softmax", flags=["--head-act", "softmax"])],
+        "21": [Row("without"), Row("sigmoid", flags=["--ablation", "sigmoid"]),
+               Row("softmax", flags=["--ablation", "softmax"])],
         "objectives": [*fractions(0.01, 0.1), Row("CASS, vicreg", fracs=(0.01, 0.1), flags=[
             "--objective", "vicreg", "--lr", "3e-4"])],  # the rate was chosen on validation images
     }.get(table)
@@ -173,13 +174,13 @@ def parse_arguments():
 def data_flags(args):
     """The data flags as they were given, to hand on; and those of the cache alone."""
     given, cached = [], []
-    for key in data.FLAGS:
+    for key in data.OPTIONS[:-1]:
         value = getattr(args, key)
         if value:
             given.append("--" + key.replace("_", "-"))
             given += [] if value is True else map(str, value) if isinstance(value, list) else [value]
-    if args.cache != str(data.cache.default_dir()):
-        cached = ["--cache", args.cache] if args.cache else ["--no-cache"]
+    if args.cache:
+        cached = ["--cache", args.cache]
     return [*given, *cached], cached
 
 
@@ -232,7 +233,7 @@ def commands(args, row, seed):
         flags += SMALL_DINO
     if args.warm:
         flags += ["--init-cnn", args.warm[0], "--init-vit", args.warm[1]]
-    words = ["pretrain.py", "--method", row.method, *model_flags(args, row, "cnn", "cnn"),
+    words = ["tools.dino" if row.method == "dino" else "pretrain.py", *model_flags(args, row, "cnn", "cnn"),
              *model_flags(args, row, "vit", "vit"), "--img-size", str(size),
              "--epochs", str(epochs_of(args, row)), *flags, "--seed", str(seed), *common]
     pretraining = words, folder(words)
@@ -245,7 +246,8 @@ def commands(args, row, seed):
 
 def shown(words, folder):
     """A command as one would type it."""
-    return shlex.join(["python", *map(str, words), "--out", str(folder)])
+    module = ["-m"] if words[0] == "tools.dino" else []
+    return shlex.join(["python", *module, *map(str, words), "--out", str(folder)])
 
 
 def portable(args, text):
@@ -265,14 +267,17 @@ class Failed(Exception):
 def run_script(words, output):
     """Run a script; its exit status. A signal to this process is handed on, and waited for."""
     with cli.Signals() as signals:
-        process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *map(str, words[1:])],
-                                   stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        script = ["-m", words[0]] if words[0] == "tools.dino" else [str(ROOT / words[0])]
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen([sys.executable, *script, *map(str, words[1:])], stdout=output,
+                                   stderr=subprocess.STDOUT, start_new_session=True,
+                                   env={**os.environ, "PYTHONPATH": path})
         while process.poll() is None and not signals.number:
             time.sleep(0.05)
         if signals.number:
             process.send_signal(signals.number)
             process.wait()
-            signals.leave("the run that was cut goes on when the command is called again")
+            signals.leave("the interrupted run resumes when the command is called again")
     return process.returncode
 
 
@@ -481,7 +486,7 @@ def write_table(args, rows, cells, paper, metric):
     failed = [c for c in cells if c["status"] == "failed"]
     lines += [""] + [f"Failed: {c['row']}, {c['arm']}, {c['frac']:g}, seed {c['seed']}: {c['error']}"
                      for c in failed]
-    with writing(args.out / "table.md") as file:
+    with atomic_open(args.out / "table.md") as file:
         file.write("\n".join(lines).rstrip() + "\n")
     return lines
 
@@ -514,7 +519,7 @@ def estimate(args, rows, n_train, n_val, n_test):
         """Seconds for an image, forward and backward."""
         key = name, str(kwargs)
         if key not in known:
-            model = build_arm(name, size, **kwargs)[0].to(device).train()
+            model = build_arm(name, size, **kwargs).to(device).train()
             images = torch.randn(16 if args.scale == "small" or device.type == "cuda" else 2,
                                  3, size, size, device=device)
             for _ in range(2):  # the first one warms up
@@ -588,7 +593,7 @@ def refuse_other_configuration(args, images):
 
 def main():
     args, rows = parse_arguments()
-    images = data.read(args)
+    images = read(args.data, **data.options(args))
     if not images.classes or len(images.classes) == 1 and not images.multilabel:
         raise UserError(f"{images.path}: has no labels, which the tables need; give each class a folder "
                         f"of its own, or a CSV file")
@@ -606,7 +611,7 @@ def main():
 
     jobs, failed, errors = list(jobs_of(args, rows)), {}, 0
     refuse_other_configuration(args, images)
-    paper = json.loads((ROOT / "paper.json").read_text())["tables"]
+    paper = json.loads(Path(__file__).with_name("paper.json").read_text())["tables"]
     for job in cli.progress(jobs, unit="cell", desc=f"table {args.table}"):
         row, seed, arm, frac, runs = job
         name = re.sub(r"[^\w.-]+", "_", f"{row.label}_{arm}_{frac:g}_seed{seed}")

@@ -1,32 +1,31 @@
 """Objectives tried beside equation 1, judged on the training and validation splits alone.
 
-    python results/objectives/trials.py --data /path [--epochs 2 --img-size 32 --only barlow ...] --out FILE
+    python -m tools.trials --data /path [--epochs 2 --img-size 32 --only barlow ...] --out FILE
 
 Each pre-trains the small arms through pretrain.train, then embeds training and validation images:
 k-NN accuracy, and the balanced accuracy of a ridge probe on 1 % and 10 % of the labels (5 draws).
 VICReg earned its place in losses.py; the rest stays here. 64 px and less: bfloat16 on a CPU.
 """
 
-import argparse
 import sys
+import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import cache  # noqa: E402
-import data  # noqa: E402
-import health  # noqa: E402
-import pretrain  # noqa: E402
-from cass import CASS, build_arm  # noqa: E402
-from checkpoint import write_json  # noqa: E402
-from losses import cosine_loss, vicreg  # noqa: E402
+import data
+import pretrain
+from cass import CASS, build_arm
+from common import cli, collapse
+from common.checkpoint import write_json
+from common.decode import normalize
+from common.readers import read
+from common.run import Run, on_device
+from losses import cosine_loss, vicreg
 
 ARMS = {"cnn": ("resnet10t", {}), "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 6})}
 
@@ -99,7 +98,7 @@ OBJECTIVES = {
 
 
 def embed(model, images, index):
-    return health.embed(model, (data.normalize(torch.from_numpy(np.stack([images[i] for i in part])))
+    return collapse.embed(model, (normalize(torch.from_numpy(np.stack([images[i] for i in part])))
                                 for part in index.split(256)))[0]
 
 
@@ -121,7 +120,7 @@ def probe(train, y, val, y_val, frac, draw, classes):
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = cli.Parser(__doc__)
     data.add_arguments(parser)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--img-size", type=int, default=32)
@@ -132,35 +131,30 @@ def main():
     args = parser.parse_args()
     out, rows = Path(args.out), []
     for seed in args.seeds:
-        images = data.read(args)
-        data.decode(images, args.img_size, cache.default_dir())
-        split = data.split_and_report(images, args, seed)
+        images = read(args.data, **data.options(args))
+        images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
+        split = data.split_and_report(images, seed, args.dedup)
         y = torch.from_numpy(images.labels.argmax(1))
         train, val = (torch.from_numpy((split == s).nonzero()[0]) for s in ("train", "val"))
         some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:2000]]
         for name in args.only:
             torch.manual_seed(seed)
-            arms = [build_arm(a, args.img_size, **k)[0] for a, k in ARMS.values()]
+            arms = [build_arm(a, args.img_size, **k) for a, k in ARMS.values()]
             objective = OBJECTIVES.get(name)
             method = (OnFeatures(*arms, objective) if "projector" in name
                       else CASS(*arms, objective=objective))
             method.to(memory_format=torch.channels_last)
             began = time.perf_counter()
             if objective is not None:
-                views = data.Views(images.images, train.numpy(), seed=seed,
+                views = data.AugmentedImages(images.images, train.numpy(), seed=seed,
                                    transform=data.augmentation(args.img_size))
-                batches = data.Batches(len(views), 16, seed)
-                loop = SimpleNamespace(
-                    epochs=args.epochs, t_max=16, no_swa=False, swa_start=0.75, lr=args.lr,
-                    min_lr=1e-6, cnn_optimizer="adam", momentum=0.9, compile=False, save_every=None)
-                cpu, folder = torch.device("cpu"), out.parent / f".trial_{name}"
-                folder.mkdir(parents=True, exist_ok=True)
+                batches = data.EpochBatches(len(views), 16, seed)
+                cpu = torch.device("cpu")
                 loader = data.loader(views, batches, cpu)
-                swa, _ = pretrain.train(method, loader, loop, cpu, torch.bfloat16, folder, {})
-                arms = swa.finish(lambda: pretrain.on_device(loader, cpu))
-                for file in folder.iterdir():
-                    file.unlink()
-                folder.rmdir()
+                with tempfile.TemporaryDirectory() as folder:
+                    swa = pretrain.train(method, loader, Run(Path(folder), cpu, {}), cpu,
+                                         torch.bfloat16, args.epochs, lr=args.lr)
+                arms = swa.finish(lambda: on_device(loader, cpu))
             else:
                 arms = method.arms
             row = {"objective": name, "seed": seed, "epochs": args.epochs,

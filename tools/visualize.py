@@ -1,16 +1,16 @@
 """The paper's figures (v6) from any of our weights files (cnn.pt, vit.pt, best.pt), as PNG.
 
-    python visualize.py attention --ckpt vit.pt --compare supervised/best.pt  (Figures 7, 9, 12, 13)
-    python visualize.py attention --ckpt vit.pt --image FILE --block 1        (Figure 3)
-    python visualize.py features --ckpt cnn.pt --compare supervised/best.pt   (Figure 4)
-    python visualize.py features --ckpt cnn.pt --image FILE --layers 5        (Figure 6)
-    python visualize.py cka --cnn cnn.pt --vit vit.pt         (how alike the layers of the arms are)
-    python visualize.py curves RUN_FOLDER ...                 (log.jsonl of either script)
-    python visualize.py confusion RUN_FOLDER                  (confusion.csv of finetune.py)
+    python -m tools.visualize attention --ckpt vit.pt --compare supervised/best.pt  (Figures 7, 9, 12, 13)
+    python -m tools.visualize attention --ckpt vit.pt --image FILE --block 1        (Figure 3)
+    python -m tools.visualize features --ckpt cnn.pt --compare supervised/best.pt   (Figure 4)
+    python -m tools.visualize features --ckpt cnn.pt --image FILE --layers 5        (Figure 6)
+    python -m tools.visualize cka --cnn cnn.pt --vit vit.pt         (how alike the layers of the arms are)
+    python -m tools.visualize curves RUN_FOLDER ...                 (log.jsonl of either script)
+    python -m tools.visualize confusion RUN_FOLDER                  (confusion.csv of finetune.py)
 
 Each writes one PNG (--out). Images come from the test split of the checkpoint's data, as
 finetune.py makes it, unless --image or the data flags say otherwise; --help after WHAT lists the
-flags. What is shown is computed in inside.py.
+flags. What is shown is computed in introspect.py.
 """
 
 import contextlib
@@ -25,18 +25,40 @@ from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
-import cache
-import cli
 import data
-from checkpoint import load_weights, writing
-from cli import UserError
-from drawing import (COLOURS, GAP, MORE, above, beside, colour_bar, colours, legend, matrix,
-                     picture, plot, text)
-from finetune import saw, start_point
-from inside import (attention_map, attention_names, feature_maps, has_class_token, layer_grams,
-                    layer_names, mean_attention, minibatch_cka)
-from pretrain import make_arm
-from splits import stratified_order
+from common import cli
+from common.arms import make_arm
+from common.checkpoint import atomic_open, load_weights
+from common.cli import UserError
+from common.decode import decode, normalize
+from common.readers import read
+from common.report import class_counts
+from common.splits import stratified_order
+from common.starts import fill_in, from_checkpoint, seen_in_pretraining
+from tools.introspect import (
+    attention_map,
+    attention_names,
+    feature_maps,
+    has_class_token,
+    layer_grams,
+    layer_names,
+    mean_attention,
+    minibatch_cka,
+)
+from tools.plotting import (
+    COLOURS,
+    GAP,
+    MORE,
+    above,
+    beside,
+    colour_bar,
+    colours,
+    legend,
+    matrix,
+    picture,
+    plot,
+    text,
+)
 
 SIDE = 240  # pixels of an image with attention
 
@@ -94,14 +116,15 @@ def parse_arguments():
 
 
 def load(args, path):
-    """A weights file to look into: its model on the device, its facts and its label. Where the data
+    """A weights file to look into: its model on the device, its metadata and its label. Where the data
     flags in args name no data, they become the file's."""
-    args.ckpt = path
-    start = start_point(args)
+    start = from_checkpoint(path)
+    fill_in(args, start.data)
+    args.seed = start.seed
     start.device = cli.pick_device(args.device)
     start.model = start.make().to(start.device).eval()
-    start.path, start.size = path, start.facts["img_size"]
-    start.label = f"{short(path)}: {start.facts['arch']}"
+    start.path, start.size = path, start.metadata["img_size"]
+    start.label = f"{short(path)}: {start.metadata['arch']}"
     return start
 
 
@@ -126,7 +149,7 @@ def naming(start):
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{start.path}: {start.facts['arch']} {error}") from error
+        raise UserError(f"{start.path}: {start.metadata['arch']} {error}") from error
 
 
 def choose(args, starts, n):
@@ -135,12 +158,13 @@ def choose(args, starts, n):
     they are in words."""
     if args.image:
         return [args.image], short(args.image)
-    images = data.read(args)
-    data.decode(images, starts[0].size, args.cache, args.skip_bad)
-    split = data.split_and_report(images, args, args.seed, saw(starts[0], images), allow_seen=True)
+    images = read(args.data, **data.options(args))
+    images.decode(starts[0].size, data.cache_dir(args.cache), args.skip_bad)
+    split = data.split_and_report(images, args.seed, args.dedup,
+                                  seen_in_pretraining(starts[0].seen, images), allow_seen=True)
     part = "test" if (split == "test").any() else "train"
     of_part = split == part
-    seen = np.any([saw(start, images) for start in starts if start.seen is not None] or
+    seen = np.any([seen_in_pretraining(start.seen, images) for start in starts if start.seen is not None] or
                   [~of_part], axis=0)
     index = np.flatnonzero(of_part & ~seen if (of_part & ~seen).any() else of_part)
     rarest = images.labels[index].sum(0).min(initial=len(index))
@@ -148,10 +172,10 @@ def choose(args, starts, n):
     index = index[sample(images.labels[index], n, args.seed)]
     origin = "test split" if part == "test" else "training split, for want of a test split"
     classes = [c if len(index) == 1 else f"{c} {k}"
-               for c, k in data.class_counts(images, index).items() if k]
+               for c, k in class_counts(images, index).items() if k]
     what = f"{len(index)} images" if len(index) > 1 else images.names[index[0]]
     return ([images.sources[i] for i in index],
-            f"{what} of the {origin}" + (f": {cli.some(classes, 8)}" if classes else ""))
+            f"{what} of the {origin}" + (f": {cli.preview(classes, 8)}" if classes else ""))
 
 
 def sample(labels, n, seed):
@@ -163,9 +187,9 @@ def sample(labels, n, seed):
 def pixels(sources, size):
     """Image files or arrays -> (N, 3, size, size) uint8. Raises UserError."""
     try:
-        return torch.from_numpy(np.stack([cache.decode(source, size)[0] for source in sources]))
+        return torch.from_numpy(np.stack([decode(source, size)[0] for source in sources]))
     except ValueError as error:
-        raise UserError(f"{cli.some(sources)}: cannot be read ({error})") from error
+        raise UserError(f"{cli.preview(sources)}: cannot be read ({error})") from error
 
 
 def batches(starts, sources, batch_size=16):
@@ -173,8 +197,8 @@ def batches(starts, sources, batch_size=16):
     with cli.progress(total=len(sources)) as bar:
         for part in np.array_split(np.arange(len(sources)), max(1, len(sources) // batch_size)):
             chosen = [sources[i] for i in part]
-            yield tuple(data.normalize(pixels(chosen, start.size).to(start.device),
-                                       start.facts["mean"], start.facts["std"]) for start in starts)
+            yield tuple(normalize(pixels(chosen, start.size).to(start.device),
+                                       start.metadata["mean"], start.metadata["std"]) for start in starts)
             bar.update(len(part))
 
 
@@ -244,10 +268,10 @@ def before_training(args, arm, start):
     config = load_weights(start.path).get("config", {})
     what = getattr(args, f"before_{arm}") or next(
         (config[key] for key in (f"init_{arm}", "init", "ckpt") if config.get(key)), "random")
-    kwargs = {key: v for key, v in start.facts["model_kwargs"].items() if key != "img_size"}
+    kwargs = {key: v for key, v in start.metadata["model_kwargs"].items() if key != "img_size"}
     torch.manual_seed(args.seed)
     try:
-        model, _ = make_arm(f"--before-{arm}", start.facts["arch"], what, start.size, **kwargs)
+        model = make_arm(f"--before-{arm}", start.metadata["arch"], what, start.size, **kwargs)
     except UserError as error:
         raise UserError(f"{start.path}: what it began with, {what}, cannot be had here; name other "
                         f"weights with --before-{arm} FILE, or --before-{arm} random") from error
@@ -306,7 +330,7 @@ def draw_curves(args):
     panels = {title: lines for title, lines in panels.items()
               if not args.only or any(word in title for word in args.only)}
     if not panels:
-        raise UserError(f"{cli.some(args.run)}/log.jsonl: " + (
+        raise UserError(f"{cli.preview(args.run)}/log.jsonl: " + (
             f"nothing there is called {' or '.join(args.only)} (--only)" if args.only
             else "holds no finished epoch"))
     plots = [plot(title, lines, palette) for title, lines in panels.items()]
@@ -380,7 +404,7 @@ def main():
         raise UserError(f"{out}: is the image to look at; write elsewhere with --out")
     figure = ImageOps.expand(args.draw(args), GAP, "white")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with writing(out, "wb") as file:
+    with atomic_open(out, "wb") as file:
         figure.save(file, "PNG", optimize=True)
     print(f"wrote {out}")
 

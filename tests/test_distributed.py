@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ARMS, ROOT, draw_classes
 
 import data
 from cass import CASS, build_arm
-from conftest import ARMS, ROOT, draw_classes
 from losses import OBJECTIVES
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -25,7 +25,7 @@ def torchrun(script, *arguments, cwd, timeout=200):
 
 @pytest.mark.parametrize("n, batch_size", [(40, 4), (37, 4), (33, 8), (5, 2), (6, 4)])
 def test_every_image_comes_once_an_epoch_across_the_processes(n, batch_size):
-    ranks = [data.Batches(n, batch_size, seed=3, rank=r, world=2) for r in (0, 1)]
+    ranks = [data.EpochBatches(n, batch_size, seed=3, rank=r, world=2) for r in (0, 1)]
     for epoch in (0, 1):
         for rank in ranks:
             rank.epoch = epoch
@@ -34,14 +34,14 @@ def test_every_image_comes_once_an_epoch_across_the_processes(n, batch_size):
         seen = sorted(i for share in shares for batch in share for _, i in batch)
         assert len(seen) == len(set(seen)) and n - len(seen) < 4
         assert all(len(batch) >= 2 for share in shares for batch in share)
-        whole = data.Batches(n, 2 * batch_size, seed=3)
+        whole = data.EpochBatches(n, 2 * batch_size, seed=3)
         whole.epoch = epoch
         for both, one in zip(zip(*shares), whole):
             assert both[0] + both[1] == one
 
 
 def test_batches_can_start_in_the_middle():
-    batches = data.Batches(37, 4, seed=3)
+    batches = data.EpochBatches(37, 4, seed=3)
     everything = list(batches)
     batches.start = 3
     assert list(batches) == everything[3:]
@@ -50,19 +50,19 @@ def test_batches_can_start_in_the_middle():
 STEP = """
 import sys, torch
 sys.path.insert(0, {root!r})
-import parallel
+from common import distributed
 from cass import CASS, build_arm
 from torch.nn.parallel import DistributedDataParallel
-parallel.start(torch.device("cpu"))
+distributed.start(torch.device("cpu"))
 torch.manual_seed(0)
-method = CASS(build_arm("test_vit", 32)[0], build_arm("test_vit2", 32)[0])
+method = CASS(build_arm("test_vit", 32), build_arm("test_vit2", 32))
 images = torch.randn(16, 3, 32, 32)
 ddp = DistributedDataParallel(method)  # must live until the backward pass is over
-ddp(images[8 * parallel.rank():][:8]).backward()
-if parallel.rank() == 0:
+ddp(images[8 * distributed.rank():][:8]).backward()
+if distributed.rank() == 0:
     torch.save({{n: p.grad for n, p in method.named_parameters()}}, "gradients.pt")
 del ddp
-parallel.stop()
+distributed.stop()
 """
 
 
@@ -71,7 +71,7 @@ def test_gradients_of_two_times_8_images_are_those_of_16(tmp_path):
     done = torchrun(tmp_path / "step.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     torch.manual_seed(0)
-    method = CASS(build_arm("test_vit", 32)[0], build_arm("test_vit2", 32)[0])
+    method = CASS(build_arm("test_vit", 32), build_arm("test_vit2", 32))
     method(torch.randn(16, 3, 32, 32)).backward()
     gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for name, parameter in method.named_parameters():
@@ -91,26 +91,27 @@ def test_dino_trains_on_two_processes(tmp_path):
 GATHER = """
 import sys, torch
 sys.path.insert(0, {root!r})
-import losses, parallel
+import losses
+from common import distributed
 from cass import CASS, build_arm
 from torch.nn.parallel import DistributedDataParallel
-parallel.start(torch.device("cpu"))
+distributed.start(torch.device("cpu"))
 gradients = {{}}
 for name in ("vicreg",):
     torch.manual_seed(0)
     objective = losses.OBJECTIVES[name]
-    method = CASS(build_arm("test_vit", 32)[0], build_arm("test_vit2", 32)[0],
-                  objective=lambda R, T: objective(parallel.gather(R), parallel.gather(T)))
+    method = CASS(build_arm("test_vit", 32), build_arm("test_vit2", 32),
+                  objective=lambda R, T: objective(distributed.gather(R), distributed.gather(T)))
     images = torch.randn(11, 3, 32, 32)
     ddp = DistributedDataParallel(method)
-    part = images[:6] if parallel.rank() == 0 else images[6:]  # shares of different size
+    part = images[:6] if distributed.rank() == 0 else images[6:]  # shares of different size
     loss = ddp(part)
     loss.backward()
     gradients[name] = loss.detach(), {{n: p.grad for n, p in method.named_parameters()}}
-if parallel.rank() == 1:
+if distributed.rank() == 1:
     torch.save(gradients, "gradients.pt")
 del ddp
-parallel.stop()
+distributed.stop()
 """
 
 
@@ -121,7 +122,7 @@ def test_objectives_see_the_batch_of_all_processes(tmp_path):
     saved = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for name, (loss, gradients) in saved.items():
         torch.manual_seed(0)
-        method = CASS(build_arm("test_vit", 32)[0], build_arm("test_vit2", 32)[0],
+        method = CASS(build_arm("test_vit", 32), build_arm("test_vit2", 32),
                       objective=OBJECTIVES[name])
         whole = method(torch.randn(11, 3, 32, 32))
         whole.backward()
@@ -133,11 +134,12 @@ def test_objectives_see_the_batch_of_all_processes(tmp_path):
 ENTRY = """
 import sys, torch
 sys.path.insert(0, {root!r})
-import cli, parallel, pretrain
+from common import cli, distributed
+import pretrain
 train = pretrain.train
 def note(method, *more):
     swa = train(method, *more)
-    torch.save(method.state_dict(), f"rank{{parallel.rank()}}.pt")
+    torch.save(method.state_dict(), f"rank{{distributed.rank()}}.pt")
     return swa
 pretrain.train = note
 cli.run(pretrain.main)
@@ -172,7 +174,7 @@ def test_a_whole_run_on_two_processes(tmp_path):
 def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):
     folder = draw_classes(tmp_path / "images", {"a": 14, "b": 14})
     entry = ENTRY.format(root=str(ROOT)).replace("cli.run", """
-if parallel.rank() == 1:
+if distributed.rank() == 1:
     import os, swa
     swa.SWA.after_step = lambda self, iteration: iteration == 2 and os.kill(os.getpid(), 9)
 cli.run""")

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ARMS, one_line
 from torch import nn
 
 import finetune
-import health
 import pretrain
-from conftest import ARMS, one_line
+from common import collapse
 
 
 def test_spread_and_mean_cosine_equal_the_loops():
@@ -20,21 +20,21 @@ def test_spread_and_mean_cosine_equal_the_loops():
     rows = [[v / math.sqrt(sum(u * u for u in row)) for v in row] for row in x.tolist()]
     columns = list(zip(*rows))
     sds = [math.sqrt(sum((v - sum(c) / 7) ** 2 for v in c) / 6) for c in columns]
-    assert health.spread(x) == pytest.approx(sum(sds) / 5 * math.sqrt(5), rel=1e-5)
+    assert collapse.spread(x) == pytest.approx(sum(sds) / 5 * math.sqrt(5), rel=1e-5)
     pairs = [sum(a * b for a, b in zip(p, q)) for i, p in enumerate(rows)
              for j, q in enumerate(rows) if i != j]
-    assert health.mean_cosine(x) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+    assert collapse.mean_cosine(x) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
 
 
 def test_measures_of_a_constant_and_of_everything():
     constant = torch.ones(20, 4) * torch.rand(4)
-    assert health.spread(constant) == pytest.approx(0, abs=1e-6)
-    assert health.mean_cosine(constant) == pytest.approx(1, abs=1e-5)
+    assert collapse.spread(constant) == pytest.approx(0, abs=1e-6)
+    assert collapse.mean_cosine(constant) == pytest.approx(1, abs=1e-5)
     torch.manual_seed(0)
     everywhere = torch.randn(2000, 16)
-    assert health.spread(everywhere) == pytest.approx(1, abs=0.02)
-    assert health.mean_cosine(everywhere) == pytest.approx(0, abs=0.01)
-    assert health.effective_rank(everywhere) == pytest.approx(16, abs=0.2)
+    assert collapse.spread(everywhere) == pytest.approx(1, abs=0.02)
+    assert collapse.mean_cosine(everywhere) == pytest.approx(0, abs=0.01)
+    assert collapse.effective_rank(everywhere) == pytest.approx(16, abs=0.2)
 
 
 def test_effective_rank_of_known_singular_values():
@@ -46,21 +46,21 @@ def test_effective_rank_of_known_singular_values():
     x = u @ torch.diag(values) @ v.T
     p = (values / 8).tolist()
     expected = math.exp(-sum(q * math.log(q) for q in p))
-    assert health.effective_rank(x) == pytest.approx(expected, rel=1e-4)
-    assert health.effective_rank(x + 100 * torch.randn(6)) == pytest.approx(expected, rel=1e-2)
+    assert collapse.effective_rank(x) == pytest.approx(expected, rel=1e-4)
+    assert collapse.effective_rank(x + 100 * torch.randn(6)) == pytest.approx(expected, rel=1e-2)
 
 
 def test_agreement_of_equal_of_unrelated_and_of_shuffled_arms():
     torch.manual_seed(0)
     a = torch.randn(200, 30)
-    same, others, retrieval = health.agreement(a * 3 + 7, a)  # offset and scale do not count
+    same, others, retrieval = collapse.agreement(a * 3 + 7, a)  # offset and scale do not count
     assert same == pytest.approx(1, abs=1e-5) and retrieval == 1
     assert others == pytest.approx(-1 / 199, abs=1e-3)
-    same, _, retrieval = health.agreement(a, torch.randn(200, 30))
+    same, _, retrieval = collapse.agreement(a, torch.randn(200, 30))
     assert abs(same) < 0.05 and retrieval < 0.05
-    _, _, retrieval = health.agreement(a, a.roll(1, 0))
+    _, _, retrieval = collapse.agreement(a, a.roll(1, 0))
     assert retrieval == 0
-    assert all(math.isfinite(v) for v in health.agreement(torch.ones(8, 3), torch.ones(8, 3)))
+    assert all(math.isfinite(v) for v in collapse.agreement(torch.ones(8, 3), torch.ones(8, 3)))
 
 
 def test_knn_equals_the_loop_and_scikit_learn():
@@ -69,7 +69,7 @@ def test_knn_equals_the_loop_and_scikit_learn():
     features, queries = torch.randn(40, 6), torch.randn(9, 6)
     classes = torch.randint(0, 3, (40,))
     labels = torch.eye(3)[classes]
-    found = health.knn(features, labels, queries, k=5)
+    found = collapse.knn(features, labels, queries, k=5)
     unit = [[v / math.sqrt(sum(u * u for u in r)) for v in r] for r in features.tolist()]
     for query, scores in zip(queries.tolist(), found.tolist()):
         norm = math.sqrt(sum(v * v for v in query))
@@ -82,7 +82,7 @@ def test_knn_equals_the_loop_and_scikit_learn():
     oracle = KNeighborsClassifier(5, metric="cosine",
                                   weights=lambda d: np.exp((1 - d) / 0.07)).fit(features, classes)
     assert found.argmax(1).tolist() == oracle.predict(queries).tolist()
-    assert health.knn(features[:3], labels[:3], queries).shape == (9, 3)  # fewer than k
+    assert collapse.knn(features[:3], labels[:3], queries).shape == (9, 3)  # fewer than k
 
 
 class Arm(nn.Module):
@@ -107,7 +107,7 @@ class Arm(nn.Module):
 def monitor(n=80, labels=None):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, 3, 16, 16), dtype=np.uint8)
-    return health.Monitor(images, np.arange(n - 20), np.arange(n - 20, n), labels, False, 0)
+    return collapse.Monitor(images, np.arange(n - 20), np.arange(n - 20, n), labels, False, 0)
 
 
 def flags(cnn, vit):

@@ -5,11 +5,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import draw_classes, picture
 from PIL import Image
 
-from cli import UserError
-from conftest import draw_classes, picture
-from layouts import read
+from common.cli import UserError
+from common.readers import read
 
 
 def flags(data, **more):
