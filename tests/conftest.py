@@ -13,10 +13,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download; read when huggingface_hub is imported
 
-import cli  # noqa: E402
-
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
+from common import cli  # noqa: E402
 
 ARMS = ["--cnn", "test_resnet", "--vit", "test_vit", "--img-size", "32", "--init", "random"]
 

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 from cass import CASS, build_arm
+from common.arms import check_pair, make_arm, rebuild_kwargs
+from common.cli import UserError
 from losses import cosine_loss
 
 
@@ -34,43 +36,43 @@ def test_one_backward_pass_reaches_both_arms():
 
 def test_any_two_modules_make_a_pair():
     linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
-    CASS(linear, linear).check_pair(2)
+    check_pair(linear, linear, 2)
     with pytest.raises(ValueError, match=r"\(1, 5\).*\(1, 6\)"):
-        CASS(linear, nn.Sequential(nn.Flatten(), nn.Linear(12, 6))).check_pair(2)
-    with pytest.raises(ValueError, match="vit arm takes no images of 3x4x4"):
-        CASS(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), linear).check_pair(4)
+        check_pair(linear, nn.Sequential(nn.Flatten(), nn.Linear(12, 6)), 2)
+    with pytest.raises(ValueError, match="vit arm accepts no images of 3x4x4"):
+        check_pair(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), linear, 4)
 
 
 def test_check_pair_leaves_the_arms_as_they_were():
     method = CASS(*arms())
     before = {k: v.clone() for k, v in method.state_dict().items()}
-    method.check_pair(32)
+    check_pair(method.cnn, method.vit, 32)
     assert method.training and method.cnn.training
     assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
 
 
-def test_arguments_come_back_as_they_rebuild_the_model():
-    model, kwargs = build_arm("test_vit", 48, num_classes=7, patch_size=8)
+def test_the_stored_arguments_rebuild_the_model():
+    model = build_arm("test_vit", 48, num_classes=7, patch_size=8)
+    kwargs = rebuild_kwargs("test_vit", 48, {"patch_size": 8})
     assert kwargs == {"img_size": 48, "patch_size": 8}
     again = timm.create_model("test_vit", num_classes=7, **kwargs)
     again.load_state_dict(model.state_dict())
-    _, kwargs = build_arm("test_resnet", 48)
-    assert kwargs == {}
+    assert rebuild_kwargs("test_resnet", 48, {}) == {}
 
 
 def test_close_names_are_suggested():
-    with pytest.raises(ValueError, match="resnet50"):
-        build_arm("resnet5O", 32)
-    with pytest.raises(ValueError, match="no model"):
-        build_arm("qqqqqq", 32)
+    with pytest.raises(UserError, match="resnet50"):
+        make_arm("--cnn", "resnet5O", "random", 32)
+    with pytest.raises(UserError, match="no model"):
+        make_arm("--cnn", "qqqqqq", "random", 32)
 
 
 def test_weights_are_fitted_to_another_size_and_head():
     torch.manual_seed(0)
-    source, _ = build_arm("test_vit", 32, num_classes=10)
-    same, _ = build_arm("test_vit", 32, num_classes=10, init=source.state_dict())
+    source = build_arm("test_vit", 32, num_classes=10)
+    same = build_arm("test_vit", 32, num_classes=10, init=source.state_dict())
     assert all(torch.equal(v, same.state_dict()[k]) for k, v in source.state_dict().items())
-    other, _ = build_arm("test_vit", 64, num_classes=4, init=source.state_dict())
+    other = build_arm("test_vit", 64, num_classes=4, init=source.state_dict())
     assert other(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
     assert torch.equal(other.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
     with pytest.raises(RuntimeError):

@@ -22,7 +22,7 @@ def read(path, size=None):
     """(H, W, 3) pixels of a square image at its own size, and the facts."""
     with Image.open(path) as image:
         size = size or image.height
-    pixels, facts = decode(str(path), size)
+    pixels, facts = cache.decode(str(path), size)
     return pixels.transpose(1, 2, 0), facts
 
 
@@ -107,7 +107,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
     image.save(tmp_path / "x.png", exif=exif)
-    pixels, facts = decode(str(tmp_path / "x.png"), 24)
+    pixels, facts = cache.decode(str(tmp_path / "x.png"), 24)
     assert (facts["width"], facts["height"]) == (30, 20)
     upright = image.rotate(-90, expand=True).resize((24, 24), Image.Resampling.BILINEAR)
     assert (pixels.transpose(1, 2, 0) == np.asarray(upright)).all()
@@ -124,15 +124,15 @@ def test_the_first_of_several_frames(tmp_path, ending):
 def test_resizing_is_torchvision_s_antialiased_bilinear(tmp_path):
     image = picture(2, (100, 60))
     Image.fromarray(image).save(tmp_path / "x.png")
-    pixels, _ = decode(str(tmp_path / "x.png"), 32)
+    pixels, _ = cache.decode(str(tmp_path / "x.png"), 32)
     expected = v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), [32, 32], antialias=True)
     assert np.abs(pixels.astype(int) - expected.numpy()).max() <= 1
 
 
 def test_arrays_are_read_like_files(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "x.png")
-    from_file, facts = decode(str(tmp_path / "x.png"), 16)
-    from_array, array_facts = decode(GREY, 16)
+    from_file, facts = cache.decode(str(tmp_path / "x.png"), 16)
+    from_array, array_facts = cache.decode(GREY, 16)
     assert (from_file == from_array).all() and facts == array_facts
 
 
@@ -177,7 +177,7 @@ BAD = {
 def test_what_cannot_be_read_has_a_reason(tmp_path, name):
     BAD[name](tmp_path / name)
     with pytest.raises(ValueError) as error:
-        decode(str(tmp_path / name), 32)
+        cache.decode(str(tmp_path / name), 32)
     assert str(error.value) and "\n" not in str(error.value)
     if name == "huge.png":
         assert "200 megapixels" in str(error.value)
@@ -189,7 +189,7 @@ def test_a_file_without_permission_is_named(tmp_path):
     if os.access(tmp_path / "x.png", os.R_OK):
         pytest.skip("this user may read everything")
     with pytest.raises(ValueError, match="Permission"):
-        decode(str(tmp_path / "x.png"), 32)
+        cache.decode(str(tmp_path / "x.png"), 32)
     (tmp_path / "x.png").chmod(stat.S_IRUSR)
 
 
@@ -206,20 +206,20 @@ def paths(tmp_path):
 
 
 def decoded(paths, directory, size=16):
-    table, images, bad = decode_all(paths, size, "name", directory)
+    table, images, bad = cache.decode_all(paths, size, "name", directory)
     return table, np.stack([images[i] for i in range(len(paths))]), bad
 
 
 def test_the_map_holds_what_decode_gives(paths, tmp_path):
-    expected = np.stack([decode(p, 16)[0] for p in paths])
+    expected = np.stack([cache.decode(p, 16)[0] for p in paths])
     for directory in (tmp_path / "cache", tmp_path / "cache", None):
         table, pixels, bad = decoded(paths, directory)
         assert (pixels == expected).all() and not bad
-        assert table["hash"].tolist() == [decode(p, 16)[1]["hash"] for p in paths]
+        assert table["hash"].tolist() == [cache.decode(p, 16)[1]["hash"] for p in paths]
 
 
 def test_nothing_is_decoded_twice_and_what_changed_is(paths, tmp_path, monkeypatch):
-    calls, decode = [], decode
+    calls, decode = [], cache.decode
     monkeypatch.setattr(cache, "decode", lambda p, size: calls.append(p) or decode(p, size))
     decoded(paths, tmp_path / "cache")
     assert len(calls) == 70
@@ -245,7 +245,7 @@ def test_unreadable_images_are_reported_again_and_mended_ones_are_read(paths, tm
         assert list(bad) == [5]
     open(paths[5], "wb").write(good)
     _, pixels, bad = decoded(paths, tmp_path / "cache")
-    assert not bad and (pixels[5] == decode(paths[5], 16)[0]).all()
+    assert not bad and (pixels[5] == cache.decode(paths[5], 16)[0]).all()
 
 
 def test_a_file_cut_short_or_foreign_is_made_anew(paths, tmp_path):
@@ -255,22 +255,22 @@ def test_a_file_cut_short_or_foreign_is_made_anew(paths, tmp_path):
     for broken in (whole[: len(whole) // 2], b"", b"something else"):
         file.write_bytes(broken)
         _, pixels, _ = decoded(paths, tmp_path / "cache")
-        assert (pixels[69] == decode(paths[69], 16)[0]).all()
+        assert (pixels[69] == cache.decode(paths[69], 16)[0]).all()
 
 
 def test_images_travel_to_spawned_workers_without_their_pixels(paths, tmp_path):
-    _, images, _ = decode_all(paths, 64, "name", tmp_path / "cache")
+    _, images, _ = cache.decode_all(paths, 64, "name", tmp_path / "cache")
     images.keep(np.arange(70) % 2 == 0)
     sent = pickle.dumps(images)
     assert len(sent) < 20_000
     again = pickle.loads(sent)
-    assert len(again) == 35 and (again[1] == decode(paths[2], 64)[0]).all()
+    assert len(again) == 35 and (again[1] == cache.decode(paths[2], 64)[0]).all()
 
 
 def test_a_folder_that_cannot_be_written_is_named(paths, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--cache DIR.*--no-cache"):
-        decode_all(paths, 16, "name", tmp_path / "file")
+        cache.decode_all(paths, 16, "name", tmp_path / "file")
 
 
 # the map under fire: other processes, and kills
@@ -285,7 +285,7 @@ def build(paths, directory, results=None):
 
 
 def test_two_processes_that_start_on_an_empty_cache_get_the_right_pixels(paths, tmp_path):
-    expected = np.stack([decode(p, 64)[0] for p in paths])
+    expected = np.stack([cache.decode(p, 64)[0] for p in paths])
     results = fork.Queue()
     both = [fork.Process(target=build, args=(paths, tmp_path / "cache", results)) for _ in range(2)]
     for process in both:
@@ -298,7 +298,7 @@ def test_two_processes_that_start_on_an_empty_cache_get_the_right_pixels(paths, 
 
 
 def test_the_next_run_after_a_kill_builds_a_right_map(paths, tmp_path):
-    expected = np.stack([decode(p, 64)[0] for p in paths])
+    expected = np.stack([cache.decode(p, 64)[0] for p in paths])
     began = time.perf_counter()
     build(paths, tmp_path / "timing")
     seconds, rng = time.perf_counter() - began, np.random.default_rng(0)
@@ -346,4 +346,4 @@ def test_a_disk_that_fills_up_leaves_no_half_file(paths, tmp_path, monkeypatch):
         decoded(paths, tmp_path / "cache", 64)
     assert not list((tmp_path / "cache").iterdir())
     monkeypatch.undo()
-    assert (decoded(paths, tmp_path / "cache", 64)[1][7] == decode(paths[7], 64)[0]).all()
+    assert (decoded(paths, tmp_path / "cache", 64)[1][7] == cache.decode(paths[7], 64)[0]).all()

@@ -11,11 +11,11 @@ from test_resume import Cut, same
 from torch import nn
 
 import finetune
-import pretrain
 from common import checkpoint
+from tools import dino
 from tools.dino import DINO, Head, cosine, dino_loss, learning_rate, multi_crop
 
-SMALL = [*ARMS, "--method", "dino", "--dino-outputs", 64, "--dino-crops", 2, "--epochs", 2, "--bs", 8]
+SMALL = [*ARMS, "--outputs", 64, "--crops", 2, "--epochs", 2, "--bs", 8]
 
 
 class Backbone(nn.Module):
@@ -129,7 +129,7 @@ def test_before_step_sets_clips_and_freezes():
 
 def test_stochastic_depth_is_for_the_student_alone():
     torch.manual_seed(0)
-    vit, _ = pretrain.make_backbone("--vit", "test_vit", "random", 32)
+    vit, _ = dino.make_backbone("--vit", "test_vit", "random", 32)
     method = DINO("vit", vit, vit.num_features, out_dim=6).train()
     images = torch.randn(32, 3, 32, 32)
     student, teacher = ([net["backbone"](images) for _ in range(2)]
@@ -163,7 +163,7 @@ def test_multi_crop_gives_two_large_and_eight_small_views():
 
 def test_the_script_trains_one_arm_after_the_other(folder, tmp_path, script):
     out = tmp_path / "run"
-    status, said, err = script(pretrain, "--data", folder, *SMALL, "--out", out)
+    status, said, err = script(dino, "--data", folder, *SMALL, "--out", out)
     assert status == 0, err
     assert "the teachers" in said
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -184,7 +184,7 @@ def test_the_script_trains_one_arm_after_the_other(folder, tmp_path, script):
 
 @pytest.mark.parametrize("cut", [3, 8, 11])  # three steps an epoch: in the first arm and the second
 def test_resumed_equals_uncut(folder, tmp_path, script, monkeypatch, cut):
-    assert script(pretrain, "--data", folder, *SMALL, "--out", tmp_path / "uncut")[0] == 0
+    assert script(dino, "--data", folder, *SMALL, "--out", tmp_path / "uncut")[0] == 0
     after_step, count = DINO.after_step, [0]
 
     def dying(self, progress):
@@ -195,10 +195,10 @@ def test_resumed_equals_uncut(folder, tmp_path, script, monkeypatch, cut):
 
     monkeypatch.setattr(DINO, "after_step", dying)
     with pytest.raises(Cut):
-        script(pretrain, "--data", folder, *SMALL, "--save-every", 1, "--out", tmp_path / "resumed")
+        script(dino, "--data", folder, *SMALL, "--save-every", 1, "--out", tmp_path / "resumed")
     monkeypatch.setattr(DINO, "after_step", after_step)
     torch.manual_seed(99)
-    status, _, err = script(pretrain, "--out", tmp_path / "resumed", "--resume")
+    status, _, err = script(dino, "--out", tmp_path / "resumed", "--resume")
     assert status == 0, err
     for arm in ("cnn", "vit"):
         assert same(tmp_path / f"uncut/{arm}.pt", tmp_path / f"resumed/{arm}.pt")
@@ -209,7 +209,7 @@ def test_resumed_equals_uncut(folder, tmp_path, script, monkeypatch, cut):
 
 def test_a_transformer_of_one_size_gets_resized_crops_said_once(folder, tmp_path, script):
     mixer = ["--vit", "mixer_s32_224"]
-    status, said, err = script(pretrain, "--data", folder, *SMALL, *mixer, "--epochs", 1, "--out",
+    status, said, err = script(dino, "--data", folder, *SMALL, *mixer, "--epochs", 1, "--out",
                                tmp_path / "run")
     assert status == 0, err
     assert said.count("local crops are resized") == 1 and "32 pixels alone" in said
@@ -220,25 +220,11 @@ def test_a_transformer_of_one_size_gets_resized_crops_said_once(folder, tmp_path
     (["--cnn", "resnet5"], "close names"),
 ])
 def test_arms_that_cannot_be_used_are_one_line(folder, tmp_path, script, flags, message):
-    status, _, err = script(pretrain, "--data", folder, *SMALL, *flags, "--out", tmp_path / "run")
+    status, _, err = script(dino, "--data", folder, *SMALL, *flags, "--out", tmp_path / "run")
     assert status == 2 and message in one_line(err)
 
 
 def test_arms_whose_features_are_wider_than_timm_says(folder, tmp_path, script):
-    status, _, err = script(pretrain, "--data", folder, *SMALL, "--epochs", 1, "--cnn",
+    status, _, err = script(dino, "--data", folder, *SMALL, "--epochs", 1, "--cnn",
                             "mobilenetv3_small_050", "--amp", "off", "--out", tmp_path / "run")
     assert status == 0, err
-
-
-def test_flags_of_dino_are_refused_without_it(folder, tmp_path, script):
-    status, _, err = script(pretrain, "--data", folder, *ARMS, "--dino-crops", 2, "--out", tmp_path)
-    assert status == 2 and "--dino-crops goes with --method dino" in one_line(err)
-
-
-@pytest.mark.parametrize("flags", [["--head-act", "softmax"], ["--t-max", "8"], ["--blur"],
-                                   ["--no-swa"], ["--cnn-optimizer", "sgd"]])
-def test_flags_of_cass_are_refused(folder, tmp_path, script, flags):
-    status, _, err = script(pretrain, "--data", folder, *SMALL, *flags, "--out", tmp_path / "run")
-    assert status == 2
-    assert f"{flags[0]} goes with --method cass" in one_line(err)
-    assert not (tmp_path / "run").exists()

@@ -20,12 +20,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def torchrun(script, *arguments, cwd, timeout=200):
     return subprocess.run([*TORCHRUN, str(script), *map(str, arguments)], cwd=cwd, text=True,
                           capture_output=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.parametrize("n, batch_size", [(40, 4), (37, 4), (33, 8), (5, 2), (6, 4)])
 def test_every_image_comes_once_an_epoch_across_the_processes(n, batch_size):
-    ranks = [data.EpochBatches(n, batch_size, seed=3, rank=r, world=2) for r in (0, 1)]
+    ranks = [data.EpochBatches(n, batch_size, seed=3, rank=r, world_size=2) for r in (0, 1)]
     for epoch in (0, 1):
         for rank in ranks:
             rank.epoch = epoch
@@ -80,8 +80,8 @@ def test_gradients_of_two_times_8_images_are_those_of_16(tmp_path):
 
 def test_dino_trains_on_two_processes(tmp_path):
     images = draw_classes(tmp_path / "images", {"a": 14, "b": 10, "c": 6})
-    done = torchrun(ROOT / "pretrain.py", "--data", images, *ARMS, "--method", "dino", "--epochs", 1,
-                    "--bs", 4, "--dino-outputs", 64, "--dino-crops", 1, cwd=tmp_path)
+    done = torchrun("-m", "tools.dino", "--data", images, *ARMS, "--epochs", 1,
+                    "--bs", 4, "--outputs", 64, "--crops", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["arms"] for row in log] == ["cnn", "vit"]

@@ -15,11 +15,11 @@ from conftest import draw_classes, one_line
 import finetune
 import pretrain
 from common import cli
-from tools import experiments
+from tools import dino, experiments
 from tools.experiments import MODELS, gain, paired, rows_of
 
 TABLES = [str(n) for n in range(1, 22)] + ["objectives"]
-PAPER = json.loads((experiments.ROOT / "paper.json").read_text())["tables"]
+PAPER = json.loads((experiments.ROOT / "tools/paper.json").read_text())["tables"]
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -62,14 +62,14 @@ def tiny(monkeypatch, tmp_path):
         name: (paper, small["vit" if name[0] in "VD" and "Net" not in name else "cnn"])
         for name, (paper, _) in MODELS.items()})
     monkeypatch.setitem(experiments.SCALES, "small", (32, 1, ["--init", "random"]))
-    monkeypatch.setattr(experiments, "SMALL_DINO", ["--dino-outputs", "64", "--dino-crops", "2"])
+    monkeypatch.setattr(experiments, "SMALL_DINO", ["--outputs", "64", "--crops", "2"])
     monkeypatch.chdir(tmp_path)
     return draw_classes(tmp_path / "images", {"a": 14, "b": 10, "c": 6})
 
 
 def in_this_process(words, output):
     """Stands for experiments.run_script: the same, without starting Python anew."""
-    module = {"pretrain.py": pretrain, "finetune.py": finetune}[words[0]]
+    module = {"pretrain.py": pretrain, "finetune.py": finetune, "tools.dino": dino}[words[0]]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), \
             contextlib.redirect_stderr(output):
         patch.setattr(sys, "argv", list(map(str, words)))

@@ -15,6 +15,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 import finetune
 import predict
+from common.decode import decode, normalize
 from tools import ensemble
 
 RUN = ["--init", "random", "--epochs", 1, "--amp", "off"]

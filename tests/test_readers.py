@@ -1,6 +1,5 @@
 """What people have on disk, read right or refused in a line that names it."""
 
-from argparse import Namespace
 from collections import Counter
 
 import numpy as np
@@ -13,9 +12,7 @@ from common.readers import read
 
 
 def flags(data, **more):
-    return Namespace(**{"data": str(data), "images": None, "image_col": None, "label_col": None,
-                        "label_sep": None, "group_col": None, "unlabelled": False, "split": None,
-                        "multilabel": False, **more})
+    return {"path": str(data), **more}
 
 
 def save(path, seed=0):
@@ -38,22 +35,22 @@ def test_images_at_any_depth_have_no_labels(tmp_path):
     for hidden in (".git/a.png", "one/.ipynb_checkpoints/b.png", ".c.png", "__MACOSX/d.png"):
         save(tmp_path / "d" / hidden)
     (tmp_path / "d/notes.txt").write_text("no image")
-    images = read(flags(tmp_path / "d"))
+    images = read(**flags(tmp_path / "d"))
     assert images.names == ["one/two/z.tif", "one/y.JPG", "x.png"] and images.classes == []
     assert any(".txt" in note for note in images.notes)
 
 
 def test_one_folder_of_images_is_not_a_class(tmp_path):
     save(tmp_path / "d/images/a.png")
-    assert read(flags(tmp_path / "d")).classes == []
+    assert read(**flags(tmp_path / "d")).classes == []
 
 
 def test_class_folders(folder):
-    images = read(flags(folder))
+    images = read(**flags(folder))
     assert images.classes == ["a", "b", "c"] and (images.given == "").all()
     assert Counter(labels_of(images)["a/3.png"]) == {"a": 1}
     assert images.labels.sum(0).tolist() == [14, 10, 6]
-    assert read(flags(folder, unlabelled=True)).classes == []
+    assert read(**flags(folder, label_col=["none"])).classes == []
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("Training", "Testing"), ("TRAIN", "val", "Test"),
@@ -61,7 +58,7 @@ def test_class_folders(folder):
 def test_splits_above_the_classes(tmp_path, names):
     for i, name in enumerate(names):
         draw_classes(tmp_path / "d" / name, {"a": 3, "b": 2}, start=100 * i)
-    images = read(flags(tmp_path / "d"))
+    images = read(**flags(tmp_path / "d"))
     kind = {"t": "train", "v": "val"}
     expected = Counter({"test" if "est" in n.lower() else kind[n[0].lower()]: 5 for n in names})
     assert Counter(images.given.tolist()) == expected
@@ -73,22 +70,22 @@ def test_images_beside_the_split_folders_are_refused(tmp_path):
     draw_classes(tmp_path / "d/test", {"a": 2, "b": 2})
     save(tmp_path / "d/other/x.png")
     with pytest.raises(UserError, match="other/x.png"):
-        read(flags(tmp_path / "d"))
+        read(**flags(tmp_path / "d"))
 
 
 def test_a_folder_without_images_says_what_is_there(tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d/scan.dcm").write_text("")
     with pytest.raises(UserError, match="no images.*1 .dcm"):
-        read(flags(tmp_path / "d"))
+        read(**flags(tmp_path / "d"))
     with pytest.raises(UserError, match="no such"):
-        read(flags(tmp_path / "nothing"))
+        read(**flags(tmp_path / "nothing"))
 
 
 def test_names_with_spaces_and_other_letters_and_a_folder_named_like_an_image(tmp_path):
     for name in ("x.jpg/é ü.png", "x.jpg/日本.png", "y/a b.png"):
         save(tmp_path / "d" / name)
-    images = read(flags(tmp_path / "d"))
+    images = read(**flags(tmp_path / "d"))
     assert images.names == ["x.jpg/é ü.png", "x.jpg/日本.png", "y/a b.png"]
     assert images.classes == ["x.jpg", "y"]
 
@@ -97,7 +94,7 @@ def test_links_are_followed_once(tmp_path):
     draw_classes(tmp_path / "d", {"a": 2, "b": 2})
     (tmp_path / "d/a/loop").symlink_to(tmp_path / "d")
     (tmp_path / "d/a/itself.png").symlink_to("itself.png")
-    assert len(read(flags(tmp_path / "d"))) == 5  # decoding will name the one that is none
+    assert len(read(**flags(tmp_path / "d"))) == 5  # decoding will name the one that is none
 
 
 # CSV files
@@ -130,64 +127,64 @@ LABELS = {"i0.png": ["a"], "i1.png": ["b"], "i2.png": ["a"]}
     'image,note,label\ni0,"two\nlines",a\ni1,"",b\ni2,x,a\n',
 ])
 def test_one_label_column(table, text):
-    assert labels_of(read(table(text))) == LABELS
+    assert labels_of(read(**table(text))) == LABELS
 
 
 def test_absolute_names_below_the_folder(table, tmp_path):
     text = "".join(f"{tmp_path}/t/i{i}.png,{'aba'[i]}\n" for i in range(3))
-    assert labels_of(read(table("image,label\n" + text))) == LABELS
+    assert labels_of(read(**table("image,label\n" + text))) == LABELS
     with pytest.raises(UserError, match="outside"):
-        read(table(f"image,label\n{tmp_path}/else/x.png,a\n"))
+        read(**table(f"image,label\n{tmp_path}/else/x.png,a\n"))
 
 
 def test_names_in_folders_below_and_in_another_folder(table, tmp_path):
     names = ("deep/er/i0.png", "i1.png", "deep/i2.png")
-    images = read(table("image,label\ni0,a\ni1.png,b\ndeep/i2,a\n", names))
+    images = read(**table("image,label\ni0,a\ni1.png,b\ndeep/i2,a\n", names))
     assert labels_of(images) == {name: [label] for name, label in zip(names, "aba")}
     (tmp_path / "t/labels.csv").rename(tmp_path / "other.csv")
-    images = read(flags(tmp_path / "other.csv", images=str(tmp_path / "t")))
+    images = read(**flags(tmp_path / "other.csv", images=str(tmp_path / "t")))
     assert sorted(images.names) == sorted(names)
 
 
 def test_one_hot_with_an_empty_column(table):
     text = "image,MEL,NV,UNK\ni0,1.0,0.0,0.0\ni1,0.0,1.0,0.0\ni2,1.0,0.0,0.0\n"
-    images = read(table(text))
+    images = read(**table(text))
     assert images.classes == ["MEL", "NV"] and not images.multilabel
     assert labels_of(images)["i1.png"] == ["NV"] and "UNK" in " ".join(images.notes)
 
 
 def test_multi_hot(table):
-    images = read(table("image,x,y\ni0,1,1\ni1,0,0\ni2,0,1\n"))
+    images = read(**table("image,x,y\ni0,1,1\ni1,0,0\ni2,0,1\n"))
     assert images.multilabel and labels_of(images) == {"i0.png": ["x", "y"], "i1.png": [],
                                                        "i2.png": ["y"]}
 
 
 def test_delimited_labels(table):
     text = "image,label\ni0,x|y\ni1,\ni2,y\n"
-    images = read(table(text))
+    images = read(**table(text))
     assert images.multilabel and labels_of(images) == {"i0.png": ["x", "y"], "i1.png": [],
                                                        "i2.png": ["y"]}
-    images = read(table('image,label\ni0,"x,y"\ni1,x\ni2,y\n', label_sep=","))
+    images = read(**table('image,label\ni0,"x,y"\ni1,x\ni2,y\n', label_sep=","))
     assert images.labels.sum() == 4
-    images = read(table('image,label\ni0,"x,y"\ni1,x\ni2,x\n', label_sep="none"))
+    images = read(**table('image,label\ni0,"x,y"\ni1,x\ni2,x\n', label_sep="none"))
     assert images.classes == ["x", "x,y"]
 
 
 def test_columns_as_told(table):
     text = "file,age,sex,dx\ni0,1,m,a\ni1,0,f,b\ni2,1,m,a\n"
-    assert labels_of(read(table(text, label_col=["dx"]))) == LABELS
-    assert read(table(text, label_col=["none"])).classes == []
-    images = read(table(text, label_col=["dx"], group_col="sex"))
+    assert labels_of(read(**table(text, label_col=["dx"]))) == LABELS
+    assert read(**table(text, label_col=["none"])).classes == []
+    images = read(**table(text, label_col=["dx"], group_col="sex"))
     assert images.groups.tolist() == ["m", "f", "m"]
 
 
 def test_numbers_are_sorted_as_numbers(table):
-    assert read(table("image,label\ni0,10\ni1,9\ni2,10\n")).classes == ["9", "10"]
+    assert read(**table("image,label\ni0,10\ni1,9\ni2,10\n")).classes == ["9", "10"]
 
 
 def test_multilabel_as_told(folder):
-    assert not read(flags(folder)).multilabel
-    assert read(flags(folder, multilabel=True)).multilabel
+    assert not read(**flags(folder)).multilabel
+    assert read(**flags(folder, multilabel=True)).multilabel
 
 
 @pytest.mark.parametrize("text, message, more", [
@@ -213,32 +210,32 @@ def test_multilabel_as_told(folder):
 ])
 def test_bad_tables_are_refused(table, text, message, more):
     with pytest.raises(UserError, match=message) as error:
-        read(table(text, **more))
+        read(**table(text, **more))
     assert "\n" not in str(error.value)
 
 
 def test_a_name_that_fits_two_files_is_refused(table):
     with pytest.raises(UserError, match="several images.*line 2: same"):
-        read(table("image,label\nsame,a\n", ("x/same.png", "y/same.png")))
+        read(**table("image,label\nsame,a\n", ("x/same.png", "y/same.png")))
 
 
 def test_flags_of_tables_need_a_table(folder):
     with pytest.raises(UserError, match="--label-col.*CSV"):
-        read(flags(folder, label_col=["x"]))
+        read(**flags(folder, label_col=["x"]))
 
 
 # splits made elsewhere, MedMNIST
 
 
 def test_a_split_of_ones_own(folder, tmp_path):
-    images = read(flags(folder))
+    images = read(**flags(folder))
     lines = [f"{name},{'Testing' if i % 3 else 'train'}" for i, name in enumerate(images.names)]
     file = tmp_path / "own.csv"
     file.write_text("\n".join(["path,split", *lines]))
-    given = read(flags(folder, split=str(file))).given
+    given = read(**flags(folder, split=str(file))).given
     assert given.tolist() == ["test" if i % 3 else "train" for i in range(30)]
     file.write_text("path,split\n" + "\n".join(lines[1:]))
-    images = read(flags(folder, split=str(file)))
+    images = read(**flags(folder, split=str(file)))
     assert len(images) == 29 and "a/0.png" in images.notes[0]  # what it does not name is left out
     for text, message in (("path,split\n" + "\n".join([*lines, "a/no.png,test"]), "names 1 images"),
                           ("path,split\na/0.png,later", "line 2: later"),
@@ -246,7 +243,7 @@ def test_a_split_of_ones_own(folder, tmp_path):
                           ("\n".join(["path,split", *lines, lines[0]]), "twice")):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
-            read(flags(folder, split=str(file)))
+            read(**flags(folder, split=str(file)))
 
 
 def medmnist(classes=3, channels=(), labels=1):
@@ -262,7 +259,7 @@ def medmnist(classes=3, channels=(), labels=1):
 def test_medmnist(tmp_path, channels):
     arrays = medmnist(channels=channels)
     np.savez(tmp_path / "m.npz", **arrays)
-    images = read(flags(tmp_path / "m.npz"))
+    images = read(**flags(tmp_path / "m.npz"))
     assert Counter(images.given.tolist()) == {"train": 9, "val": 3, "test": 6}
     assert images.classes == ["0", "1", "2"] and not images.multilabel
     assert (images.sources[9] == arrays["val_images"][0]).all() and images.names[9] == "val/0"
@@ -271,7 +268,7 @@ def test_medmnist(tmp_path, channels):
 
 def test_medmnist_with_several_labels(tmp_path):
     np.savez(tmp_path / "m.npz", **medmnist(labels=4))
-    images = read(flags(tmp_path / "m.npz"))
+    images = read(**flags(tmp_path / "m.npz"))
     assert images.multilabel and images.classes == ["0", "1", "2", "3"]
 
 
@@ -288,10 +285,10 @@ def test_bad_npz_files_are_refused_and_not_run(tmp_path):
                             ({**medmnist(), "val_images": np.zeros((3, 28, 28))}, "uint8")):
         np.savez(file, **arrays)
         with pytest.raises(UserError, match=message):
-            read(flags(file))
+            read(**flags(file))
     assert not (tmp_path / "ran").exists()
     np.savez(file, **medmnist())
     for broken in (b"not a zip", file.read_bytes()[:500]):
         file.write_bytes(broken)
         with pytest.raises(UserError, match="plain arrays"):
-            read(flags(file))
+            read(**flags(file))

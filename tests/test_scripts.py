@@ -16,6 +16,7 @@ import data
 import finetune
 import pretrain
 from common import toy_data
+from common.decode import decode, normalize
 
 
 def weights(path):
@@ -83,14 +84,14 @@ def test_pretraining_never_looks_at_labels(tmp_path, script):
             other = tmp_path / name / "test" / cls / f"{i:02}.png"
             other.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture(100 + i)).save(other)
-        assert script(pretrain, "--data", tmp_path / name / "train", "--unlabelled", *ARMS, "--epochs",
+        assert script(pretrain, "--data", tmp_path / name / "train", "--label-col", "none", *ARMS, "--epochs",
                       1, "--bs", 4, "--out", tmp_path / f"out_{name}")[0] == 0
     assert same(tmp_path / "out_one/cnn.pt", tmp_path / "out_two/cnn.pt")
 
 
 @pytest.mark.parametrize("more", [
-    ["--cnn-optimizer", "sgd", "--head-act", "softmax", "--blur", "--solarize"],
-    ["--t-max", "run", "--no-swa", "--head-act", "sigmoid", "--amp", "bf16"],
+    ["--ablation", "sgd", "softmax", "blur", "solarize"],
+    ["--t-max", "run", "--swa-start", "1", "--ablation", "sigmoid", "--amp", "bf16"],
     ["--cnn", "test_vit", "--vit", "test_vit2", "--vit-kwargs", "patch_size=8"],
 ])
 def test_the_paper_s_variants_run(folder, tmp_path, script, more):
@@ -101,7 +102,7 @@ def test_the_paper_s_variants_run(folder, tmp_path, script, more):
 
 def test_initial_weights_from_a_file(pretrained, folder, tmp_path, script):
     assert script(pretrain, "--data", folder, *ARMS, "--init-cnn", pretrained / "cnn.pt", "--epochs", 1,
-                  "--lr", 0, "--min-lr", 0, "--no-swa", "--out", tmp_path / "next")[0] == 0
+                  "--lr", 0, "--min-lr", 0, "--swa-start", 1, "--out", tmp_path / "next")[0] == 0
     before, after = weights(pretrained / "cnn.pt"), weights(tmp_path / "next/cnn.pt")
     assert all(torch.equal(after["state_dict"][k], v) for k, v in before["state_dict"].items()
                if k.endswith("weight"))
@@ -154,7 +155,7 @@ def test_finetuning_needs_only_the_checkpoint(pretrained, script):
     assert best["class_names"] == ["a", "b", "c"] and best["num_classes"] == 3
     model = timm.create_model(best["arch"], num_classes=3, **best["model_kwargs"],
                               checkpoint_path=str(folder / "best.pt")).eval()
-    pixels = [data.decode(str(pretrained.parent / "images" / r["path"]), 32)[0] for r in predictions]
+    pixels = [decode(str(pretrained.parent / "images" / r["path"]), 32)[0] for r in predictions]
     with torch.no_grad():
         logits = model(normalize(torch.from_numpy(np.stack(pixels))))
     expected = [[float(r[f"prob_{c}"]) for c in "abc"] for r in predictions]
@@ -247,7 +248,7 @@ def test_dedup_and_contradictions_and_the_report(tmp_path, script):
     (d / "test/b/lie.png").write_bytes((d / "train/a/1.png").read_bytes())
     status, out, _ = script(data, d, "--img-size", 32, "--out", tmp_path / "report")
     assert status == 0 and "28 images, 2 classes" in out
-    assert "4 images are pixel-identical to another; 2 of them" in out
+    assert "4 images are exact duplicates of another; 2 of them" in out
     assert "1 sets of identical images bear different labels" in out and "test/b/lie.png" in out
     assert "RGB 28" in out and "ImageNet" in out
     assert len(rows(tmp_path / "report/duplicates.csv")) == 4

@@ -2,6 +2,7 @@ import torch
 from torch import nn
 
 import pretrain
+from common.decode import normalize
 from swa import SWA, is_cycle_end
 
 
