@@ -78,15 +78,25 @@ def check_pair(cnn, vit, img_size):
 
 def enable_grad_checkpointing(model, name):
     """Recompute activations in the backward pass. Batch-norm must not count that second forward pass:
-    without this hook its running statistics would be updated twice per step. Raises UserError."""
+    without the hooks its running statistics would be updated twice per step. Raises UserError."""
     try:
         model.set_grad_checkpointing()
     except (AssertionError, AttributeError) as error:
         raise UserError(f"--grad-checkpointing: timm has none for {name}") from error
 
-    def count_once(module, _):
-        module.track_running_stats = torch._C._current_graph_task_id() == -1  # not in a backward pass
+    def recomputing():
+        return torch._C._current_graph_task_id() != -1  # inside a backward pass
+
+    def hold(module, _):
+        if recomputing():
+            module.momentum, module.held = 0.0, (module.momentum, module.num_batches_tracked.clone())
+
+    def release(module, *_):
+        if recomputing():
+            module.momentum = module.held[0]
+            module.num_batches_tracked.copy_(module.held[1])
 
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(count_once)
+            module.register_forward_pre_hook(hold)
+            module.register_forward_hook(release, always_call=True)  # recomputation may stop early

@@ -46,7 +46,7 @@ def print_report(data, split):
     _print_pixels(data, split)
     same = duplicates(data)
     if same:
-        print(f"  {sum(map(len, same))} images are exact duplicates of another (equal pixels); "
+        print(f"  {sum(map(len, same))} images are exact duplicates of another; "
               f"{cross_split_duplicates(data, split).sum()} of them of one in an earlier split "
               f"(train, val, test)")
     contradicting = [g for g in same if (data.labels[g] != data.labels[g[0]]).any()]

@@ -194,9 +194,10 @@ class Run:
         seconds = time.perf_counter() - self.began
         row = {"epoch": self.progress["epoch"] + 1, "iteration": self.iteration, **row,
                "seconds": round(seconds, 3)}
+        if models is not None:
+            row |= {"arms": "+".join(models), "images_per_second": round(self.sampler.n / seconds, 2)}
         if monitor is not None and distributed.rank() == 0:
-            row |= {"arms": "+".join(models), "images_per_second": round(self.sampler.n / seconds, 2),
-                    **monitor(models, self.device)}
+            row |= monitor(models, self.device)
             row["monitor_seconds"] = round(time.perf_counter() - self.began - seconds, 3)
             self.status = collapse.in_brief(row)
         self.progress.update(epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0,

@@ -334,14 +334,14 @@ def test_a_disk_that_fills_up_leaves_no_half_file(paths, tmp_path, monkeypatch):
                 raise OSError(28, "No space left on device")
             return self.file.write(part)
 
-    real = cache.writing
+    real = cache.atomic_open
 
     @contextlib.contextmanager
     def full(path, mode):
         with real(path, mode) as file:
             yield Full(file)
 
-    monkeypatch.setattr(cache, "writing", full)
+    monkeypatch.setattr(cache, "atomic_open", full)
     with pytest.raises(UserError, match="No space left.*GB.*--cache DIR"):
         decoded(paths, tmp_path / "cache", 64)
     assert not list((tmp_path / "cache").iterdir())

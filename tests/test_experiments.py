@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -93,8 +94,7 @@ def test_dry_run_prints_commands_with_a_time_and_writes_nothing(tiny, tmp_path, 
     trained = sum(row.method != "supervised" for row in rows_of(table))
     # runs that two rows share are there once; all arms are two here
     assert len(commands) == cells + trained if table in "27" else 0 < len(commands) < cells + trained
-    assert all(shlex.split(line.split("#")[0])[1] in ("pretrain.py", "finetune.py")
-               for line in commands)
+    assert {shlex.split(line.split("#")[0])[1] for line in commands} <= {"pretrain.py", "finetune.py", "-m"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "images"] or sorted(
         p.name for p in tmp_path.iterdir()) == ["images"]
 
@@ -156,9 +156,10 @@ def test_signals_reach_the_run_which_leaves_a_checkpoint(tiny, tmp_path):
     import signal
     import subprocess
     import time
-    command = [sys.executable, experiments.ROOT / "experiments.py", "--table", "14", "--data", tiny,
+    command = [sys.executable, "-m", "tools.experiments", "--table", "14", "--data", tiny,
                "--scale", "small", "--epochs", "5000", "--seeds", "0"]
     process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, text=True,
+                               env={**os.environ, "PYTHONPATH": str(experiments.ROOT)},
                                stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     for _ in range(600):
         time.sleep(0.1)
@@ -166,7 +167,7 @@ def test_signals_reach_the_run_which_leaves_a_checkpoint(tiny, tmp_path):
             break
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and "goes on when the command is called again" in err
+    assert process.returncode == 143 and "resumes when the command is called again" in err
     output = next((tmp_path / "runs").glob("*/output.txt")).read_text()
     assert "stopped by SIGTERM" in output
 

@@ -14,6 +14,7 @@ from kill_and_resume import kill_and_resume
 import finetune
 import pretrain
 from common import checkpoint, cli
+from common.run import Run
 
 # 21 training images, the last one alone and left out: four batches an epoch; snapshots from the
 # second epoch on; drop paths draw random numbers
@@ -220,6 +221,7 @@ FULL = """
 import resource, signal, sys, torch
 sys.path.insert(0, {root!r})
 from common import checkpoint, cli
+from common.run import Run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 cli.run(lambda: checkpoint.save("last.pt", {{"bad": torch.zeros(1_000_000)}}))
@@ -234,10 +236,18 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_save_every():
+def test_save_every(tmp_path):
     assert cli.save_every("20") == 20 and cli.save_every("10m") == 10.0
-    assert cli.is_due(20, 40, 0) and not cli.is_due(20, 41, 0) and not cli.is_due(None, 20, 0)
-    assert cli.is_due(0.5, 1, time.perf_counter() - 31) and not cli.is_due(0.5, 1, time.perf_counter())
+
+    def due(every, iteration, seconds_ago=0):
+        run = Run(tmp_path, torch.device("cpu"), {}, save_every=every)
+        run.progress["iteration"], run.saved = iteration, time.perf_counter() - seconds_ago
+        run.signals = cli.Signals()
+        run.signals.number = 0
+        return run._agree()[1]
+
+    assert due(20, 40) and not due(20, 41) and not due(None, 20)
+    assert due(0.5, 1, 31) and not due(0.5, 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 with a scaler needs a CUDA GPU")

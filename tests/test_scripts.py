@@ -249,7 +249,7 @@ def test_dedup_and_contradictions_and_the_report(tmp_path, script):
     status, out, _ = script(data, d, "--img-size", 32, "--out", tmp_path / "report")
     assert status == 0 and "28 images, 2 classes" in out
     assert "4 images are exact duplicates of another; 2 of them" in out
-    assert "1 sets of identical images bear different labels" in out and "test/b/lie.png" in out
+    assert "1 sets of exact duplicates have different labels" in out and "test/b/lie.png" in out
     assert "RGB 28" in out and "ImageNet" in out
     assert len(rows(tmp_path / "report/duplicates.csv")) == 4
     status, out, _ = script(data, d, "--img-size", 32, "--dedup")

@@ -365,7 +365,7 @@ def test_bad_input_gives_one_line_and_status_2(pretrained, folder, tmp_path, scr
              "mine.png: is the image to look at"),
             (["attention", "--ckpt", vit, "--out", "a.jpg"], "a.jpg: is no name for a .png file"),
             (["attention", "--ckpt", vit, "--out", "mine.png/a.png"], "mine.png: is not a folder"),
-            (["attention", "--ckpt", vit, "--n", 0], "--n: 0 is less than 1"),
+            (["attention", "--ckpt", vit, "--n", 0], "--n: 0 is not at least 1"),
             (["attention"], "--ckpt"),
             (["features", "--ckpt", vit, "--layers", 5], "test_vit has 1 convolutions, not 5"),
             ([*cka, "--n", 3], "CKA needs 4 images"), ([*cka, "--bs", 3], "CKA needs 4 images"),
