@@ -39,7 +39,9 @@ def augmentation(img_size, blur=False, solarize=False):
     bilinear = InterpolationMode.BILINEAR
     steps = [
         v2.RandomApply([v2.RandomChoice([jitter, v2.RandomPerspective(0.2, 1.0, bilinear)])], 0.3),
-        v2.RandomApply([v2.RandomChoice([jitter, v2.RandomAffine(10, interpolation=bilinear)])], 0.3),
+        v2.RandomApply(
+            [v2.RandomChoice([jitter, v2.RandomAffine(10, interpolation=bilinear)])], 0.3
+        ),
         v2.RandomHorizontalFlip(0.3),
         v2.RandomVerticalFlip(0.3),
     ]
@@ -85,8 +87,9 @@ class EpochBatches(Sampler):
     def __init__(self, n, batch_size, seed=None, drop_single=True, rank=0, world_size=1):
         self.n, self.batch_size, self.seed = n, batch_size * world_size, seed
         self.rank, self.world_size, self.epoch, self.start = rank, world_size, 0, 0
-        self.single = (drop_single and n > self.batch_size
-                       and 0 < n % self.batch_size < 2 * world_size)
+        self.single = (
+            drop_single and n > self.batch_size and 0 < n % self.batch_size < 2 * world_size
+        )
 
     def __len__(self):
         return math.ceil(self.n / self.batch_size) - self.single
@@ -96,7 +99,7 @@ class EpochBatches(Sampler):
         if self.seed is not None:
             order = np.random.default_rng([self.seed, 2, self.epoch]).permutation(self.n)
         for b in range(self.start, len(self)):
-            batch = order[b * self.batch_size:(b + 1) * self.batch_size]
+            batch = order[b * self.batch_size : (b + 1) * self.batch_size]
             yield [(self.epoch, int(i)) for i in np.array_split(batch, self.world_size)[self.rank]]
 
 
@@ -109,10 +112,15 @@ def loader(dataset, batches, device, workers=None):
     """A DataLoader of uint8 batches. Workers stay alive between epochs."""
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                      persistent_workers=workers > 0, pin_memory=device.type == "cuda",
-                      worker_init_fn=_leave_signals_to_main,
-                      generator=torch.Generator().manual_seed(0))
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_main,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def split_and_report(images, seed, dedup=False, seen=None, allow_seen=False):
@@ -121,8 +129,10 @@ def split_and_report(images, seed, dedup=False, seen=None, allow_seen=False):
     if dedup:
         kept = ~cross_split_duplicates(images, split)
         if not kept.all():
-            images.notes.append(f"left out by --dedup: {(~kept).sum()} exact duplicates of images in "
-                                f"an earlier split")
+            images.notes.append(
+                f"left out by --dedup: {(~kept).sum()} exact duplicates of images in "
+                f"an earlier split"
+            )
         images.keep(kept)
         split = split[kept]
     report.print_report(images, split)
@@ -132,23 +142,42 @@ def split_and_report(images, seed, dedup=False, seen=None, allow_seen=False):
 def add_arguments(parser, positional=False):
     """The data flags, the same for every script."""
     add = parser.add_argument
-    add("data" if positional else "--data", metavar="PATH",
-        help="image folder, CSV file or MedMNIST .npz (layouts: see data.py)")
+    add(
+        "data" if positional else "--data",
+        metavar="PATH",
+        help="image folder, CSV file or MedMNIST .npz (layouts: see data.py)",
+    )
     add("--images", metavar="DIR", help="folder of a CSV file's images")
     add("--image-col", metavar="NAME", help="CSV column of image names")
-    add("--label-col", metavar="NAME", nargs="+", help="CSV column of labels, or several 0/1 "
-        "columns; none: no labels, all images are for training, also for folders of folders")
+    add(
+        "--label-col",
+        metavar="NAME",
+        nargs="+",
+        help="CSV column of labels, or several 0/1 "
+        "columns; none: no labels, all images are for training, also for folders of folders",
+    )
     add("--label-sep", metavar="SEP", help="separator of several labels in one cell, or none")
-    add("--multilabel", action="store_true",
-        help="several labels per image, though every image here has one")
+    add(
+        "--multilabel",
+        action="store_true",
+        help="several labels per image, though every image here has one",
+    )
     add("--group-col", metavar="NAME", help="CSV column of patients or lesions, kept on one side")
     add("--split", metavar="FILE", help="CSV with path and split, made elsewhere")
-    add("--dedup", action="store_true",
-        help="leave out exact duplicates of an image in an earlier split")
+    add(
+        "--dedup",
+        action="store_true",
+        help="leave out exact duplicates of an image in an earlier split",
+    )
     add("--skip-bad", action="store_true", help="leave unreadable images out")
     add("--cache", metavar="DIR", help=f"folder of the decoded images (default: {default_dir()})")
-    add("--no-cache", dest="cache", action="store_const", const="none",
-        help="decode every image again in every epoch")
+    add(
+        "--no-cache",
+        dest="cache",
+        action="store_const",
+        const="none",
+        help="decode every image again in every epoch",
+    )
 
 
 READING = ("images", "image_col", "label_col", "label_sep", "multilabel", "group_col", "split")
@@ -176,7 +205,9 @@ def cache_dir(value):
 def write_split(out, images, split, used=None):
     """split.csv and duplicates.csv."""
     write_csv(out / "split.csv", report.SPLIT_HEADER, report.split_rows(images, split, used))
-    write_csv(out / "duplicates.csv", report.DUPLICATES_HEADER, report.duplicate_rows(images, split))
+    write_csv(
+        out / "duplicates.csv", report.DUPLICATES_HEADER, report.duplicate_rows(images, split)
+    )
 
 
 def main():

@@ -8,8 +8,10 @@ from torchvision.ops import sigmoid_focal_loss
 
 def _check(logits_cnn, logits_vit):
     if logits_cnn.ndim != 2 or logits_cnn.shape != logits_vit.shape:
-        raise ValueError(f"both arms must give logits of one shape (N, C), not "
-                         f"{tuple(logits_cnn.shape)} and {tuple(logits_vit.shape)}")
+        raise ValueError(
+            f"both arms must give logits of one shape (N, C), not "
+            f"{tuple(logits_cnn.shape)} and {tuple(logits_vit.shape)}"
+        )
 
 
 def cosine_loss(logits_cnn, logits_vit, eps=1e-12):
@@ -67,8 +69,10 @@ def focal_loss(logits, targets, weights=None, alpha=1.0, gamma=2.0):
     if targets.ndim == 1:
         targets = F.one_hot(targets, logits.shape[1])
     if logits.ndim != 2 or targets.shape != logits.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} need targets of shape (N,) or (N, C), "
-                         f"not {tuple(targets.shape)}")
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need targets of shape (N,) or (N, C), "
+            f"not {tuple(targets.shape)}"
+        )
     loss = alpha * sigmoid_focal_loss(logits.float(), targets.float(), alpha=-1, gamma=gamma)
     return (loss if weights is None else loss * weights.to(loss)).mean()
 

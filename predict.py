@@ -46,10 +46,15 @@ def load(path):
     weights = checkpoint.load_weights(path, way_out="")
     size, mean, std = weights["img_size"], weights["mean"], weights["std"]
     return SimpleNamespace(
-        model=checkpoint.build(weights, path).eval(), class_names=weights.get("class_names"),
+        model=checkpoint.build(weights, path).eval(),
+        class_names=weights.get("class_names"),
         transform=functools.partial(transform, size=size, mean=mean, std=std),
-        multilabel=weights.get("multilabel", False), img_size=size, mean=mean, std=std,
-        path=str(path))
+        multilabel=weights.get("multilabel", False),
+        img_size=size,
+        mean=mean,
+        std=std,
+        path=str(path),
+    )
 
 
 def transform(image, size, mean, std):
@@ -71,14 +76,27 @@ def parse_arguments():
     add("--skip-bad", action="store_true", help="leave unreadable images out")
     add("--overwrite", action="store_true", help="replace --out and --embeddings where they exist")
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
-    add("--amp", default="off", choices=["off", "auto", "bf16", "fp16"],
+    add(
+        "--amp",
+        default="off",
+        choices=["off", "auto", "bf16", "fp16"],
         help="autocast precision; off: float32, so that a prediction does not depend on the batch "
-             "that it came in; auto: faster, as finetune.py has it")
-    add("--workers", type=cli.count, metavar="N",
-        help="loader processes (default: 0 on a CPU, up to 8 beside a GPU)")
+        "that it came in; auto: faster, as finetune.py has it",
+    )
+    add(
+        "--workers",
+        type=cli.count,
+        metavar="N",
+        help="loader processes (default: 0 on a CPU, up to 8 beside a GPU)",
+    )
     add("--cache", metavar="DIR", help=f"folder of the decoded images (default: {default_dir()})")
-    add("--no-cache", dest="cache", action="store_const", const="none",
-        help="keep nothing there: every image is decoded twice, to check and to predict it")
+    add(
+        "--no-cache",
+        dest="cache",
+        action="store_const",
+        const="none",
+        help="keep nothing there: every image is decoded twice, to check and to predict it",
+    )
     args = parser.parse_args()
     if not args.out and not args.embeddings:
         parser.error("give --out FILE, --embeddings FILE or both")
@@ -91,8 +109,11 @@ def prepare_file(path, flag, overwrite):
     """Make the folder of an output file. Raises UserError where it may not be written."""
     path = Path(path)
     if path.is_dir() or path.exists() and not overwrite:
-        raise UserError(f"{path}: " + ("is a folder" if path.is_dir() else "is there already") +
-                        f"; name another file with {flag}, or replace a file with --overwrite")
+        raise UserError(
+            f"{path}: "
+            + ("is a folder" if path.is_dir() else "is there already")
+            + f"; name another file with {flag}, or replace a file with --overwrite"
+        )
     try:
         checkpoint.start_folder(path.parent, (path.name,))
     except (FileExistsError, NotADirectoryError) as error:
@@ -104,24 +125,30 @@ def refuse_unequal(arms):
     first = arms[0]
     for arm in arms:
         if arm.class_names is None:
-            raise UserError(f"{arm.path}: has no classes to predict, since it comes from "
-                            f"pretrain.py; fine-tune it (finetune.py --ckpt {arm.path}), or leave "
-                            f"out --out and write its features with --embeddings FILE")
+            raise UserError(
+                f"{arm.path}: has no classes to predict, since it comes from "
+                f"pretrain.py; fine-tune it (finetune.py --ckpt {arm.path}), or leave "
+                f"out --out and write its features with --embeddings FILE"
+            )
         if arm.class_names != first.class_names:
-            raise UserError(f"{arm.path}: has the classes {preview(arm.class_names, 9)}, but "
-                            f"{first.path} has {preview(first.class_names, 9)}; only files with the "
-                            f"same classes in the same order can be averaged (--ckpt)")
+            raise UserError(
+                f"{arm.path}: has the classes {preview(arm.class_names, 9)}, but "
+                f"{first.path} has {preview(first.class_names, 9)}; only files with the "
+                f"same classes in the same order can be averaged (--ckpt)"
+            )
         if arm.multilabel != first.multilabel:
             several, one = (arm, first) if arm.multilabel else (first, arm)
-            raise UserError(f"{several.path}: predicts several labels to an image, but {one.path} "
-                            f"exactly one; they cannot be averaged (--ckpt)")
+            raise UserError(
+                f"{several.path}: predicts several labels to an image, but {one.path} "
+                f"exactly one; they cannot be averaged (--ckpt)"
+            )
 
 
 @torch.inference_mode()
 def forward(arm, pixels, device, amp, with_features):
     """Probabilities (n, C) and, if asked for, features (n, D), float32 in numpy, of pixels
     (n, 3, S, S) uint8."""
-    images, = on_device([pixels], device, arm.mean, arm.std)
+    (images,) = on_device([pixels], device, arm.mean, arm.std)
     features = None
     with torch.autocast(device.type, amp, enabled=amp is not None):
         if with_features:
@@ -138,13 +165,14 @@ def forward_all(arms, pixels, bs, workers, device, amp, with_features):
     """For each batch a list of what forward() gives for each arm. pixels: {size: DecodedImages}."""
     n = len(next(iter(pixels.values())))
     batches = data.EpochBatches(n, bs, drop_single=False)
-    loaders = [data.loader(data.AugmentedImages(decoded, np.arange(n)), batches, device, workers)
-               for decoded in pixels.values()]
+    loaders = [
+        data.loader(data.AugmentedImages(decoded, np.arange(n)), batches, device, workers)
+        for decoded in pixels.values()
+    ]
     with cli.Signals() as signals, cli.progress(total=n, desc="predicting") as bar:
         for batch in zip(*loaders):
             batch = dict(zip(pixels, batch))
-            yield [forward(arm, batch[arm.img_size], device, amp, with_features)
-                   for arm in arms]
+            yield [forward(arm, batch[arm.img_size], device, amp, with_features) for arm in arms]
             bar.update(len(next(iter(batch.values()))))
             if signals.number:
                 signals.leave("nothing was written")
@@ -177,8 +205,9 @@ def main():
     def rows():
         """Rows of --out, as the batches come; fills `features`."""
         nonlocal done
-        for outputs in forward_all(arms, pixels, args.bs, args.workers, device, amp,
-                                   bool(args.embeddings)):
+        for outputs in forward_all(
+            arms, pixels, args.bs, args.workers, device, amp, bool(args.embeddings)
+        ):
             part = slice(done, done + len(outputs[0][0]))
             done = part.stop
             for i, (_, feature) in enumerate(outputs if args.embeddings else ()):
@@ -187,19 +216,25 @@ def main():
                 features[i][part] = feature
             if args.out:
                 mean = np.mean([p for p, _ in outputs], axis=0)
-                for name, has, p in zip(images.names[part], predicted_labels(mean, multilabel), mean):
+                for name, has, p in zip(
+                    images.names[part], predicted_labels(mean, multilabel), mean
+                ):
                     yield [name, label_text(classes, has), *map(str, p)]
 
     if args.out:
         header = ["path", "predicted", *(f"prob_{c}" for c in classes)]
         checkpoint.write_csv(args.out, header, rows())
-        print(f"wrote {args.out}: {len(images)} images" +
-              f", the mean of {len(arms)} files" * (len(arms) > 1))
+        print(
+            f"wrote {args.out}: {len(images)} images"
+            + f", the mean of {len(arms)} files" * (len(arms) > 1)
+        )
     else:
         list(rows())  # none: it fills `features`
     if args.embeddings:
-        arrays = {"embeddings" if len(arms) == 1 else f"embeddings_{i}": feature
-                  for i, feature in enumerate(features, 1)}
+        arrays = {
+            "embeddings" if len(arms) == 1 else f"embeddings_{i}": feature
+            for i, feature in enumerate(features, 1)
+        }
         shapes = ", ".join(f"{name} {f.shape[0]} x {f.shape[1]}" for name, f in arrays.items())
         if len(arms) > 1:
             arrays["files"] = np.array([os.path.abspath(arm.path) for arm in arms])

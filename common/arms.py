@@ -16,10 +16,14 @@ class KeyValues(ParseKwargs):
     """timm's KEY=VALUE arguments, with a one-line error for anything else."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        wrong = [v for v in values if "=" not in v or v.split("=")[0] in ("img_size", "init", "name")]
+        wrong = [
+            v for v in values if "=" not in v or v.split("=")[0] in ("img_size", "init", "name")
+        ]
         if wrong:
-            parser.error(f"{option_string}: {wrong[0]} is no KEY=VALUE argument for timm.create_model "
-                         f"(image size and initialization have flags of their own)")
+            parser.error(
+                f"{option_string}: {wrong[0]} is no KEY=VALUE argument for timm.create_model "
+                f"(image size and initialization have flags of their own)"
+            )
         super().__call__(parser, namespace, values, option_string)
 
 
@@ -27,20 +31,26 @@ def make_arm(flag, name, init, img_size, **model_kwargs):
     """cass.build_arm, where init may also be a weights file. Raises UserError, naming the flag."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
-        raise UserError(f"{flag}: timm has no model {name!r}" +
-                        (f"; close names: {', '.join(close)}" if close else ""))
+        raise UserError(
+            f"{flag}: timm has no model {name!r}"
+            + (f"; close names: {', '.join(close)}" if close else "")
+        )
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # one line is enough
     if init not in ("imagenet", "random"):
         init = load_state_dict(init)
     try:
         return build_arm(name, img_size, init=init, **model_kwargs)
     except (TypeError, AssertionError, RuntimeError, KeyError, AttributeError, ValueError) as error:
-        raise UserError(f"{flag} {name}: cannot be built with these arguments: "
-                        f"{' '.join(str(error).split())[:300]}") from error
+        raise UserError(
+            f"{flag} {name}: cannot be built with these arguments: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
     except Exception as error:  # the download raises errors of many kinds
-        raise UserError(f"{flag} {name}: its ImageNet weights could not be downloaded; start with "
-                        f"--init random, or from a weights file with "
-                        f"{'--init' if flag == '--arch' else '--init-' + flag[2:]} FILE") from error
+        raise UserError(
+            f"{flag} {name}: its ImageNet weights could not be downloaded; start with "
+            f"--init random, or from a weights file with "
+            f"{'--init' if flag == '--arch' else '--init-' + flag[2:]} FILE"
+        ) from error
 
 
 def rebuild_kwargs(name, img_size, model_kwargs):
@@ -57,8 +67,9 @@ def output_shape(model, img_size):
     try:
         return tuple(model.eval()(torch.zeros(1, 3, img_size, img_size)).shape)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"accepts no images of 3x{img_size}x{img_size}: "
-                         f"{str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"accepts no images of 3x{img_size}x{img_size}: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         model.train(was_training)
 
@@ -72,8 +83,10 @@ def check_pair(cnn, vit, img_size):
         except ValueError as error:
             raise ValueError(f"the {arm} arm {error}") from error
     if shapes["cnn"] != shapes["vit"] or len(shapes["cnn"]) != 2:
-        raise ValueError(f"the arms cannot be paired: for one image the cnn arm gives logits of "
-                         f"shape {shapes['cnn']}, the vit arm {shapes['vit']}")
+        raise ValueError(
+            f"the arms cannot be paired: for one image the cnn arm gives logits of "
+            f"shape {shapes['cnn']}, the vit arm {shapes['vit']}"
+        )
 
 
 def enable_grad_checkpointing(model, name):
@@ -89,7 +102,10 @@ def enable_grad_checkpointing(model, name):
 
     def hold(module, _):
         if recomputing():
-            module.momentum, module.held = 0.0, (module.momentum, module.num_batches_tracked.clone())
+            module.momentum, module.held = (
+                0.0,
+                (module.momentum, module.num_batches_tracked.clone()),
+            )
 
     def release(module, *_):
         if recomputing():

@@ -26,7 +26,9 @@ def atomic_open(path, mode="w"):
     path = Path(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
+        text = (
+            {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
+        )
         with open(beside, mode, **text) as file:
             yield file
             file.flush()
@@ -81,7 +83,9 @@ def save(path, value):
 
 def weights_file(model, **metadata):
     """The dict of a weights file: the state dict of a timm model, and what it takes to rebuild it."""
-    state_dict = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state_dict = {
+        key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()
+    }
     return {"state_dict": state_dict, "num_classes": model.num_classes, **metadata}
 
 
@@ -92,11 +96,14 @@ def load(path):
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: there is no such file") from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused, since it holds more than tensors and plain data "
-                        f"or is no checkpoint at all; nothing in it was run") from error
+        raise UserError(
+            f"{path}: refused, since it holds more than tensors and plain data "
+            f"or is no checkpoint at all; nothing in it was run"
+        ) from error
     except Exception as error:  # torch raises all kinds on bytes that are no checkpoint
-        raise UserError(f"{path}: cannot be read as a checkpoint; "
-                        f"it may be cut short or of another kind") from error
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint; it may be cut short or of another kind"
+        ) from error
 
 
 def random_state():
@@ -125,16 +132,29 @@ def load_training(path, script):
     if not isinstance(state, dict) or state.get("script") != script:
         raise UserError(f"{path}: holds no training state of {script} to resume from (--resume)")
     if not isinstance(state.get("loss"), list):
-        raise UserError(f"{path}: was made by an earlier version of {script}; finish the run with that "
-                        f"version, or start a new one with --overwrite")
+        raise UserError(
+            f"{path}: was made by an earlier version of {script}; finish the run with that "
+            f"version, or start a new one with --overwrite"
+        )
     return state
 
 
-def load_weights(path, way_out="; to start from other weights, name the model with --arch and the "
-                               "file with --init"):
+def load_weights(
+    path,
+    way_out="; to start from other weights, name the model with --arch and the file with --init",
+):
     """The dict of a weights file that pretrain.py or finetune.py wrote. Raises UserError."""
     weights = load(path)
-    needed = {"state_dict", "arch", "num_classes", "model_kwargs", "img_size", "arm", "seed", "data"}
+    needed = {
+        "state_dict",
+        "arch",
+        "num_classes",
+        "model_kwargs",
+        "img_size",
+        "arm",
+        "seed",
+        "data",
+    }
     if not isinstance(weights, dict) or not needed <= weights.keys():
         raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py{way_out}")
     return weights
@@ -144,13 +164,17 @@ def build(weights, path):
     """The timm model that the dict of a weights file describes. Raises UserError, naming the path,
     where it does not fit."""
     import timm  # here, since data.py does without
+
     try:
-        model = timm.create_model(weights["arch"], num_classes=weights["num_classes"],
-                                  **weights["model_kwargs"])
+        model = timm.create_model(
+            weights["arch"], num_classes=weights["num_classes"], **weights["model_kwargs"]
+        )
         model.load_state_dict(weights["state_dict"])
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: its weights do not fit {weights['arch']} in this version of timm "
-                        f"({' '.join(str(error).split())[:200]})") from error
+        raise UserError(
+            f"{path}: its weights do not fit {weights['arch']} in this version of timm "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
     return model
 
 
@@ -165,6 +189,7 @@ def load_state_dict(path):
     """The state dict in a weights file, ours or any other that keeps timm's keys. Raises UserError."""
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file  # comes with timm
+
         try:
             return load_file(path)
         except Exception as error:  # safetensors raises its own kinds

@@ -56,7 +56,9 @@ def knn(features, labels, queries, k=20, temperature=0.07):
 
     features: (N, D); labels: (N, C) float 0/1; queries: (M, D). Returns (M, C), 0 to 1.
     """
-    near = (F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T).topk(min(k, len(features)))
+    near = (F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T).topk(
+        min(k, len(features))
+    )
     weights = F.softmax(near.values / temperature, dim=1)
     return (weights.unsqueeze(-1) * labels[near.indices]).sum(1)
 
@@ -70,8 +72,9 @@ def embed(model, batches):
     rows = []
     for images in batches:
         maps = model.forward_features(images)
-        rows.append((model.forward_head(maps, pre_logits=True).float(),
-                     model.forward_head(maps).float()))
+        rows.append(
+            (model.forward_head(maps, pre_logits=True).float(), model.forward_head(maps).float())
+        )
     model.train(was_training)
     return tuple(torch.cat(part) for part in zip(*rows))
 
@@ -113,18 +116,23 @@ class Monitor:
                 result |= {f"{name}_logits_{m.__name__}": m(x) for m in MEASURES}
                 result[f"{name}_logits_collapsed"] = (
                     result[f"{name}_logits_spread"] < COLLAPSED_SPREAD
-                    and result["agreement"] < COLLAPSED_AGREEMENT)
-        return {key: value if isinstance(value, bool) else round(value, 5)
-                for key, value in result.items()}
+                    and result["agreement"] < COLLAPSED_AGREEMENT
+                )
+        return {
+            key: value if isinstance(value, bool) else round(value, 5)
+            for key, value in result.items()
+        }
 
     def _batches(self, index, device):
         for start in range(0, len(index), 64):
-            part = np.stack([self.images[i] for i in index[start:start + 64]])
+            part = np.stack([self.images[i] for i in index[start : start + 64]])
             yield normalize(torch.from_numpy(part).to(device))
 
     def _accuracy(self, features, queries):
         true = torch.from_numpy(self.labels[self.val]).float()
-        found = knn(features.cpu(), torch.from_numpy(self.labels[self.train]).float(), queries.cpu())
+        found = knn(
+            features.cpu(), torch.from_numpy(self.labels[self.train]).float(), queries.cpu()
+        )
         if self.multilabel:
             return ((found >= 0.5) == true.bool()).float().mean().item()
         return (found.argmax(1) == true.argmax(1)).float().mean().item()
@@ -135,11 +143,14 @@ MEASURES = (spread, mean_cosine, effective_rank)
 
 def in_brief(row):
     """What the progress line shows of a log row."""
-    parts = [f"{arm} rank {row[f'{arm}_features_effective_rank']:.0f}"
-             for arm in row["arms"].split("+")]
+    parts = [
+        f"{arm} rank {row[f'{arm}_features_effective_rank']:.0f}" for arm in row["arms"].split("+")
+    ]
     if "agreement" in row:
         parts.append(f"agreement {row['agreement']:.2f}")
-    found = [f"{arm} {row[key]:.2f}" for arm in ("cnn", "vit") if (key := f"{arm}_knn_readout") in row]
+    found = [
+        f"{arm} {row[key]:.2f}" for arm in ("cnn", "vit") if (key := f"{arm}_knn_readout") in row
+    ]
     return ", " + ", ".join(parts) + (f", k-NN: {' '.join(found)}" if found else "")
 
 
@@ -148,11 +159,16 @@ def warning(row, objective):
     arms = [arm for arm in row["arms"].split("+") if row.get(f"{arm}_logits_collapsed")]
     if not arms:
         return None
-    return (f"the logits of {' and '.join(arms)} have collapsed to nearly one vector (spread " +
-            ", ".join(f"{row[f'{arm}_logits_spread']:.2g}" for arm in arms) +
-            f"; agreement on images {row['agreement']:.2f}), which a low loss does not show" +
-            ("; see docs/collapse.md, or try --objective vicreg --lr 3e-4"
-             if objective == "cosine" else ""))
+    return (
+        f"the logits of {' and '.join(arms)} have collapsed to nearly one vector (spread "
+        + ", ".join(f"{row[f'{arm}_logits_spread']:.2g}" for arm in arms)
+        + f"; agreement on images {row['agreement']:.2f}), which a low loss does not show"
+        + (
+            "; see docs/collapse.md, or try --objective vicreg --lr 3e-4"
+            if objective == "cosine"
+            else ""
+        )
+    )
 
 
 def react(row, objective, fail):

@@ -25,8 +25,16 @@ from common.cli import UserError, progress
 VERSION = 1  # of decode(); another number, another file
 MAX_PIXELS = 200_000_000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ROW = np.dtype([("key", "u8"), ("hash", "u8"), ("width", "i4"), ("height", "i4"),
-                ("frames", "i4"), ("mode", "U8")])
+ROW = np.dtype(
+    [
+        ("key", "u8"),
+        ("hash", "u8"),
+        ("width", "i4"),
+        ("height", "i4"),
+        ("frames", "i4"),
+        ("mode", "U8"),
+    ]
+)
 
 
 def default_dir():
@@ -98,8 +106,11 @@ def decode(source, size):
         raise ValueError(error.strerror or str(error)) from None
     except Exception as error:  # decoders raise all kinds on broken files
         raise ValueError(f"broken image file ({error})") from None
-    metadata |= {"width": rgb.width, "height": rgb.height,
-              "hash": digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb))}
+    metadata |= {
+        "width": rgb.width,
+        "height": rgb.height,
+        "hash": digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb)),
+    }
     return square(rgb, size), metadata
 
 
@@ -187,8 +198,9 @@ def decode_all(sources, size, name, directory):
     for earlier in file.parent.glob(f"{stem}*.map"):
         with contextlib.suppress(OSError, ValueError, EOFError):  # not ours: decode again
             old, old_pixels = _open(earlier, size)
-            known |= {int(old["key"][i]): (old[i], old_pixels[i])
-                      for i in np.flatnonzero(old["width"])}
+            known |= {
+                int(old["key"][i]): (old[i], old_pixels[i]) for i in np.flatnonzero(old["width"])
+            }
             if earlier == file:
                 for i in np.flatnonzero(old["width"] == 0):  # unreadable then: still so?
                     pixels(i)
@@ -216,7 +228,9 @@ def decode_all(sources, size, name, directory):
         for earlier in set(file.parent.glob(f"{stem}*.map")) - {file}:
             earlier.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{file.parent}: {error.strerror}; the decoded images need "
-                        f"{len(sources) * 3 * size**2 / 1e9:.2g} GB: name another folder with "
-                        f"--cache DIR, or do without by --no-cache") from error
+        raise UserError(
+            f"{file.parent}: {error.strerror}; the decoded images need "
+            f"{len(sources) * 3 * size**2 / 1e9:.2g} GB: name another folder with "
+            f"--cache DIR, or do without by --no-cache"
+        ) from error
     return table, DecodedImages(sources, size, file), bad

@@ -65,7 +65,7 @@ def gather(x):
     padded = torch.cat([x.detach(), x.new_zeros(largest - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
-    parts = [part[:int(n)] for part, n in zip(parts, sizes)]
+    parts = [part[: int(n)] for part, n in zip(parts, sizes)]
     parts[rank()] = x * world_size() - x.detach() * (world_size() - 1)
     return torch.cat(parts)
 

@@ -45,12 +45,25 @@ def _summary(tp, fp, fn, truth, probabilities, classes):
     precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
     f1 = _ratio(2 * tp, 2 * tp + fp + fn)
     areas = [auroc(t, p) for t, p in zip(truth.T, probabilities.T)]
-    per_class = [{"class": c, "support": int(tp[i] + fn[i]), "precision": float(precision[i]),
-                  "recall": float(recall[i]), "f1": float(f1[i]), "auroc": areas[i]}
-                 for i, c in enumerate(classes)]
+    per_class = [
+        {
+            "class": c,
+            "support": int(tp[i] + fn[i]),
+            "precision": float(precision[i]),
+            "recall": float(recall[i]),
+            "f1": float(f1[i]),
+            "auroc": areas[i],
+        }
+        for i, c in enumerate(classes)
+    ]
     micro = float(_ratio(2 * tp.sum(), (2 * tp + fp + fn).sum()))
-    return {"n": len(truth), "macro_f1": float(f1.mean()), "micro_f1": micro,
-            "auroc": _mean(areas), "per_class": per_class}
+    return {
+        "n": len(truth),
+        "macro_f1": float(f1.mean()),
+        "micro_f1": micro,
+        "auroc": _mean(areas),
+        "per_class": per_class,
+    }
 
 
 def multiclass_scores(true, probabilities, classes):
@@ -64,11 +77,16 @@ def multiclass_scores(true, probabilities, classes):
     true, C = np.asarray(true), len(classes)
     matrix = confusion_matrix(true, probabilities.argmax(1), C)
     tp = np.diag(matrix)
-    scores = _summary(tp, matrix.sum(0) - tp, matrix.sum(1) - tp, np.eye(C)[true], probabilities,
-                      classes)
+    scores = _summary(
+        tp, matrix.sum(0) - tp, matrix.sum(1) - tp, np.eye(C)[true], probabilities, classes
+    )
     recalls = [row["recall"] for row in scores["per_class"] if row["support"]]
-    return {**scores, "accuracy": float(_ratio(tp.sum(), len(true))),
-            "balanced_accuracy": _mean(recalls), "confusion": matrix.tolist()}
+    return {
+        **scores,
+        "accuracy": float(_ratio(tp.sum(), len(true))),
+        "balanced_accuracy": _mean(recalls),
+        "confusion": matrix.tolist(),
+    }
 
 
 def multilabel_scores(true, probabilities, classes):
@@ -81,8 +99,11 @@ def multilabel_scores(true, probabilities, classes):
     tp, fp, fn = ((true & predicted).sum(0), (~true & predicted).sum(0), (true & ~predicted).sum(0))
     scores = _summary(tp, fp, fn, true, probabilities, classes)
     confusion = np.stack([tp, fp, fn, len(true) - tp - fp - fn], axis=1)
-    return {**scores, "exact_match": float((true == predicted).all(1).mean()) if len(true) else None,
-            "confusion": confusion.tolist()}
+    return {
+        **scores,
+        "exact_match": float((true == predicted).all(1).mean()) if len(true) else None,
+        "confusion": confusion.tolist(),
+    }
 
 
 def score(labels, probabilities, classes, multilabel):
@@ -102,8 +123,11 @@ def summarize(results):
             values = [r[part][key] for r in results]
             if isinstance(value, float) and None not in values:
                 name = key if part == "test" else f"{key}_{part[5:]}"
-                summary[name] = {"mean": float(np.mean(values)),
-                                 "std": float(np.std(values, ddof=1)), "values": values}
+                summary[name] = {
+                    "mean": float(np.mean(values)),
+                    "std": float(np.std(values, ddof=1)),
+                    "values": values,
+                }
     return summary
 
 
@@ -120,5 +144,7 @@ def prediction_table(names, probabilities, classes, multilabel, true, duplicate,
     """
     predicted = predicted_labels(probabilities, multilabel)
     header = ["path", "true", "predicted", *(f"prob_{c}" for c in classes), "duplicate", "seen"]
-    return header, ([n, label_text(classes, t), label_text(classes, p), *map(str, q), *map(int, flags)]
-                    for n, t, p, q, *flags in zip(names, true, predicted, probabilities, duplicate, seen))
+    return header, (
+        [n, label_text(classes, t), label_text(classes, p), *map(str, q), *map(int, flags)]
+        for n, t, p, q, *flags in zip(names, true, predicted, probabilities, duplicate, seen)
+    )

@@ -16,8 +16,15 @@ from common.cli import UserError, preview
 from common.decode import DecodedImages, decode_all
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val",
-          "validation": "val", "test": "test", "testing": "test"}
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 
 @dataclass
@@ -48,14 +55,17 @@ class ImageSet:
         """Check and decode all images to squares of img_size pixels (decode_all); sets table and
         images. cache: folder, or None. Raises UserError naming every unreadable image, unless they
         are to be left out."""
-        self.table, self.images, bad = decode_all(self.sources, img_size,
-                                                  os.path.abspath(self.path), cache)
+        self.table, self.images, bad = decode_all(
+            self.sources, img_size, os.path.abspath(self.path), cache
+        )
         if bad:
             listed = [f"{self.names[i]} ({reason})" for i, reason in sorted(bad.items())]
             if not skip_bad or len(bad) == len(self):
-                raise UserError(f"{self.path}: {len(bad)} of {len(self)} images cannot be read: "
-                                f"{preview(listed, 100)}; fix them, or leave them out with "
-                                f"--skip-bad")
+                raise UserError(
+                    f"{self.path}: {len(bad)} of {len(self)} images cannot be read: "
+                    f"{preview(listed, 100)}; fix them, or leave them out with "
+                    f"--skip-bad"
+                )
             self.notes.append(f"left out because they cannot be read: {preview(listed, 100)}")
             self.keep(~np.isin(np.arange(len(self)), list(bad)))
         several = [name for name, n in zip(self.names, self.table["frames"]) if n > 1]
@@ -103,18 +113,24 @@ def read_folder(root, unlabelled=False):
     where every image lies directly in one of at least two; otherwise there are no labels."""
     files = list_files(root)
     names = [f for f in files if is_image(f)]
-    others = Counter(os.path.splitext(f)[1].lower() or "no ending" for f in files if not is_image(f))
+    others = Counter(
+        os.path.splitext(f)[1].lower() or "no ending" for f in files if not is_image(f)
+    )
     others = preview(f"{n} {ending}" for ending, n in others.most_common())
     if not names:
-        raise UserError(f"{root}: holds no images ({', '.join(sorted(EXTENSIONS))})" +
-                        (f", but {others}" if others else ""))
+        raise UserError(
+            f"{root}: holds no images ({', '.join(sorted(EXTENSIONS))})"
+            + (f", but {others}" if others else "")
+        )
     parts = [name.split("/") for name in names]
     given = [SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts]
     if len(set(given) - {""}) > 1:
         outside = [name for name, split in zip(names, given) if not split]
         if outside and not unlabelled:
-            raise UserError(f"{root}: has images beside its train and test folders: {preview(outside)};"
-                            f" move them away, or name the split of each with --split FILE")
+            raise UserError(
+                f"{root}: has images beside its train and test folders: {preview(outside)};"
+                f" move them away, or name the split of each with --split FILE"
+            )
         parts = [p[1:] for p in parts]
     else:
         given = [""] * len(names)
@@ -123,8 +139,15 @@ def read_folder(root, unlabelled=False):
     classes = folders if labelled else []
     labels = np.array([[p[0] == c for c in classes] for p in parts], bool)
     notes = [f"not read: {others}"] if others else []
-    return ImageSet(str(root), names, [os.path.join(root, n) for n in names], labels, classes,
-                    np.array(given), notes=notes)
+    return ImageSet(
+        str(root),
+        names,
+        [os.path.join(root, n) for n in names],
+        labels,
+        classes,
+        np.array(given),
+        notes=notes,
+    )
 
 
 def read_npz(file, unlabelled=False):
@@ -139,14 +162,17 @@ def read_npz(file, unlabelled=False):
     if unlabelled:
         arrays |= {f"{s}_labels": np.zeros((len(arrays[f"{s}_images"]), 0)) for s in splits}
     if not splits or not all(f"{s}_labels" in arrays for s in splits):
-        raise UserError(f"{file}: needs the arrays train_images and train_labels (and val_, test_), "
-                        f"but holds {preview(arrays, 9) or 'none'}")
+        raise UserError(
+            f"{file}: needs the arrays train_images and train_labels (and val_, test_), "
+            f"but holds {preview(arrays, 9) or 'none'}"
+        )
     sizes = {s: (len(arrays[f"{s}_images"]), len(arrays[f"{s}_labels"])) for s in splits}
     if any(a != b for a, b in sizes.values()):
         raise UserError(f"{file}: has another number of labels than of images: {sizes}")
     images = [a for s in splits for a in arrays[f"{s}_images"]]
-    labels = np.concatenate([arrays[f"{s}_labels"].reshape(len(arrays[f"{s}_images"]), -1)
-                             for s in splits])
+    labels = np.concatenate(
+        [arrays[f"{s}_labels"].reshape(len(arrays[f"{s}_images"]), -1) for s in splits]
+    )
     if any(a.dtype != np.uint8 or a.shape[2:] not in ((), (3,)) for a in images):
         raise UserError(f"{file}: the images must be uint8 of shape (N, H, W) or (N, H, W, 3)")
     if labels.shape[1] == 1:
@@ -161,8 +187,16 @@ def read_npz(file, unlabelled=False):
     return ImageSet(str(file), names, images, labels, classes, given)
 
 
-def read(path, images=None, image_col=None, label_col=None, label_sep=None, multilabel=False,
-         group_col=None, split=None):
+def read(
+    path,
+    images=None,
+    image_col=None,
+    label_col=None,
+    label_sep=None,
+    multilabel=False,
+    group_col=None,
+    split=None,
+):
     """The ImageSet at `path`; the arguments are the data flags. Nothing is decoded yet.
 
     label_col: ["none"] for no labels, whatever the folders or columns look like; split: a CSV file
@@ -171,11 +205,17 @@ def read(path, images=None, image_col=None, label_col=None, label_sep=None, mult
     path, unlabelled = Path(path), label_col == ["none"]
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder (--data)")
-    csv_flags = {"--images": images, "--image-col": image_col, "--label-sep": label_sep,
-                 "--label-col": None if unlabelled else label_col, "--group-col": group_col}
+    csv_flags = {
+        "--images": images,
+        "--image-col": image_col,
+        "--label-sep": label_sep,
+        "--label-col": None if unlabelled else label_col,
+        "--group-col": group_col,
+    }
     unused = [flag for flag, value in csv_flags.items() if value]
     if path.suffix.lower() in (".csv", ".tsv", ".txt") and path.is_file():
         from common.tables import read_csv  # CSV files are a third of the reading code
+
         data = read_csv(path, images, image_col, label_col, label_sep, group_col)
     elif unused:
         raise UserError(f"{path}: {preview(unused, 9)} need a CSV file as --data")
@@ -191,10 +231,13 @@ def read(path, images=None, image_col=None, label_col=None, label_sep=None, mult
         data.multilabel = True
     if split:
         from common.tables import read_split
+
         data.given = read_split(split, data.names)
         named = data.given != ""
         if not named.all():
-            data.notes.append(f"left out because {split} does not name them: "
-                              f"{preview(np.array(data.names)[~named])}")
+            data.notes.append(
+                f"left out because {split} does not name them: "
+                f"{preview(np.array(data.names)[~named])}"
+            )
             data.keep(named)
     return data

@@ -34,21 +34,27 @@ def class_counts(data, mask):
 def print_report(data, split):
     """What the set holds, how it is split and what is odd about it."""
     kind = "" if not data.multilabel else ", several or none per image"
-    print(f"{data.path}: {len(data)} images, " +
-          (f"{len(data.classes)} classes{kind}" if data.classes else "no labels") +
-          ("" if data.groups is None else f", {len(np.unique(data.groups))} groups"))
+    print(
+        f"{data.path}: {len(data)} images, "
+        + (f"{len(data.classes)} classes{kind}" if data.classes else "no labels")
+        + ("" if data.groups is None else f", {len(np.unique(data.groups))} groups")
+    )
     for name in ("train", "val", "test"):
         mask = split == name
         if mask.any():
             counts = ", ".join(f"{c} {n}" for c, n in class_counts(data, mask).items())
-            groups = "" if data.groups is None else f" in {len(np.unique(data.groups[mask]))} groups"
+            groups = (
+                "" if data.groups is None else f" in {len(np.unique(data.groups[mask]))} groups"
+            )
             print(f"  {name:5} {mask.sum():6}{groups}  {counts}")
     _print_pixels(data, split)
     same = duplicates(data)
     if same:
-        print(f"  {sum(map(len, same))} images are exact duplicates of another; "
-              f"{cross_split_duplicates(data, split).sum()} of them of one in an earlier split "
-              f"(train, val, test)")
+        print(
+            f"  {sum(map(len, same))} images are exact duplicates of another; "
+            f"{cross_split_duplicates(data, split).sum()} of them of one in an earlier split "
+            f"(train, val, test)"
+        )
     contradicting = [g for g in same if (data.labels[g] != data.labels[g[0]]).any()]
     if contradicting:
         pairs = preview(" = ".join(data.names[i] for i in group[:2]) for group in contradicting)
@@ -61,12 +67,18 @@ def _print_pixels(data, split):
     """Sizes and modes of the files; mean and standard deviation of some training images."""
     table = data.table
     modes = ", ".join(f"{mode} {n}" for mode, n in Counter(table["mode"].tolist()).most_common())
-    print(f"  widths {table['width'].min()} to {table['width'].max()}, heights "
-          f"{table['height'].min()} to {table['height'].max()} pixels; modes {modes}")
+    print(
+        f"  widths {table['width'].min()} to {table['width'].max()}, heights "
+        f"{table['height'].min()} to {table['height'].max()} pixels; modes {modes}"
+    )
     train = np.flatnonzero(split == "train")
-    sample = [data.images[i] / np.float32(255) for i in train[::len(train) // 100 + 1]]
+    sample = [data.images[i] / np.float32(255) for i in train[:: len(train) // 100 + 1]]
     mean = np.mean([x.mean((1, 2)) for x in sample], axis=0)
     std = np.sqrt(np.mean([(x**2).mean((1, 2)) for x in sample], axis=0) - mean**2)
-    print("  mean " + " ".join(f"{x:.3f}" for x in mean) +
-          ", standard deviation " + " ".join(f"{x:.3f}" for x in std) +
-          " (ImageNet: 0.485 0.456 0.406, 0.229 0.224 0.225)")
+    print(
+        "  mean "
+        + " ".join(f"{x:.3f}" for x in mean)
+        + ", standard deviation "
+        + " ".join(f"{x:.3f}" for x in std)
+        + " (ImageNet: 0.485 0.456 0.406, 0.229 0.224 0.225)"
+    )

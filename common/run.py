@@ -27,6 +27,7 @@ def half_cycle(t_max, iterations):
 def on_device(loader, device, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """The batches of a loader on the device: uint8 images become normalized floats, the rest stays
     as it is. A batch is a tensor, or a list of tensors (several views; images and targets)."""
+
     def move(x):
         x = x.to(device, non_blocking=True)
         return normalize(x, mean, std) if x.dtype == torch.uint8 else x
@@ -76,13 +77,29 @@ class Run:
     twentieth of the time; mean, std: of the normalization.
     """
 
-    def __init__(self, out, device, metadata, state=None, log=(), save_every=None, save_epochs=True,
-                 mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    def __init__(
+        self,
+        out,
+        device,
+        metadata,
+        state=None,
+        log=(),
+        save_every=None,
+        save_epochs=True,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    ):
         self.out, self.device, self.metadata = out, device, metadata
         self.save_every, self.save_epochs, self.mean, self.std = save_every, save_epochs, mean, std
         self.state, self.components, self.cost, self.status = state, {}, 0.0, ""
-        self.progress = {"epoch": 0, "batch": 0, "iteration": 0, "loss": [0.0], "seconds": 0.0,
-                         "log": list(log)}
+        self.progress = {
+            "epoch": 0,
+            "batch": 0,
+            "iteration": 0,
+            "loss": [0.0],
+            "seconds": 0.0,
+            "log": list(log),
+        }
         if state is not None:
             self.progress = {key: state[key] for key in self.progress}
 
@@ -104,13 +121,19 @@ class Run:
         began = time.perf_counter()
         batch = loader.collate_fn([dataset[0, i] for i in range(size)])
         loading = 0 if loader.num_workers else time.perf_counter() - began
-        batch, = on_device([batch], self.device, self.mean, self.std)
+        (batch,) = on_device([batch], self.device, self.mean, self.std)
         seconds = seconds_per_step(step, amp, model, batch) + loading
         total = seconds / size * (sampler.n / distributed.world_size() + also / 3) * epochs
-        print(f"{epochs} epochs of {sampler.n} images: about {duration(total)} on this "
-              f"{self.device.type.upper()} ({size / seconds:.3g} images/s)" +
-              ("; smaller settings: README, recipe for a laptop"
-               if total > 86400 and self.device.type == "cpu" else ""), flush=True)
+        print(
+            f"{epochs} epochs of {sampler.n} images: about {duration(total)} on this "
+            f"{self.device.type.upper()} ({size / seconds:.3g} images/s)"
+            + (
+                "; smaller settings: README, recipe for a laptop"
+                if total > 86400 and self.device.type == "cpu"
+                else ""
+            ),
+            flush=True,
+        )
 
     @property
     def iteration(self):
@@ -126,8 +149,12 @@ class Run:
         """Numbers of the epochs that are left, until done()."""
         self.n, self.loader, self.sampler = n, loader, loader.batch_sampler
         self.saved = time.perf_counter()
-        with Signals() as self.signals, progress(
-                total=n * self.sampler.n, initial=self.progress["epoch"] * self.sampler.n) as self.bar:
+        with (
+            Signals() as self.signals,
+            progress(
+                total=n * self.sampler.n, initial=self.progress["epoch"] * self.sampler.n
+            ) as self.bar,
+        ):
             while self.progress["epoch"] < n and not done():
                 epoch = self.progress["epoch"]
                 self.sampler.epoch, self.sampler.start = epoch, self.progress["batch"]
@@ -143,8 +170,9 @@ class Run:
         for batch, images in enumerate(loader, self.sampler.start + 1):
             yield images
             self.progress["iteration"] += 1
-            self.bar.update(len(images[0] if isinstance(images, list) else images)
-                            * distributed.world_size())
+            self.bar.update(
+                len(images[0] if isinstance(images, list) else images) * distributed.world_size()
+            )
             if self.iteration % 20 == 0:  # the one wait for the device
                 self.check_finite()
                 self.show(f"loss {self.last.item():.3g}")
@@ -154,8 +182,9 @@ class Run:
                 loss = distributed.gather(self.loss[None]).tolist()  # of each process
                 self.save(batch=batch, loss=loss, seconds=time.perf_counter() - self.began)
             if stop:
-                self.signals.leave(f"{self.out / 'last.pt'} holds iteration {self.iteration}; "
-                                   f"resume with --resume")
+                self.signals.leave(
+                    f"{self.out / 'last.pt'} holds iteration {self.iteration}; resume with --resume"
+                )
 
     def _agree(self):
         """(a signal arrived, a checkpoint is due): the same in all processes. On several GPUs, whose
@@ -174,8 +203,9 @@ class Run:
 
     def show(self, text):
         """Beside the progress bar: the epoch, the text, and what was last measured."""
-        self.bar.set_postfix_str(f"epoch {self.progress['epoch'] + 1}/{self.n}, {text}{self.status}",
-                                 refresh=False)
+        self.bar.set_postfix_str(
+            f"epoch {self.progress['epoch'] + 1}/{self.n}, {text}{self.status}", refresh=False
+        )
 
     def note(self, loss):
         """Add up the loss of a step; nothing is copied from the device."""
@@ -192,16 +222,24 @@ class Run:
         the row."""
         self.check_finite()
         seconds = time.perf_counter() - self.began
-        row = {"epoch": self.progress["epoch"] + 1, "iteration": self.iteration, **row,
-               "seconds": round(seconds, 3)}
+        row = {
+            "epoch": self.progress["epoch"] + 1,
+            "iteration": self.iteration,
+            **row,
+            "seconds": round(seconds, 3),
+        }
         if models is not None:
-            row |= {"arms": "+".join(models), "images_per_second": round(self.sampler.n / seconds, 2)}
+            row |= {
+                "arms": "+".join(models),
+                "images_per_second": round(self.sampler.n / seconds, 2),
+            }
         if monitor is not None and distributed.rank() == 0:
             row |= monitor(models, self.device)
             row["monitor_seconds"] = round(time.perf_counter() - self.began - seconds, 3)
             self.status = collapse.in_brief(row)
-        self.progress.update(epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0,
-                             log=[*self.progress["log"], row])
+        self.progress.update(
+            epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0, log=[*self.progress["log"], row]
+        )
         if self.save_epochs or time.perf_counter() - self.saved > 20 * self.cost:
             self.save()
         else:
@@ -213,9 +251,15 @@ class Run:
         began = time.perf_counter()
         self.progress.update(progress)
         if distributed.rank() == 0:
-            checkpoint.save(self.out / "last.pt", {
-                **self.metadata, **self.progress, "rng": checkpoint.random_state(),
-                **{name: part.state_dict() for name, part in self.components.items()}})
+            checkpoint.save(
+                self.out / "last.pt",
+                {
+                    **self.metadata,
+                    **self.progress,
+                    "rng": checkpoint.random_state(),
+                    **{name: part.state_dict() for name, part in self.components.items()},
+                },
+            )
         self._write_log()
         self.saved = time.perf_counter()
         self.cost = self.saved - began
@@ -230,4 +274,5 @@ class Run:
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss} in epoch {self.progress['epoch'] + 1}; what was saved "
-                    f"before is intact; try a smaller --lr, or --amp off")
+                    f"before is intact; try a smaller --lr, or --amp off"
+                )

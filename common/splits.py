@@ -102,10 +102,14 @@ def make_split(data, seed, seen=None, allow_seen=False):
     if seen is not None:
         np.logical_or.at(saw, unit, seen[pool])
         if saw.all() and "test" in drawn and not allow_seen:
-            raise UserError(f"{data.path}: pre-training saw every image, so that none is left for a "
-                            f"leak-free test; add others, or give --allow-seen")
+            raise UserError(
+                f"{data.path}: pre-training saw every image, so that none is left for a "
+                f"leak-free test; add others, or give --allow-seen"
+            )
         if saw.all():
-            data.notes.append(f"pre-training saw every image: {' and '.join(drawn)} hold such images")
+            data.notes.append(
+                f"pre-training saw every image: {' and '.join(drawn)} hold such images"
+            )
         elif (which[saw] != "train").any():  # another split than pre-training's: seen images first
             order = np.concatenate([order[saw[order]], order[~saw[order]]])
             which = _cut(order, size, drawn, size[saw].sum())
@@ -135,8 +139,10 @@ def _refuse_parted_groups(data, split):
             sides[group].add(side)
         parted = [group for group, names in sides.items() if len(names) > 1]
         if parted:
-            raise UserError(f"{data.path}: the given split parts {len(parted)} of {len(sides)} groups "
-                            f"({preview(parted)}); give another, or leave out --group-col")
+            raise UserError(
+                f"{data.path}: the given split parts {len(parted)} of {len(sides)} groups "
+                f"({preview(parted)}); give another, or leave out --group-col"
+            )
 
 
 def label_fraction(data, train, frac, seed):
@@ -156,9 +162,11 @@ def label_fraction(data, train, frac, seed):
     wanted = math.floor(frac * len(index) + 0.5)
     if wanted < end[n_cover - 1]:
         smallest = math.ceil((end[n_cover - 1] - 0.5) / len(index) * 1e5) / 1e5
-        raise UserError(f"--frac {frac:g} of {len(index)} training images is {wanted}, too few to "
-                        f"hold each of the {len(data.classes)} classes; the smallest fraction that "
-                        f"can is {smallest:g}")
+        raise UserError(
+            f"--frac {frac:g} of {len(index)} training images is {wanted}, too few to "
+            f"hold each of the {len(data.classes)} classes; the smallest fraction that "
+            f"can is {smallest:g}"
+        )
     used = np.zeros(len(data), bool)
     used[index[np.isin(unit, order[end <= wanted])]] = True
     return used

@@ -21,10 +21,16 @@ def from_checkpoint(path):
         return checkpoint.build(weights, path)
 
     make()  # weights that do not fit are better known before the images are read
-    metadata = {key: weights[key] for key in
-                ("arch", "arm", "model_kwargs", "img_size", "mean", "std")}
-    return SimpleNamespace(make=make, metadata=metadata, seen=weights.get("seen"),
-                           data=weights["data"], seed=weights["seed"])
+    metadata = {
+        key: weights[key] for key in ("arch", "arm", "model_kwargs", "img_size", "mean", "std")
+    }
+    return SimpleNamespace(
+        make=make,
+        metadata=metadata,
+        seen=weights.get("seen"),
+        data=weights["data"],
+        seed=weights["seed"],
+    )
 
 
 def from_name(arch, init, img_size, model_kwargs):
@@ -36,12 +42,18 @@ def from_name(arch, init, img_size, model_kwargs):
             return make_arm("--arch", arch, "random", img_size, **model_kwargs)
         return copy.deepcopy(model)
 
-    metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size,
-                "model_kwargs": rebuild_kwargs(arch, img_size, model_kwargs),
-                "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    metadata = {
+        "arch": arch,
+        "arm": arch.split(".")[0],
+        "img_size": img_size,
+        "model_kwargs": rebuild_kwargs(arch, img_size, model_kwargs),
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+    }
     from_file = init not in ("imagenet", "random")
-    return SimpleNamespace(make=make, metadata=metadata, data={},
-                           seen=checkpoint.seen_by(init) if from_file else None)
+    return SimpleNamespace(
+        make=make, metadata=metadata, data={}, seen=checkpoint.seen_by(init) if from_file else None
+    )
 
 
 def fill_in(args, saved):
@@ -65,8 +77,12 @@ def seen_in_pretraining(seen, images):
 
 def data_digest(images, split, used):
     """A number that stands for the pixels, labels, split and used labels of a run."""
-    return digest(np.ascontiguousarray(images.table["hash"]), np.ascontiguousarray(images.labels),
-                  "".join(split), used)
+    return digest(
+        np.ascontiguousarray(images.table["hash"]),
+        np.ascontiguousarray(images.labels),
+        "".join(split),
+        used,
+    )
 
 
 def all_seen(images, split, seen):

@@ -23,47 +23,70 @@ def read_csv(file, images=None, image_col=None, label_col=None, label_sep=None, 
     """
     header, rows, lines = _csv_rows(file)
     where = {column: i for i, column in enumerate(header)}
-    for flag, columns in (("--image-col", [image_col]), ("--group-col", [group_col]),
-                          ("--label-col", [c for c in label_col or () if c != "none"])):
+    for flag, columns in (
+        ("--image-col", [image_col]),
+        ("--group-col", [group_col]),
+        ("--label-col", [c for c in label_col or () if c != "none"]),
+    ):
         missing = [c for c in columns if c is not None and c not in where]
         if missing:
-            raise UserError(f"{file}: has no column {preview(missing)} ({flag}); "
-                            f"its columns are {', '.join(header)}")
+            raise UserError(
+                f"{file}: has no column {preview(missing)} ({flag}); "
+                f"its columns are {', '.join(header)}"
+            )
     find = _Finder(Path(images) if images else Path(file).parent)
     if image_col is None:
         image_col = _image_column(file, header, rows, find)
     paths = [find(row[where[image_col]]) for row in rows]
     for problem, kind in (([], "missing"), (None, "ambiguous"), ("", "outside")):
-        bad = [f"line {line}: {row[where[image_col]] or '(empty)'}"
-               for row, line, path in zip(rows, lines, paths) if path == problem]
+        bad = [
+            f"line {line}: {row[where[image_col]] or '(empty)'}"
+            for row, line, path in zip(rows, lines, paths)
+            if path == problem
+        ]
         if bad:
-            text = {"missing": f"no image in {find.root}",
-                    "ambiguous": f"several images in {find.root}",
-                    "outside": f"an image outside {find.root}"}[kind]
-            raise UserError(f"{file}: {len(bad)} of {len(rows)} rows name {text} ({preview(bad)}); "
-                            f"--images DIR and --image-col say where the images are")
+            text = {
+                "missing": f"no image in {find.root}",
+                "ambiguous": f"several images in {find.root}",
+                "outside": f"an image outside {find.root}",
+            }[kind]
+            raise UserError(
+                f"{file}: {len(bad)} of {len(rows)} rows name {text} ({preview(bad)}); "
+                f"--images DIR and --image-col say where the images are"
+            )
     if label_col == ["none"]:
         columns = []
     elif label_col:
         columns = label_col
     else:
-        columns = _label_columns(file, [c for c in header if c not in (image_col, group_col)],
-                                 rows, where)
+        columns = _label_columns(
+            file, [c for c in header if c not in (image_col, group_col)], rows, where
+        )
     labels, classes, notes = _labels(file, columns, rows, lines, where, label_sep)
     groups = [row[where[group_col]] for row in rows] if group_col else None
     first = {}  # several rows of one image must agree
     for i, path in enumerate(paths):
         j = first.setdefault(path, i)
         if (labels[i] != labels[j]).any() or groups and groups[i] != groups[j]:
-            raise UserError(f"{file}: lines {lines[j]} and {lines[i]} contradict each other on "
-                            f"{path}; keep one of them")
+            raise UserError(
+                f"{file}: lines {lines[j]} and {lines[i]} contradict each other on "
+                f"{path}; keep one of them"
+            )
     if len(first) < len(paths):
         notes.append(f"{len(paths) - len(first)} rows repeat an image with the same labels")
     kept = list(first.values())
     if groups:  # an image without a group is a group of its own
         groups = np.array([groups[i] or f"(none) {paths[i]}" for i in kept])
-    return ImageSet(str(file), list(first), [str(find.root / p) for p in first], labels[kept],
-                    classes, np.full(len(kept), "", "U5"), groups, notes=notes)
+    return ImageSet(
+        str(file),
+        list(first),
+        [str(find.root / p) for p in first],
+        labels[kept],
+        classes,
+        np.full(len(kept), "", "U5"),
+        groups,
+        notes=notes,
+    )
 
 
 def _csv_rows(file):
@@ -79,14 +102,18 @@ def _csv_rows(file):
         raise UserError(f"{file}: is no CSV file in UTF-8 ({error})") from error
     twice = [c for c, n in Counter(header).items() if n > 1]
     if len(header) < 1 or twice or "" in header:
-        raise UserError(f"{file}: needs a first line of column names, each once and none empty" +
-                        (f" (twice: {preview(twice)})" if twice else ""))
+        raise UserError(
+            f"{file}: needs a first line of column names, each once and none empty"
+            + (f" (twice: {preview(twice)})" if twice else "")
+        )
     if not rows:
         raise UserError(f"{file}: holds no rows below its column names")
     ragged = [f"line {line}: {len(row)}" for row, line in rows if len(row) != len(header)]
     if ragged:
-        raise UserError(f"{file}: has {len(header)} columns, but {len(ragged)} rows have another "
-                        f"number of cells ({preview(ragged)})")
+        raise UserError(
+            f"{file}: has {len(header)} columns, but {len(ragged)} rows have another "
+            f"number of cells ({preview(ragged)})"
+        )
     return header, [row for row, _ in rows], [line for _, line in rows]
 
 
@@ -125,13 +152,18 @@ def _image_column(file, header, rows, find):
     hits = {c: sum(bool(find(row[i])) for row in sample) for i, c in enumerate(header)}
     named = [c for c, n in hits.items() if n * 2 > len(sample)]
     if not named:
-        named = [c for c in header if c.lower() in
-                 {"image", "images", "image_id", "img", "file", "filename", "file_name", "path"}]
+        named = [
+            c
+            for c in header
+            if c.lower()
+            in {"image", "images", "image_id", "img", "file", "filename", "file_name", "path"}
+        ]
     if len(named) != 1:
-        raise UserError(f"{file}: cannot tell which column names the images "
-                        f"({', '.join(named or header)}); say so with --image-col"
-                        + ("" if named else f", and where they are with --images "
-                                            f"(looked in {find.root})"))
+        raise UserError(
+            f"{file}: cannot tell which column names the images "
+            f"({', '.join(named or header)}); say so with --image-col"
+            + ("" if named else f", and where they are with --images (looked in {find.root})")
+        )
     return named[0]
 
 
@@ -145,8 +177,10 @@ def _label_columns(file, columns, rows, where):
     binary = [c for c in columns if {row[where[c]] for row in rows} <= {"0", "1", "0.0", "1.0"}]
     if binary == columns:
         return columns
-    raise UserError(f"{file}: cannot tell which columns hold the labels ({', '.join(columns)}); say "
-                    f"so with --label-col NAME (several names for 0/1 columns, none for no labels)")
+    raise UserError(
+        f"{file}: cannot tell which columns hold the labels ({', '.join(columns)}); say "
+        f"so with --label-col NAME (several names for 0/1 columns, none for no labels)"
+    )
 
 
 def _labels(file, columns, rows, lines, where, label_sep):
@@ -156,27 +190,36 @@ def _labels(file, columns, rows, lines, where, label_sep):
     cells = [[row[where[c]] for c in columns] for row in rows]
     if len(columns) > 1:
         numbers = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
-        bad = [f"line {line}" for row, line in zip(cells, lines)
-               if not all(cell in numbers for cell in row)]
+        bad = [
+            f"line {line}"
+            for row, line in zip(cells, lines)
+            if not all(cell in numbers for cell in row)
+        ]
         if bad:
-            raise UserError(f"{file}: the columns {preview(columns)} must hold 0 or 1 ({preview(bad)})")
+            raise UserError(
+                f"{file}: the columns {preview(columns)} must hold 0 or 1 ({preview(bad)})"
+            )
         labels = np.array([[numbers[cell] for cell in row] for row in cells], bool)
         empty = [c for c, n in zip(columns, labels.sum(0)) if n == 0]
         notes = [f"label column without any image dropped: {preview(empty, 9)}"] if empty else []
         return labels[:, labels.any(0)], [c for c in columns if c not in empty], notes
-    values = [cell for cell, in cells]
+    values = [cell for (cell,) in cells]
     if label_sep is None:
         seps = [sep for sep in "|;," if any(sep in value for value in values)]
         if len(seps) > 1 or seps == [","]:
-            raise UserError(f"{file}: cannot tell whether {' or '.join(map(repr, seps))} parts "
-                            f"several labels in {columns[0]}; say so with --label-sep (or none)")
+            raise UserError(
+                f"{file}: cannot tell whether {' or '.join(map(repr, seps))} parts "
+                f"several labels in {columns[0]}; say so with --label-sep (or none)"
+            )
         label_sep = seps[0] if seps else "none"
     if label_sep == "none":
         lists = [[value] for value in values]
         bad = [f"line {line}" for value, line in zip(values, lines) if not value]
         if bad:
-            raise UserError(f"{file}: {len(bad)} rows have no label in {columns[0]} ({preview(bad)}); "
-                            f"fill them in or take the rows out")
+            raise UserError(
+                f"{file}: {len(bad)} rows have no label in {columns[0]} ({preview(bad)}); "
+                f"fill them in or take the rows out"
+            )
     else:
         lists = [[v.strip() for v in value.split(label_sep) if v.strip()] for value in values]
     classes = {label for labels in lists for label in labels}
@@ -196,8 +239,11 @@ def read_split(file, names):
     if not {"path", "split"} <= set(header):
         raise UserError(f"{file}: needs the columns path and split (--split)")
     path, split = header.index("path"), header.index("split")
-    bad = [f"line {line}: {row[split]}" for row, line in zip(rows, lines)
-           if row[split].lower() not in SPLITS]
+    bad = [
+        f"line {line}: {row[split]}"
+        for row, line in zip(rows, lines)
+        if row[split].lower() not in SPLITS
+    ]
     if bad:
         raise UserError(f"{file}: a split is train, val or test, not {preview(bad)}")
     given = {row[path]: SPLITS[row[split].lower()] for row in rows}
@@ -207,5 +253,7 @@ def read_split(file, names):
     known = set(names)
     missing = [path for path in given if path not in known]
     if missing:
-        raise UserError(f"{file}: names {len(missing)} images that are not there: {preview(missing)}")
+        raise UserError(
+            f"{file}: names {len(missing)} images that are not there: {preview(missing)}"
+        )
     return np.array([given.get(name, "") for name in names])

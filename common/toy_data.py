@@ -15,9 +15,16 @@ from common.cli import progress
 CLASSES = ("granular", "ringed", "spiky", "striped")
 PER_CLASS, SIZE = 300, 48
 DEFAULTS = {  # of pretrain.py --demo; equation 1 would collapse from random weights
-    "cnn": "resnet18", "vit": "vit_tiny_patch16_224", "vit_kwargs": {"patch_size": 8},
-    "init": "random", "img_size": 48, "epochs": 3, "swa_start": 0.5, "objective": "vicreg",
-    "lr": 3e-4}
+    "cnn": "resnet18",
+    "vit": "vit_tiny_patch16_224",
+    "vit_kwargs": {"patch_size": 8},
+    "init": "random",
+    "img_size": 48,
+    "epochs": 3,
+    "swa_start": 0.5,
+    "objective": "vicreg",
+    "lr": 3e-4,
+}
 
 
 def cells(kind, rng):

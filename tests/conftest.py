@@ -52,6 +52,7 @@ def folder(tmp_path):
 @pytest.fixture
 def script(capsys, monkeypatch):
     """script(module, *arguments) -> (exit status, stdout, stderr), in this process."""
+
     def call(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         capsys.readouterr()
@@ -62,6 +63,7 @@ def script(capsys, monkeypatch):
             status = leave.code
         out, err = capsys.readouterr()
         return status, out, err
+
     return call
 
 
@@ -69,22 +71,33 @@ def script(capsys, monkeypatch):
 def pretrained(folder, tmp_path, script):
     """A finished run on `folder`, two epochs."""
     out = tmp_path / "run"
-    status, _, err = script(pretrain, "--data", folder, *ARMS, "--epochs", 2, "--bs", 8, "--t-max", 2,
-                            "--out", out)
+    status, _, err = script(
+        pretrain, "--data", folder, *ARMS, "--epochs", 2, "--bs", 8, "--t-max", 2, "--out", out
+    )
     assert status == 0, err
     return out
 
 
 def run(*command, cwd, timeout=280, **env):
     """A command in its own process, from another folder, with the scripts' folder spelled out."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, text=True, timeout=timeout,
-                          capture_output=True, env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        text=True,
+        timeout=timeout,
+        capture_output=True,
+        env={**os.environ, **env},
+    )
 
 
 def one_line(err):
     """The one line that a user gets to see; progress bars do not count."""
-    lines = [part for line in err.splitlines() for part in line.split("\r")
-             if part.strip() and "img/s" not in part]
+    lines = [
+        part
+        for line in err.splitlines()
+        for part in line.split("\r")
+        if part.strip() and "img/s" not in part
+    ]
     assert len(lines) == 1, err
     assert "Traceback" not in err
     return lines[0]

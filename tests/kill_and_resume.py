@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--cnn test_resnet --vit test_vit --img-size 32 --init random --epochs 3 --bs 8 --t-max 8 "
-         "--swa-start 0.3").split()
+SMALL = (
+    "--cnn test_resnet --vit test_vit --img-size 32 --init random --epochs 3 --bs 8 --t-max 8 "
+    "--swa-start 0.3"
+).split()
 WEIGHTS = {"pretrain.py": ("cnn.pt", "vit.pt"), "finetune.py": ("best.pt",)}
 
 
@@ -51,7 +53,9 @@ def kill_and_resume(script, kills, arguments, folder, seed=0):
             process = start("cut", "--resume")
             time.sleep(rng.uniform(0, 1.5 * working / kills) if kill else 0)
         else:  # before, or with the first steps
-            process = subprocess.Popen(command(script, folder / "cut", [*arguments, "--resume"]), **quiet)
+            process = subprocess.Popen(
+                command(script, folder / "cut", [*arguments, "--resume"]), **quiet
+            )
             time.sleep(rng.uniform(0, 1.2 * starting))
         process.kill()
         error = process.communicate()[1]
@@ -61,8 +65,9 @@ def kill_and_resume(script, kills, arguments, folder, seed=0):
     end = subprocess.run(command(script, folder / "cut", [*arguments, "--resume"]), **quiet)
     assert end.returncode == 0, end.stderr
     for name in WEIGHTS[script]:
-        uncut, resumed = (torch.load(folder / f / name, weights_only=True)["state_dict"]
-                          for f in ("uncut", "cut"))
+        uncut, resumed = (
+            torch.load(folder / f / name, weights_only=True)["state_dict"] for f in ("uncut", "cut")
+        )
         assert uncut.keys() == resumed.keys()
         different = [key for key in uncut if not torch.equal(uncut[key], resumed[key])]
         assert not different, f"{name}: {different[:3]} differ"

@@ -10,12 +10,20 @@ from losses import cosine_loss
 
 
 def arms(**kwargs):
-    return (build_arm("test_resnet", 32, num_classes=10),
-            build_arm("test_vit", 32, num_classes=10, **kwargs))
+    return (
+        build_arm("test_resnet", 32, num_classes=10),
+        build_arm("test_vit", 32, num_classes=10, **kwargs),
+    )
 
 
-@pytest.mark.parametrize("act, function", [("none", lambda x: x), ("sigmoid", torch.sigmoid),
-                                           ("softmax", lambda x: x.exp() / x.exp().sum(1, True))])
+@pytest.mark.parametrize(
+    "act, function",
+    [
+        ("none", lambda x: x),
+        ("sigmoid", torch.sigmoid),
+        ("softmax", lambda x: x.exp() / x.exp().sum(1, True)),
+    ],
+)
 def test_the_loss_is_equation_1_of_the_activated_logits(act, function):
     torch.manual_seed(0)
     cnn, vit = arms()

@@ -21,8 +21,12 @@ def test_spread_and_mean_cosine_equal_the_loops():
     columns = list(zip(*rows))
     sds = [math.sqrt(sum((v - sum(c) / 7) ** 2 for v in c) / 6) for c in columns]
     assert collapse.spread(x) == pytest.approx(sum(sds) / 5 * math.sqrt(5), rel=1e-5)
-    pairs = [sum(a * b for a, b in zip(p, q)) for i, p in enumerate(rows)
-             for j, q in enumerate(rows) if i != j]
+    pairs = [
+        sum(a * b for a, b in zip(p, q))
+        for i, p in enumerate(rows)
+        for j, q in enumerate(rows)
+        if i != j
+    ]
     assert collapse.mean_cosine(x) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
 
 
@@ -65,6 +69,7 @@ def test_agreement_of_equal_of_unrelated_and_of_shuffled_arms():
 
 def test_knn_equals_the_loop_and_scikit_learn():
     from sklearn.neighbors import KNeighborsClassifier
+
     torch.manual_seed(0)
     features, queries = torch.randn(40, 6), torch.randn(9, 6)
     classes = torch.randint(0, 3, (40,))
@@ -73,14 +78,17 @@ def test_knn_equals_the_loop_and_scikit_learn():
     unit = [[v / math.sqrt(sum(u * u for u in r)) for v in r] for r in features.tolist()]
     for query, scores in zip(queries.tolist(), found.tolist()):
         norm = math.sqrt(sum(v * v for v in query))
-        cosines = sorted(((sum(a * b for a, b in zip(query, row)) / norm, i)
-                          for i, row in enumerate(unit)), reverse=True)[:5]
+        cosines = sorted(
+            ((sum(a * b for a, b in zip(query, row)) / norm, i) for i, row in enumerate(unit)),
+            reverse=True,
+        )[:5]
         weights = [math.exp(c / 0.07) for c, _ in cosines]
         for c in range(3):
             votes = sum(w for w, (_, i) in zip(weights, cosines) if classes[i] == c)
             assert scores[c] == pytest.approx(votes / sum(weights), abs=1e-4)
-    oracle = KNeighborsClassifier(5, metric="cosine",
-                                  weights=lambda d: np.exp((1 - d) / 0.07)).fit(features, classes)
+    oracle = KNeighborsClassifier(5, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(
+        features, classes
+    )
     assert found.argmax(1).tolist() == oracle.predict(queries).tolist()
     assert collapse.knn(features[:3], labels[:3], queries).shape == (9, 3)  # fewer than k
 
@@ -139,7 +147,9 @@ def test_monitor_sees_labels_only_for_knn_and_no_test_images():
     assert 0 <= with_labels["cnn_knn_readout"] <= 1 and "cnn_knn_readout" not in without
 
 
-def test_the_first_epoch_shows_that_equation_1_collapses_and_vicreg_does_not(folder, tmp_path, script):
+def test_the_first_epoch_shows_that_equation_1_collapses_and_vicreg_does_not(
+    folder, tmp_path, script
+):
     command = ["--data", folder, *ARMS, "--epochs", 2, "--bs", 4, "--lr", 3e-3, "--t-max", "run"]
 
     def rows(name):
@@ -150,9 +160,13 @@ def test_the_first_epoch_shows_that_equation_1_collapses_and_vicreg_does_not(fol
     first = rows("cosine")[0]
     assert first["vit_logits_collapsed"], first
     assert "collapsed to nearly one vector" in err and "try --objective vicreg" in err
-    status, _, err = script(pretrain, *command, "--objective", "vicreg", "--out", tmp_path / "vicreg")
+    status, _, err = script(
+        pretrain, *command, "--objective", "vicreg", "--out", tmp_path / "vicreg"
+    )
     assert status == 0 and "collapsed" not in err
-    assert not any(row[f"{arm}_logits_collapsed"] for row in rows("vicreg") for arm in ("cnn", "vit"))
+    assert not any(
+        row[f"{arm}_logits_collapsed"] for row in rows("vicreg") for arm in ("cnn", "vit")
+    )
 
     stop = [*command, "--fail-on-collapse", "--out", tmp_path / "failed"]
     for extra in ([], ["--resume"]):  # going on does not pass over it
@@ -177,8 +191,9 @@ def test_mode_knn_labels_by_the_nearest_features(folder, pretrained, script):
     from PIL import Image
     from sklearn.neighbors import KNeighborsClassifier
 
-    status, said, err = script(finetune, "--ckpt", pretrained / "cnn.pt", "--mode", "knn", "--amp",
-                               "off")
+    status, said, err = script(
+        finetune, "--ckpt", pretrained / "cnn.pt", "--mode", "knn", "--amp", "off"
+    )
     assert status == 0, err
     out = pretrained / "finetune_cnn_1_knn"
     weights = torch.load(pretrained / "cnn.pt", weights_only=True)
@@ -189,8 +204,9 @@ def test_mode_knn_labels_by_the_nearest_features(folder, pretrained, script):
     def features(name):
         image = Image.open(folder / name).convert("RGB").resize((32, 32), Image.BILINEAR)
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        x = (x - torch.tensor(weights["mean"])[:, None, None]) / torch.tensor(
-            weights["std"])[:, None, None]
+        x = (x - torch.tensor(weights["mean"])[:, None, None]) / torch.tensor(weights["std"])[
+            :, None, None
+        ]
         with torch.no_grad():
             return model(x[None])[0].numpy()
 

@@ -58,7 +58,9 @@ def test_grey_and_palette_and_one_bit(tmp_path):
 
 
 def test_transparency_is_laid_over_black(tmp_path):
-    alpha = np.where(np.arange(32)[:, None] < 16, 255, 0).astype(np.uint8) * np.ones((1, 32), np.uint8)
+    alpha = np.where(np.arange(32)[:, None] < 16, 255, 0).astype(np.uint8) * np.ones(
+        (1, 32), np.uint8
+    )
     Image.fromarray(np.dstack([SQUARE, alpha])).save(tmp_path / "rgba.png")
     expected = np.where(alpha[..., None] > 0, SQUARE, 0)
     assert (read(tmp_path / "rgba.png")[0] == expected).all()
@@ -78,8 +80,16 @@ def test_cmyk(tmp_path):
     assert (read(tmp_path / "x.tif")[0] == np.asarray(image.convert("RGB"))).all()
 
 
-@pytest.mark.parametrize("dtype, top", [(np.uint16, 65535), (np.uint16, 4095), (np.int32, 10**9),
-                                        (np.float32, 1.0), (np.float32, 1e6)])
+@pytest.mark.parametrize(
+    "dtype, top",
+    [
+        (np.uint16, 65535),
+        (np.uint16, 4095),
+        (np.int32, 10**9),
+        (np.float32, 1.0),
+        (np.float32, 1e6),
+    ],
+)
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_deep_grey_is_scaled_by_its_own_range(tmp_path, dtype, top, ending):
     if ending == "png" and dtype != np.uint16:
@@ -125,7 +135,9 @@ def test_resizing_is_torchvision_s_antialiased_bilinear(tmp_path):
     image = picture(2, (100, 60))
     Image.fromarray(image).save(tmp_path / "x.png")
     pixels, _ = cache.decode(str(tmp_path / "x.png"), 32)
-    expected = v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), [32, 32], antialias=True)
+    expected = v2.functional.resize(
+        torch.from_numpy(image).permute(2, 0, 1), [32, 32], antialias=True
+    )
     assert np.abs(pixels.astype(int) - expected.numpy()).max() <= 1
 
 
@@ -250,7 +262,7 @@ def test_unreadable_images_are_reported_again_and_mended_ones_are_read(paths, tm
 
 def test_a_file_cut_short_or_foreign_is_made_anew(paths, tmp_path):
     decoded(paths, tmp_path / "cache")
-    file, = (tmp_path / "cache").iterdir()
+    (file,) = (tmp_path / "cache").iterdir()
     whole = file.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"something else"):
         file.write_bytes(broken)
@@ -275,7 +287,9 @@ def test_a_folder_that_cannot_be_written_is_named(paths, tmp_path):
 
 # the map under fire: other processes, and kills
 
-fork = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+fork = multiprocessing.get_context(
+    "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+)
 
 
 def build(paths, directory, results=None):

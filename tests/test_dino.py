@@ -30,7 +30,8 @@ class Backbone(nn.Module):
 def views(n=4, crops=3, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(n, 3, 8, 8, generator=g) for _ in range(2)] + [
-        torch.randn(n, 3, 4, 4, generator=g) for _ in range(crops)]
+        torch.randn(n, 3, 4, 4, generator=g) for _ in range(crops)
+    ]
 
 
 def softmax(x):
@@ -68,12 +69,15 @@ def test_forward_center_and_teacher_update_as_in_the_pseudocode():
     with torch.no_grad():
         for p in method.student.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-        logits = {name: torch.stack([net["head"](net["backbone"](v)) for v in batch])
-                  for name, net in (("student", method.student), ("teacher", method.teacher))}
+        logits = {
+            name: torch.stack([net["head"](net["backbone"](v)) for v in batch])
+            for name, net in (("student", method.student), ("teacher", method.teacher))
+        }
     center = method.center.clone()
     loss = method(batch)
     assert loss.item() == pytest.approx(
-        slow_loss(logits["student"], logits["teacher"][:2], center, 0.1, 0.04), rel=1e-4)
+        slow_loss(logits["student"], logits["teacher"][:2], center, 0.1, 0.04), rel=1e-4
+    )
     teacher_rows = [row for view in logits["teacher"][:2].tolist() for row in view]
     mean = [sum(column) / len(teacher_rows) for column in zip(*teacher_rows)]
     for now, before, m in zip(method.center.tolist(), center.tolist(), mean):
@@ -87,8 +91,11 @@ def test_forward_center_and_teacher_update_as_in_the_pseudocode():
     momentum = 1 - (1 - 0.996) * (math.cos(math.pi * 0.25) + 1) / 2
     student = dict(method.student.named_parameters())
     for name, p in method.teacher.named_parameters():
-        for new, old, s in zip(p.flatten()[:20].tolist(), before[name].flatten().tolist(),
-                               student[name].flatten().tolist()):
+        for new, old, s in zip(
+            p.flatten()[:20].tolist(),
+            before[name].flatten().tolist(),
+            student[name].flatten().tolist(),
+        ):
             assert new == pytest.approx(momentum * old + (1 - momentum) * s, abs=1e-6)
 
 
@@ -132,8 +139,9 @@ def test_stochastic_depth_is_for_the_student_alone():
     vit, _ = dino.make_backbone("--vit", "test_vit", "random", 32)
     method = DINO("vit", vit, vit.num_features, out_dim=6).train()
     images = torch.randn(32, 3, 32, 32)
-    student, teacher = ([net["backbone"](images) for _ in range(2)]
-                        for net in (method.student, method.teacher))
+    student, teacher = (
+        [net["backbone"](images) for _ in range(2)] for net in (method.student, method.teacher)
+    )
     assert not torch.equal(*student) and torch.equal(*teacher)
 
 
@@ -146,8 +154,11 @@ def test_the_head_compares_directions_alone():
     with torch.no_grad():
         head.last.weight.mul_(torch.rand(7, 1) + 0.5)
     torch.testing.assert_close(head(features), logits)
-    assert [tuple(layer.weight.shape) for layer in head.mlp[::2]] == [(2048, 5), (2048, 2048),
-                                                                      (256, 2048)]
+    assert [tuple(layer.weight.shape) for layer in head.mlp[::2]] == [
+        (2048, 5),
+        (2048, 2048),
+        (256, 2048),
+    ]
 
 
 def test_multi_crop_gives_two_large_and_eight_small_views():
@@ -167,18 +178,29 @@ def test_the_script_trains_one_arm_after_the_other(folder, tmp_path, script):
     assert status == 0, err
     assert "the teachers" in said
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [(row["arms"], row["epoch"]) for row in log] == [("cnn", 1), ("cnn", 2), ("vit", 1),
-                                                           ("vit", 2)]
+    assert [(row["arms"], row["epoch"]) for row in log] == [
+        ("cnn", 1),
+        ("cnn", 2),
+        ("vit", 1),
+        ("vit", 2),
+    ]
     for arm in ("cnn", "vit"):
         weights = torch.load(out / f"{arm}.pt", weights_only=True)
-        model = timm.create_model(weights["arch"], num_classes=weights["num_classes"],
-                                  **weights["model_kwargs"], checkpoint_path=str(out / f"{arm}.pt"))
+        model = timm.create_model(
+            weights["arch"],
+            num_classes=weights["num_classes"],
+            **weights["model_kwargs"],
+            checkpoint_path=str(out / f"{arm}.pt"),
+        )
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, model.num_features)
         status, _, err = script(finetune, "--ckpt", out / f"{arm}.pt", "--epochs", 1)
         assert status == 0, err
     state = checkpoint.load(out / "last.pt")
-    teacher = {k.removeprefix("teacher.backbone."): v for k, v in state["method"].items()
-               if k.startswith("teacher.backbone.")}
+    teacher = {
+        k.removeprefix("teacher.backbone."): v
+        for k, v in state["method"].items()
+        if k.startswith("teacher.backbone.")
+    }
     assert all(torch.equal(teacher[k], v) for k, v in weights["state_dict"].items())
 
 
@@ -202,29 +224,47 @@ def test_resumed_equals_uncut(folder, tmp_path, script, monkeypatch, cut):
     assert status == 0, err
     for arm in ("cnn", "vit"):
         assert same(tmp_path / f"uncut/{arm}.pt", tmp_path / f"resumed/{arm}.pt")
-    logs = [[json.loads(x)["loss"] for x in (tmp_path / n / "log.jsonl").read_text().splitlines()]
-            for n in ("uncut", "resumed")]
+    logs = [
+        [json.loads(x)["loss"] for x in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+        for n in ("uncut", "resumed")
+    ]
     assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
 def test_a_transformer_of_one_size_gets_resized_crops_said_once(folder, tmp_path, script):
     mixer = ["--vit", "mixer_s32_224"]
-    status, said, err = script(dino, "--data", folder, *SMALL, *mixer, "--epochs", 1, "--out",
-                               tmp_path / "run")
+    status, said, err = script(
+        dino, "--data", folder, *SMALL, *mixer, "--epochs", 1, "--out", tmp_path / "run"
+    )
     assert status == 0, err
     assert said.count("local crops are resized") == 1 and "32 pixels alone" in said
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--vit-kwargs", "patch_size=7"], "takes no images of 32 pixels"),
-    (["--cnn", "resnet5"], "close names"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--vit-kwargs", "patch_size=7"], "takes no images of 32 pixels"),
+        (["--cnn", "resnet5"], "close names"),
+    ],
+)
 def test_arms_that_cannot_be_used_are_one_line(folder, tmp_path, script, flags, message):
     status, _, err = script(dino, "--data", folder, *SMALL, *flags, "--out", tmp_path / "run")
     assert status == 2 and message in one_line(err)
 
 
 def test_arms_whose_features_are_wider_than_timm_says(folder, tmp_path, script):
-    status, _, err = script(dino, "--data", folder, *SMALL, "--epochs", 1, "--cnn",
-                            "mobilenetv3_small_050", "--amp", "off", "--out", tmp_path / "run")
+    status, _, err = script(
+        dino,
+        "--data",
+        folder,
+        *SMALL,
+        "--epochs",
+        1,
+        "--cnn",
+        "mobilenetv3_small_050",
+        "--amp",
+        "off",
+        "--out",
+        tmp_path / "run",
+    )
     assert status == 0, err

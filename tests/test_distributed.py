@@ -18,9 +18,14 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def torchrun(script, *arguments, cwd, timeout=200):
-    return subprocess.run([*TORCHRUN, str(script), *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [*TORCHRUN, str(script), *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
 
 
 @pytest.mark.parametrize("n, batch_size", [(40, 4), (37, 4), (33, 8), (5, 2), (6, 4)])
@@ -80,8 +85,22 @@ def test_gradients_of_two_times_8_images_are_those_of_16(tmp_path):
 
 def test_dino_trains_on_two_processes(tmp_path):
     images = draw_classes(tmp_path / "images", {"a": 14, "b": 10, "c": 6})
-    done = torchrun("-m", "tools.dino", "--data", images, *ARMS, "--epochs", 1,
-                    "--bs", 4, "--outputs", 64, "--crops", 1, cwd=tmp_path)
+    done = torchrun(
+        "-m",
+        "tools.dino",
+        "--data",
+        images,
+        *ARMS,
+        "--epochs",
+        1,
+        "--bs",
+        4,
+        "--outputs",
+        64,
+        "--crops",
+        1,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["arms"] for row in log] == ["cnn", "vit"]
@@ -122,8 +141,9 @@ def test_objectives_see_the_batch_of_all_processes(tmp_path):
     saved = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for name, (loss, gradients) in saved.items():
         torch.manual_seed(0)
-        method = CASS(build_arm("test_vit", 32), build_arm("test_vit2", 32),
-                      objective=OBJECTIVES[name])
+        method = CASS(
+            build_arm("test_vit", 32), build_arm("test_vit2", 32), objective=OBJECTIVES[name]
+        )
         whole = method(torch.randn(11, 3, 32, 32))
         whole.backward()
         torch.testing.assert_close(loss, whole.detach(), rtol=1e-4, atol=1e-5)
@@ -150,22 +170,49 @@ def test_a_whole_run_on_two_processes(tmp_path):
     """Both hold the same weights at the end; they are those of one process with twice the batch."""
     folder = draw_classes(tmp_path / "images", {"a": 14, "b": 14, "c": 14})
     (tmp_path / "entry.py").write_text(ENTRY.format(root=str(ROOT)))
-    arguments = ["--data", folder, *ARMS, "--cnn", "test_vit2", "--epochs", 3, "--t-max", 3, "--swa-start",
-                 0.3, "--amp", "off", "--lr", 1e-4]
+    arguments = [
+        "--data",
+        folder,
+        *ARMS,
+        "--cnn",
+        "test_vit2",
+        "--epochs",
+        3,
+        "--t-max",
+        3,
+        "--swa-start",
+        0.3,
+        "--amp",
+        "off",
+        "--lr",
+        1e-4,
+    ]
     done = torchrun(tmp_path / "entry.py", *arguments, "--bs", 4, "--out", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     a, b = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    one = subprocess.run([sys.executable, ROOT / "pretrain.py", *map(str, arguments), "--bs", "8", "--out",
-                          "one"], cwd=tmp_path, capture_output=True, text=True)
+    one = subprocess.run(
+        [sys.executable, ROOT / "pretrain.py", *map(str, arguments), "--bs", "8", "--out", "one"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert one.returncode == 0, one.stderr
-    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
-            for n in ("two", "one")]
-    np.testing.assert_allclose([x["loss"] for x in logs[0]], [x["loss"] for x in logs[1]], rtol=0.05)
+    logs = [
+        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+        for n in ("two", "one")
+    ]
+    np.testing.assert_allclose(
+        [x["loss"] for x in logs[0]], [x["loss"] for x in logs[1]], rtol=0.05
+    )
     two, one = (torch.load(tmp_path / n / "vit.pt", weights_only=True) for n in ("two", "one"))
     assert two["swa_snapshots"] == one["swa_snapshots"] >= 1
-    alone = subprocess.run([sys.executable, ROOT / "pretrain.py", "--resume", "two/last.pt"], cwd=tmp_path,
-                           capture_output=True, text=True)
+    alone = subprocess.run(
+        [sys.executable, ROOT / "pretrain.py", "--resume", "two/last.pt"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert alone.returncode == 2 and "made by 2 processes" in alone.stderr
     resumed = torchrun(ROOT / "pretrain.py", "--resume", "two/last.pt", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -173,13 +220,26 @@ def test_a_whole_run_on_two_processes(tmp_path):
 
 def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):
     folder = draw_classes(tmp_path / "images", {"a": 14, "b": 14})
-    entry = ENTRY.format(root=str(ROOT)).replace("cli.run", """
+    entry = ENTRY.format(root=str(ROOT)).replace(
+        "cli.run",
+        """
 if distributed.rank() == 1:
     import os, swa
     swa.SWA.after_step = lambda self, iteration: iteration == 2 and os.kill(os.getpid(), 9)
-cli.run""")
+cli.run""",
+    )
     (tmp_path / "entry.py").write_text(entry)
-    done = torchrun(tmp_path / "entry.py", "--data", folder, *ARMS, "--epochs", 50, "--bs", 4, cwd=tmp_path,
-                    timeout=120)
+    done = torchrun(
+        tmp_path / "entry.py",
+        "--data",
+        folder,
+        *ARMS,
+        "--epochs",
+        50,
+        "--bs",
+        4,
+        cwd=tmp_path,
+        timeout=120,
+    )
     assert done.returncode != 0
     assert not (tmp_path / "cnn.pt").exists()

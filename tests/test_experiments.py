@@ -25,8 +25,12 @@ PAPER = json.loads((experiments.ROOT / "tools/paper.json").read_text())["tables"
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_cell_of_the_paper_has_a_row(table):
-    cells = {f"{row.label}|{arm}|{frac:g}" for row in rows_of(table) for arm in row.arms
-             for frac in row.fracs}
+    cells = {
+        f"{row.label}|{arm}|{frac:g}"
+        for row in rows_of(table)
+        for arm in row.arms
+        for frac in row.fracs
+    }
     printed = set(PAPER.get(table, {}).get("cells", {}))
     assert cells == printed if printed else table in ("1", "objectives")
     for value in PAPER.get(table, {}).get("cells", {}).values():
@@ -36,8 +40,10 @@ def test_every_cell_of_the_paper_has_a_row(table):
 def test_the_papers_own_gains_are_not_its_abstracts():
     """Row by row from Tables 2 to 5, and the 10.13 points of 100 % labels that do come out."""
     printed = {n: {k: float(v.split("±")[0]) for k, v in PAPER[n]["cells"].items()} for n in "2345"}
-    got = {frac: np.mean([g for n in "2345" if (g := gain(printed[n], frac, "DINO")) is not None])
-           for frac in ("0.01", "0.1", "1")}
+    got = {
+        frac: np.mean([g for n in "2345" if (g := gain(printed[n], frac, "DINO")) is not None])
+        for frac in ("0.01", "0.1", "1")
+    }
     assert got["0.01"] == pytest.approx(-7.5, abs=0.1) and got["0.1"] == pytest.approx(5.2, abs=0.1)
     assert got["1"] == pytest.approx(10.13, abs=0.05)
     assert gain(printed["2"], "0.01", "DINO") is None
@@ -46,8 +52,12 @@ def test_the_papers_own_gains_are_not_its_abstracts():
 
 
 def test_paired_differences():
-    summary = {"A|cnn|0.1": {0: 0.5, 1: 0.6, 2: 0.9}, "A|vit|0.1": {0: 0.3, 1: 0.2, 2: 0.1},
-               "B|cnn|0.1": {0: 0.4, 1: 0.3}, "B|vit|0.1": {0: 0.2, 1: 0.3}}
+    summary = {
+        "A|cnn|0.1": {0: 0.5, 1: 0.6, 2: 0.9},
+        "A|vit|0.1": {0: 0.3, 1: 0.2, 2: 0.1},
+        "B|cnn|0.1": {0: 0.4, 1: 0.3},
+        "B|vit|0.1": {0: 0.2, 1: 0.3},
+    }
     mean, error, n = paired(summary, "0.1", "A", "B")
     differences = [0.4 - 0.3, 0.4 - 0.3]
     assert mean == pytest.approx(np.mean(differences)) and n == 2
@@ -59,9 +69,14 @@ def test_paired_differences():
 def tiny(monkeypatch, tmp_path):
     """The tests' arms in place of the small ones, 32 px, one epoch."""
     small = {"cnn": ("test_resnet", {}), "vit": ("test_vit", {})}
-    monkeypatch.setattr(experiments, "MODELS", {
-        name: (paper, small["vit" if name[0] in "VD" and "Net" not in name else "cnn"])
-        for name, (paper, _) in MODELS.items()})
+    monkeypatch.setattr(
+        experiments,
+        "MODELS",
+        {
+            name: (paper, small["vit" if name[0] in "VD" and "Net" not in name else "cnn"])
+            for name, (paper, _) in MODELS.items()
+        },
+    )
     monkeypatch.setitem(experiments.SCALES, "small", (32, 1, ["--init", "random"]))
     monkeypatch.setattr(experiments, "SMALL_DINO", ["--outputs", "64", "--crops", "2"])
     monkeypatch.chdir(tmp_path)
@@ -71,8 +86,11 @@ def tiny(monkeypatch, tmp_path):
 def in_this_process(words, output):
     """Stands for experiments.run_script: the same, without starting Python anew."""
     module = {"pretrain.py": pretrain, "finetune.py": finetune, "tools.dino": dino}[words[0]]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), \
-            contextlib.redirect_stderr(output):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
         patch.setattr(sys, "argv", list(map(str, words)))
         try:
             cli.run(module.main)
@@ -83,8 +101,20 @@ def in_this_process(words, output):
 
 @pytest.mark.parametrize("table", ["2", "7", "12", "19"])
 def test_dry_run_prints_commands_with_a_time_and_writes_nothing(tiny, tmp_path, script, table):
-    status, said, err = script(experiments, "--table", table, "--data", tiny, "--scale", "small",
-                               "--seeds", 0, "--epochs", 2, "--dry-run")
+    status, said, err = script(
+        experiments,
+        "--table",
+        table,
+        "--data",
+        tiny,
+        "--scale",
+        "small",
+        "--seeds",
+        0,
+        "--epochs",
+        2,
+        "--dry-run",
+    )
     assert status == 0, err
     lines = said.splitlines()
     commands = [line for line in lines if line.startswith("python ")]
@@ -93,15 +123,36 @@ def test_dry_run_prints_commands_with_a_time_and_writes_nothing(tiny, tmp_path, 
     cells = sum(len(row.fracs) * len(row.arms) for row in rows_of(table))
     trained = sum(row.method != "supervised" for row in rows_of(table))
     # runs that two rows share are there once; all arms are two here
-    assert len(commands) == cells + trained if table in "27" else 0 < len(commands) < cells + trained
-    assert {shlex.split(line.split("#")[0])[1] for line in commands} <= {"pretrain.py", "finetune.py", "-m"}
+    assert (
+        len(commands) == cells + trained if table in "27" else 0 < len(commands) < cells + trained
+    )
+    assert {shlex.split(line.split("#")[0])[1] for line in commands} <= {
+        "pretrain.py",
+        "finetune.py",
+        "-m",
+    }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "images"] or sorted(
-        p.name for p in tmp_path.iterdir()) == ["images"]
+        p.name for p in tmp_path.iterdir()
+    ) == ["images"]
 
 
 def test_a_table_is_run_recorded_and_gone_on_with(tiny, tmp_path, script, monkeypatch):
-    command = ["--table", 2, "--data", tiny, "--scale", "small", "--seeds", 0, 1, "--fracs", 1,
-               "--only", "CASS", "Supervised"]
+    command = [
+        "--table",
+        2,
+        "--data",
+        tiny,
+        "--scale",
+        "small",
+        "--seeds",
+        0,
+        1,
+        "--fracs",
+        1,
+        "--only",
+        "CASS",
+        "Supervised",
+    ]
     calls = []
 
     def failing_once(words, output):
@@ -131,16 +182,22 @@ def test_a_table_is_run_recorded_and_gone_on_with(tiny, tmp_path, script, monkey
     for row in rows:
         if row["arm"] == "mean":
             continue
-        cell = json.loads((out / f"cells/{row['row']}_{row['arm']}_1_seed{row['seed']}.json")
-                          .read_text())
+        cell = json.loads(
+            (out / f"cells/{row['row']}_{row['arm']}_1_seed{row['seed']}.json").read_text()
+        )
         words = shlex.split(cell["commands"][-1])
-        metrics = json.loads((tmp_path / words[words.index("--out") + 1] / "metrics.json").read_text())
+        metrics = json.loads(
+            (tmp_path / words[words.index("--out") + 1] / "metrics.json").read_text()
+        )
         assert float(row["macro_f1"]) == metrics["test"]["macro_f1"]
         assert metrics["seed"] == int(row["seed"])
         assert str(tmp_path) not in " ".join(cell["commands"])
     scores = [float(r["macro_f1"]) for r in rows if (r["row"], r["arm"]) == ("CASS", "cnn")]
-    line = next(line for line in (out / "table.md").read_text().splitlines()
-                if line.startswith("| CASS | test_resnet | 100%"))
+    line = next(
+        line
+        for line in (out / "table.md").read_text().splitlines()
+        if line.startswith("| CASS | test_resnet | 100%")
+    )
     assert f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f} (n = 2)" in line
     assert "0.8650±0.0001" in line  # the paper's
     assert "**small**" in said and "not the paper's" in said
@@ -156,11 +213,30 @@ def test_signals_reach_the_run_which_leaves_a_checkpoint(tiny, tmp_path):
     import signal
     import subprocess
     import time
-    command = [sys.executable, "-m", "tools.experiments", "--table", "14", "--data", tiny,
-               "--scale", "small", "--epochs", "5000", "--seeds", "0"]
-    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, text=True,
-                               env={**os.environ, "PYTHONPATH": str(experiments.ROOT)},
-                               stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    command = [
+        sys.executable,
+        "-m",
+        "tools.experiments",
+        "--table",
+        "14",
+        "--data",
+        tiny,
+        "--scale",
+        "small",
+        "--epochs",
+        "5000",
+        "--seeds",
+        "0",
+    ]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=tmp_path,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(experiments.ROOT)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     for _ in range(600):
         time.sleep(0.1)
         if list((tmp_path / "runs").glob("*/last.pt")):
@@ -173,31 +249,42 @@ def test_signals_reach_the_run_which_leaves_a_checkpoint(tiny, tmp_path):
 
 
 def test_table_1_is_the_ratio_of_the_logged_seconds(tiny, tmp_path, script):
-    status, said, err = script(experiments, "--table", 1, "--data", tiny, "--scale", "small",
-                               "--seeds", 0)
+    status, said, err = script(
+        experiments, "--table", 1, "--data", tiny, "--scale", "small", "--seeds", 0
+    )
     assert status == 0, err
     seconds = {}
     for log in (tmp_path / "runs").glob("*/log.jsonl"):
         rows = [json.loads(line) for line in log.read_text().splitlines()]
         seconds[log.parent.name.split("_")[0]] = sum(
             np.median([r["seconds"] for r in rows if r["arms"] == arms])
-            for arms in {r["arms"] for r in rows})
+            for arms in {r["arms"] for r in rows}
+        )
     assert f"| {seconds['cass'] / seconds['dino']:.3f} |" in said
     assert "| paper, Brain MRI | 26 Hours 21 Mins | 7 Hours 11 Mins | 0.27 |" in said
     assert "| 0.30 |" in next(line for line in said.splitlines() if "mean of the ratios" in line)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--table", "22", "--data", "."], "no such table"),
-    (["--table", "4"], "--data PATH is missing"),
-    (["--table", "4", "--data", "nowhere"], "nowhere"),
-    (["--table", "4", "--data", "flat"], "has no labels"),
-    (["--table", "4", "--data", "images", "--only", "BYOL"], "--only BYOL"),
-    (["--table", "4", "--data", "images", "--fracs", "0.5"], "--fracs 0.5"),
-    (["--table", "4", "--data", "images", "--warm", "a.pt", "b.pt"], "a.pt: there is no such file"),
-    (["--table", "18", "--data", "images", "--warm", "a.pt", "b.pt"], "brings its own arms"),
-    (["--table", "4", "--data", "images", "--multilabel", "--metric", "accuracy"], "--metric accuracy"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--table", "22", "--data", "."], "no such table"),
+        (["--table", "4"], "--data PATH is missing"),
+        (["--table", "4", "--data", "nowhere"], "nowhere"),
+        (["--table", "4", "--data", "flat"], "has no labels"),
+        (["--table", "4", "--data", "images", "--only", "BYOL"], "--only BYOL"),
+        (["--table", "4", "--data", "images", "--fracs", "0.5"], "--fracs 0.5"),
+        (
+            ["--table", "4", "--data", "images", "--warm", "a.pt", "b.pt"],
+            "a.pt: there is no such file",
+        ),
+        (["--table", "18", "--data", "images", "--warm", "a.pt", "b.pt"], "brings its own arms"),
+        (
+            ["--table", "4", "--data", "images", "--multilabel", "--metric", "accuracy"],
+            "--metric accuracy",
+        ),
+    ],
+)
 def test_bad_input_is_one_line_with_status_2(tiny, tmp_path, script, flags, message):
     draw_classes(tmp_path, {"flat": 3}, start=99)
     status, _, err = script(experiments, *flags)

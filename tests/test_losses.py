@@ -23,7 +23,8 @@ def test_cosine_loss_is_equation_1():
     assert cosine_loss(R, T).item() == pytest.approx(slow_cosine_loss(R, T, 1e-12), rel=1e-5)
     small = torch.full((2, 3), 1e-4)
     assert cosine_loss(small, small, eps=1.0).item() == pytest.approx(
-        slow_cosine_loss(small, small, 1.0), rel=1e-6)
+        slow_cosine_loss(small, small, 1.0), rel=1e-6
+    )
 
 
 def test_cosine_loss_identities():
@@ -87,7 +88,8 @@ def test_focal_loss_multilabel_without_any_label():
     logits = torch.randn(3, 2)
     targets = torch.tensor([[0, 0], [1, 1], [0, 1]])
     assert focal_loss(logits, targets).item() == pytest.approx(
-        slow_focal_loss(logits, targets, [1, 1], 1, 2), rel=1e-4)
+        slow_focal_loss(logits, targets, [1, 1], 1, 2), rel=1e-4
+    )
 
 
 def test_focal_loss_with_gamma_0_is_cross_entropy_in_value_and_gradient():
@@ -119,15 +121,20 @@ def test_focal_loss_refuses_what_it_cannot_do():
 
 
 def test_class_weights():
-    torch.testing.assert_close(class_weights([100, 50, 20], "minmax"),
-                               torch.tensor([1.0, 0.2 + 0.8 * 30 / 80, 0.2]))
+    torch.testing.assert_close(
+        class_weights([100, 50, 20], "minmax"), torch.tensor([1.0, 0.2 + 0.8 * 30 / 80, 0.2])
+    )
     inverse = class_weights([100, 50, 20], "inverse")
     assert inverse.mean().item() == pytest.approx(1)
-    torch.testing.assert_close(inverse * torch.tensor([100.0, 50, 20]), inverse[0] * 100 * torch.ones(3))
+    torch.testing.assert_close(
+        inverse * torch.tensor([100.0, 50, 20]), inverse[0] * 100 * torch.ones(3)
+    )
     for kind in ("minmax", "inverse", "none"):
         assert class_weights([7, 7, 7], kind).tolist() == [1, 1, 1]
         absent = class_weights([0, 5, 10], kind)
-        assert torch.isfinite(absent).all() and absent.shape == (3,) and absent.dtype == torch.float32
+        assert (
+            torch.isfinite(absent).all() and absent.shape == (3,) and absent.dtype == torch.float32
+        )
         assert class_weights([0, 0], kind).tolist() == [1, 1]
     assert class_weights([0, 5, 10], "minmax").tolist() == pytest.approx([0.2, 0.6, 1.0])
     with pytest.raises(ValueError, match="median"):
@@ -136,8 +143,11 @@ def test_class_weights():
 
 def slow_vicreg(R, T):
     n, c = R.shape
-    total = 25 * sum((a - b) ** 2 for r, t in zip(R.tolist(), T.tolist())
-                     for a, b in zip(r, t)) / (n * c)
+    total = (
+        25
+        * sum((a - b) ** 2 for r, t in zip(R.tolist(), T.tolist()) for a, b in zip(r, t))
+        / (n * c)
+    )
     for x in (R, T):
         columns = [[v - sum(column) / n for v in column] for column in x.T.tolist()]
         cov = [[sum(a * b for a, b in zip(p, q)) / (n - 1) for q in columns] for p in columns]

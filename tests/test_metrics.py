@@ -10,7 +10,10 @@ from common.metrics import auroc, confusion_matrix, multiclass_scores, multilabe
 @pytest.mark.parametrize("seed", range(5))
 def test_multiclass_scores(seed):
     rng = np.random.default_rng(seed)
-    true, probabilities = rng.integers(0, 4, 60), rng.random((60, 4)).round(1) + 1e-3 * rng.random((60, 4))
+    true, probabilities = (
+        rng.integers(0, 4, 60),
+        rng.random((60, 4)).round(1) + 1e-3 * rng.random((60, 4)),
+    )
     ours = multiclass_scores(true, probabilities, list("abcd"))
     predicted = probabilities.argmax(1)
     assert ours["macro_f1"] == pytest.approx(sk.f1_score(true, predicted, average="macro"))
@@ -23,7 +26,8 @@ def test_multiclass_scores(seed):
     precision, recall, f1, support = sk.precision_recall_fscore_support(true, predicted)
     for i, row in enumerate(ours["per_class"]):
         assert (row["precision"], row["recall"], row["f1"], row["support"]) == pytest.approx(
-            (precision[i], recall[i], f1[i], support[i]))
+            (precision[i], recall[i], f1[i], support[i])
+        )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -36,8 +40,9 @@ def test_multilabel_scores(seed):
         assert ours[f"{average}_f1"] == pytest.approx(sk.f1_score(true, predicted, average=average))
     assert ours["auroc"] == pytest.approx(sk.roc_auc_score(true, probabilities, average="macro"))
     assert ours["exact_match"] == pytest.approx(sk.accuracy_score(true, predicted))
-    for (tn, fp), (fn, tp), ours_row in zip(*np.moveaxis(
-            sk.multilabel_confusion_matrix(true, predicted), 1, 0), ours["confusion"]):
+    for (tn, fp), (fn, tp), ours_row in zip(
+        *np.moveaxis(sk.multilabel_confusion_matrix(true, predicted), 1, 0), ours["confusion"]
+    ):
         assert ours_row == [tp, fp, fn, tn]
 
 
@@ -50,8 +55,9 @@ def test_auroc_shares_ties():
 def test_absent_classes_are_defined():
     ours = multiclass_scores([0, 0, 1], np.eye(4)[[0, 1, 1]], list("abcd"))
     assert ours["balanced_accuracy"] == pytest.approx(0.75)  # of the two classes that are there
-    assert ours["macro_f1"] == pytest.approx(sk.f1_score([0, 0, 1], [0, 1, 1], labels=range(4),
-                                                         average="macro", zero_division=0))
+    assert ours["macro_f1"] == pytest.approx(
+        sk.f1_score([0, 0, 1], [0, 1, 1], labels=range(4), average="macro", zero_division=0)
+    )
     assert ours["per_class"][3]["auroc"] is None
     assert multiclass_scores([0, 0], np.eye(2)[[0, 0]], list("ab"))["auroc"] is None
 

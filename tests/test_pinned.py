@@ -83,29 +83,64 @@ def noted(monkeypatch):
 def test_three_steps_of_pretraining_equal_a_plain_loop(folder, tmp_path, script, noted, amp, head):
     """Algorithm 1: zero_grad, one batch through both arms, equation 1, both optimizers, both schedulers."""
     torch.manual_seed(3)
-    arms = {arm: timm.create_model(name, num_classes=1000)
-            for arm, name in (("cnn", "test_resnet"), ("vit", "test_vit"))}
+    arms = {
+        arm: timm.create_model(name, num_classes=1000)
+        for arm, name in (("cnn", "test_resnet"), ("vit", "test_vit"))
+    }
     for arm, model in arms.items():
         torch.save(model.state_dict(), tmp_path / f"start_{arm}.pt")
-    arms["vit"] = timm.create_model("test_vit", num_classes=1000, img_size=32)  # position embeddings resized
+    arms["vit"] = timm.create_model(
+        "test_vit", num_classes=1000, img_size=32
+    )  # position embeddings resized
     status, _, err = script(
-        pretrain, "--data", folder, *ARMS, "--init-cnn", tmp_path / "start_cnn.pt", "--init-vit",
-        tmp_path / "start_vit.pt", "--epochs", 1, "--bs", 7, "--t-max", 2, "--lr", 3e-3, "--min-lr", 7e-4,
-        "--amp", amp, "--swa-start", 1, *(["--ablation", "sgd"] if head == "sgd" else []),
-        "--out", tmp_path / "run")
+        pretrain,
+        "--data",
+        folder,
+        *ARMS,
+        "--init-cnn",
+        tmp_path / "start_cnn.pt",
+        "--init-vit",
+        tmp_path / "start_vit.pt",
+        "--epochs",
+        1,
+        "--bs",
+        7,
+        "--t-max",
+        2,
+        "--lr",
+        3e-3,
+        "--min-lr",
+        7e-4,
+        "--amp",
+        amp,
+        "--swa-start",
+        1,
+        *(["--ablation", "sgd"] if head == "sgd" else []),
+        "--out",
+        tmp_path / "run",
+    )
     assert status == 0, err
     noted = noted[-3:]  # before them come the timed steps, which must leave no trace
     assert [len(batch) for batch in noted] == [7, 7, 7]
 
-    start = timm.create_model("test_vit", pretrained=True, img_size=32, pretrained_cfg_overlay={
-        "state_dict": weights(tmp_path / "start_vit.pt")})
+    start = timm.create_model(
+        "test_vit",
+        pretrained=True,
+        img_size=32,
+        pretrained_cfg_overlay={"state_dict": weights(tmp_path / "start_vit.pt")},
+    )
     arms["vit"].load_state_dict(start.state_dict())
-    before = {arm: {k: v.clone() for k, v in model.state_dict().items()} for arm, model in arms.items()}
+    before = {
+        arm: {k: v.clone() for k, v in model.state_dict().items()} for arm, model in arms.items()
+    }
     for model in arms.values():
         model.to(memory_format=LAST).train()
-    optimizers = [torch.optim.SGD(arms["cnn"].parameters(), 3e-3, 0.9, fused=True) if head == "sgd" else
-                  torch.optim.Adam(arms["cnn"].parameters(), lr=3e-3, fused=True),
-                  torch.optim.Adam(arms["vit"].parameters(), lr=3e-3, fused=True)]
+    optimizers = [
+        torch.optim.SGD(arms["cnn"].parameters(), 3e-3, 0.9, fused=True)
+        if head == "sgd"
+        else torch.optim.Adam(arms["cnn"].parameters(), lr=3e-3, fused=True),
+        torch.optim.Adam(arms["vit"].parameters(), lr=3e-3, fused=True),
+    ]
     schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 2, 7e-4) for o in optimizers]
     total = 0.0
     for images in noted:
@@ -126,7 +161,9 @@ def test_three_steps_of_pretraining_equal_a_plain_loop(folder, tmp_path, script,
         ours = weights(tmp_path / f"run/{arm}.pt")["state_dict"]
         equal(ours, model.state_dict(), **tolerance)
         assert moved(before[arm], ours)
-    assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(total / 3, rel=1e-4 if amp == "off" else 0.05)
+    assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(
+        total / 3, rel=1e-4 if amp == "off" else 0.05
+    )
 
 
 def test_autocast_is_on_where_it_is_asked_for_and_only_there(folder, tmp_path, script, monkeypatch):
@@ -139,21 +176,71 @@ def test_autocast_is_on_where_it_is_asked_for_and_only_there(folder, tmp_path, s
 
         with monkeypatch.context() as patch:
             patch.setattr(CASS, "forward", note)
-            assert script(pretrain, "--data", folder, *ARMS, "--epochs", 1, "--amp", amp,
-                          "--out", tmp_path / amp)[0] == 0
+            assert (
+                script(
+                    pretrain,
+                    "--data",
+                    folder,
+                    *ARMS,
+                    "--epochs",
+                    1,
+                    "--amp",
+                    amp,
+                    "--out",
+                    tmp_path / amp,
+                )[0]
+                == 0
+            )
         expected = (amp == "bf16", torch.bfloat16 if amp == "bf16" else torch.float32)
         assert set(dtypes) == {expected}
 
 
 def test_the_log_holds_the_learning_rate_of_the_closed_form(folder, tmp_path, script):
-    assert script(pretrain, "--data", folder, *ARMS, "--epochs", 5, "--bs", 8, "--t-max", 4, "--lr", 2e-3,
-                  "--min-lr", 1e-5, "--out", tmp_path / "run")[0] == 0
+    assert (
+        script(
+            pretrain,
+            "--data",
+            folder,
+            *ARMS,
+            "--epochs",
+            5,
+            "--bs",
+            8,
+            "--t-max",
+            4,
+            "--lr",
+            2e-3,
+            "--min-lr",
+            1e-5,
+            "--out",
+            tmp_path / "run",
+        )[0]
+        == 0
+    )
     log = log_of(tmp_path / "run")
     assert [row["iteration"] for row in log] == [3, 6, 9, 12, 15]
     for row in log:
         assert row["lr"] == pytest.approx(annealed(2e-3, 1e-5, 4, row["iteration"]), rel=1e-6)
-    assert script(finetune, "--ckpt", tmp_path / "run/cnn.pt", "--epochs", 4, "--bs", 8, "--t-max", 5, "--lr",
-                  1e-3, "--min-lr", 1e-4, "--patience", 9)[0] == 0
+    assert (
+        script(
+            finetune,
+            "--ckpt",
+            tmp_path / "run/cnn.pt",
+            "--epochs",
+            4,
+            "--bs",
+            8,
+            "--t-max",
+            5,
+            "--lr",
+            1e-3,
+            "--min-lr",
+            1e-4,
+            "--patience",
+            9,
+        )[0]
+        == 0
+    )
     tuned = log_of(tmp_path / "run/finetune_cnn_1")
     assert len(tuned) == 4
     for row in tuned:
@@ -161,15 +248,23 @@ def test_the_log_holds_the_learning_rate_of_the_closed_form(folder, tmp_path, sc
 
 
 def test_every_epoch_has_another_order_and_other_augmentations(folder, tmp_path, script, noted):
-    assert script(pretrain, "--data", folder, *ARMS, "--epochs", 2, "--bs", 21, "--out", tmp_path / "run")[0] == 0
+    assert (
+        script(
+            pretrain, "--data", folder, *ARMS, "--epochs", 2, "--bs", 21, "--out", tmp_path / "run"
+        )[0]
+        == 0
+    )
     split = rows(tmp_path / "run/split.csv")
     plain = torch.stack([normalized(folder / r["path"]) for r in split if r["split"] == "train"])
     noted = noted[-2:]  # without the timed steps
 
     def nearest(batch):
         return [((plain - image).abs().mean((1, 2, 3))).argmin().item() for image in batch]
+
     assert nearest(noted[0]) != nearest(noted[1])
-    untouched = sum((plain - image).abs().amax((1, 2, 3)).min() < 1e-4 for batch in noted for image in batch)
+    untouched = sum(
+        (plain - image).abs().amax((1, 2, 3)).min() < 1e-4 for batch in noted for image in batch
+    )
     assert 1 <= untouched <= 22  # of 42, 0.7^4 = 24 % expected
 
 
@@ -188,7 +283,9 @@ def test_augmentations_come_at_the_expected_rate():
     assert differ > 0.8
     assert torch.equal(views[1, 7], epochs[1][7])  # the same item again
     same = views.__class__(np.stack([images[0]] * 50), np.arange(50), data.augmentation(24), seed=1)
-    assert len({same[0, i].numpy().tobytes() for i in range(50)}) > 20  # images differ among themselves
+    assert (
+        len({same[0, i].numpy().tobytes() for i in range(50)}) > 20
+    )  # images differ among themselves
 
 
 def test_batches_are_shuffled_anew_in_every_epoch():
@@ -210,8 +307,13 @@ def fed():
 
     def note(module, inputs):
         if type(module).__name__ == "ResNet":
-            calls.append((module.training, inputs[0].detach().clone(),
-                          {k: v.clone() for k, v in module.state_dict().items()}))
+            calls.append(
+                (
+                    module.training,
+                    inputs[0].detach().clone(),
+                    {k: v.clone() for k, v in module.state_dict().items()},
+                )
+            )
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
     yield calls
@@ -221,9 +323,27 @@ def fed():
 def test_finetuning_equals_a_plain_loop(pretrained, folder, script, fed, monkeypatch):
     """The used labels alone; weights from them; the head anew; training mode; validation as it is."""
     monkeypatch.setattr(data, "augmentation", lambda *_, **__: lambda image: 255 - image)
-    status, _, err = script(finetune, "--ckpt", pretrained / "cnn.pt", "--frac", 0.5, "--epochs", 1, "--bs", 4,
-                            "--t-max", 2, "--lr", 2e-3, "--min-lr", 1e-4, "--amp", "off", "--class-weights",
-                            "inverse")
+    status, _, err = script(
+        finetune,
+        "--ckpt",
+        pretrained / "cnn.pt",
+        "--frac",
+        0.5,
+        "--epochs",
+        1,
+        "--bs",
+        4,
+        "--t-max",
+        2,
+        "--lr",
+        2e-3,
+        "--min-lr",
+        1e-4,
+        "--amp",
+        "off",
+        "--class-weights",
+        "inverse",
+    )
     assert status == 0, err
     fed[:] = [call for call in fed if not (call[1] == 0).all()]  # looks at shapes do not count
     out = pretrained / "finetune_cnn_0.5"
@@ -231,9 +351,13 @@ def test_finetuning_equals_a_plain_loop(pretrained, folder, script, fed, monkeyp
     used = [r for r in split if r["label_used"] == "1"]
     assert 0 < len(used) < sum(r["split"] == "train" for r in split)
     names = [r["path"] for r in used]
-    inverted = torch.stack([(1 - (normalized(folder / n) * STD + MEAN) - MEAN) / STD for n in names])
+    inverted = torch.stack(
+        [(1 - (normalized(folder / n) * STD + MEAN) - MEAN) / STD for n in names]
+    )
 
-    training = [call for call in fed if call[0]][-math.ceil(len(used) / 4):]  # after the timed steps
+    training = [call for call in fed if call[0]][
+        -math.ceil(len(used) / 4) :
+    ]  # after the timed steps
     start, seen, batches = training[0][2], [], []
     for _, images, _ in training:
         index = [((inverted - image).abs().amax((1, 2, 3))).argmin().item() for image in images]
@@ -262,7 +386,7 @@ def test_finetuning_equals_a_plain_loop(pretrained, folder, script, fed, monkeyp
         p = model(images).sigmoid()
         y = F.one_hot(target, 3).float()
         p_t = p * y + (1 - p) * (1 - y)
-        loss = (-(1 - p_t) ** 2 * p_t.log() * w).mean()
+        loss = (-((1 - p_t) ** 2) * p_t.log() * w).mean()
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -276,18 +400,35 @@ def test_finetuning_equals_a_plain_loop(pretrained, folder, script, fed, monkeyp
     validation = [r for r in split if r["split"] == "val"]
     plain = torch.stack([normalized(folder / r["path"]) for r in validation])
     given = torch.cat([images for mode, images, _ in fed if not mode])
-    torch.testing.assert_close(given[:len(plain)].contiguous(), plain, rtol=0, atol=1e-4)
+    torch.testing.assert_close(given[: len(plain)].contiguous(), plain, rtol=0, atol=1e-4)
     with torch.no_grad():
         p = model.eval()(plain).sigmoid()
     y = F.one_hot(torch.tensor(["abc".index(r["labels"]) for r in validation]), 3).float()
     p_t = p * y + (1 - p) * (1 - y)
-    expected = (-(1 - p_t) ** 2 * p_t.log() * w).mean().item()
+    expected = (-((1 - p_t) ** 2) * p_t.log() * w).mean().item()
     assert log[0]["val_loss"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_tested_weights_are_those_of_the_lowest_validation_loss(pretrained, folder, script, fed):
-    status, _, err = script(finetune, "--ckpt", pretrained / "cnn.pt", "--lr", 0.01, "--t-max", 4,
-                            "--epochs", 8, "--patience", 8, "--bs", 8, "--amp", "off")
+def test_the_tested_weights_are_those_of_the_lowest_validation_loss(
+    pretrained, folder, script, fed
+):
+    status, _, err = script(
+        finetune,
+        "--ckpt",
+        pretrained / "cnn.pt",
+        "--lr",
+        0.01,
+        "--t-max",
+        4,
+        "--epochs",
+        8,
+        "--patience",
+        8,
+        "--bs",
+        8,
+        "--amp",
+        "off",
+    )
     assert status == 0, err
     out = pretrained / "finetune_cnn_1"
     losses = [row["val_loss"] for row in log_of(out)]
@@ -322,8 +463,16 @@ def grouped(seed, n=300, patients=40, duplicates=0):
     table = np.zeros(n, [("hash", "u8")])
     table["hash"] = np.arange(n)
     table["hash"][rng.permutation(n)[:duplicates]] = 0
-    return ImageSet("set", [str(i) for i in range(n)], [], np.eye(2, dtype=bool)[labels], ["0", "1"],
-                    np.array([""] * n), np.array([f"p{g}" for g in groups]), table=table)
+    return ImageSet(
+        "set",
+        [str(i) for i in range(n)],
+        [],
+        np.eye(2, dtype=bool)[labels],
+        ["0", "1"],
+        np.array([""] * n),
+        np.array([f"p{g}" for g in groups]),
+        table=table,
+    )
 
 
 @pytest.mark.parametrize("duplicates", [0, 6])
@@ -377,10 +526,27 @@ def test_class_weights_where_a_class_is_absent():
 
 def test_gradient_checkpointing_leaves_batch_norm_as_without(folder, tmp_path, script):
     for name, more in (("plain", []), ("checkpointed", ["--grad-checkpointing"])):
-        status, _, err = script(pretrain, "--data", folder, *ARMS, "--cnn", "resnet10t", "--epochs", 2, "--bs", 7,
-                                "--amp", "off", *more, "--out", tmp_path / name)
+        status, _, err = script(
+            pretrain,
+            "--data",
+            folder,
+            *ARMS,
+            "--cnn",
+            "resnet10t",
+            "--epochs",
+            2,
+            "--bs",
+            7,
+            "--amp",
+            "off",
+            *more,
+            "--out",
+            tmp_path / name,
+        )
         assert status == 0, err
-    plain, other = (weights(tmp_path / f"{n}/cnn.pt")["state_dict"] for n in ("plain", "checkpointed"))
+    plain, other = (
+        weights(tmp_path / f"{n}/cnn.pt")["state_dict"] for n in ("plain", "checkpointed")
+    )
     for name, value in plain.items():
         if "running" in name or "num_batches" in name:
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
@@ -415,14 +581,42 @@ IMPORTS = "from common import cli\nfrom common.distributed import rank"
 
 def two_processes(cwd, *arguments, **env):
     import os
+
     (cwd / "entry.py").write_text(ENTRY.format(root=str(ROOT), imports=IMPORTS))
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "entry.py",
-         *map(str, arguments)], cwd=cwd, text=True, capture_output=True, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "entry.py",
+            *map(str, arguments),
+        ],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
 
 
-TWO = [*ARMS, "--cnn", "test_vit2", "--epochs", 1, "--bs", 4, "--amp", "off", "--lr", 3e-3, "--swa-start", 1]
+TWO = [
+    *ARMS,
+    "--cnn",
+    "test_vit2",
+    "--epochs",
+    1,
+    "--bs",
+    4,
+    "--amp",
+    "off",
+    "--lr",
+    3e-3,
+    "--swa-start",
+    1,
+]
 
 
 def test_two_processes_and_an_uneven_last_batch_equal_a_plain_loop(folder, tmp_path):
@@ -431,8 +625,10 @@ def test_two_processes_and_an_uneven_last_batch_equal_a_plain_loop(folder, tmp_p
     assert done.returncode == 0, done.stderr
     shares = [torch.load(tmp_path / f"batches{r}.pt", weights_only=True)[-3:] for r in (0, 1)]
     assert [[len(batch) for batch in share] for share in shares] == [[4, 4, 3], [4, 4, 2]]
-    arms = [timm.create_model("test_vit2", num_classes=1000, img_size=32),
-            timm.create_model("test_vit", num_classes=1000, img_size=32)]
+    arms = [
+        timm.create_model("test_vit2", num_classes=1000, img_size=32),
+        timm.create_model("test_vit", num_classes=1000, img_size=32),
+    ]
     pair = CASS(*arms)
     pair.load_state_dict(weights(tmp_path / "start0.pt"))
     optimizers = [torch.optim.Adam(arm.parameters(), lr=3e-3, fused=True) for arm in arms]
@@ -447,7 +643,12 @@ def test_two_processes_and_an_uneven_last_batch_equal_a_plain_loop(folder, tmp_p
             part.step()
         losses.append(loss.item())
     for arm, model in zip(("cnn", "vit"), arms):
-        equal(weights(tmp_path / f"run/{arm}.pt")["state_dict"], model.state_dict(), rtol=1e-3, atol=1e-4)
+        equal(
+            weights(tmp_path / f"run/{arm}.pt")["state_dict"],
+            model.state_dict(),
+            rtol=1e-3,
+            atol=1e-4,
+        )
     assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
 
 

@@ -36,8 +36,9 @@ def tuned(folder, tmp_path, script):
     runs = {}
     for arm, name, size in (("cnn", "test_resnet", 32), ("vit", "test_vit", 48)):
         runs[arm] = tmp_path / f"run/finetune_{arm}"
-        status, _, err = script(finetune, "--arch", name, "--img-size", size, "--data", folder,
-                                "--out", runs[arm], *RUN)
+        status, _, err = script(
+            finetune, "--arch", name, "--img-size", size, "--data", folder, "--out", runs[arm], *RUN
+        )
         assert status == 0, err
     return runs
 
@@ -45,8 +46,12 @@ def tuned(folder, tmp_path, script):
 def by_hand(run, files):
     """Logits by timm, Pillow and numpy alone: nothing of ours but the file."""
     weights = torch.load(run / "best.pt", weights_only=True)
-    model = timm.create_model(weights["arch"], num_classes=weights["num_classes"],
-                              **weights["model_kwargs"], checkpoint_path=str(run / "best.pt"))
+    model = timm.create_model(
+        weights["arch"],
+        num_classes=weights["num_classes"],
+        **weights["model_kwargs"],
+        checkpoint_path=str(run / "best.pt"),
+    )
     model.eval()
     size, images = weights["img_size"], []
     for file in files:
@@ -66,13 +71,21 @@ def test_predictions_are_those_of_finetune(tuned, folder, tmp_path, script):
         plain.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, plain / f"{i:02} {file.parent.name}{file.name}")
     for name, path in (("labelled", folder), ("plain", tmp_path / "plain")):
-        status, out, err = script(predict, "--ckpt", tuned["cnn"] / "best.pt", "--data", path,
-                                  "--out", tmp_path / f"new/{name}.csv")
+        status, out, err = script(
+            predict,
+            "--ckpt",
+            tuned["cnn"] / "best.pt",
+            "--data",
+            path,
+            "--out",
+            tmp_path / f"new/{name}.csv",
+        )
         assert status == 0 and "30 images" in out, err
     table, other = (rows(tmp_path / f"new/{name}.csv") for name in ("labelled", "plain"))
     assert list(table[0]) == ["path", "predicted", "prob_a", "prob_b", "prob_c"]
-    assert [r["path"] for r in table] == sorted(f"{f.parent.name}/{f.name}"
-                                                for f in folder.glob("*/*"))
+    assert [r["path"] for r in table] == sorted(
+        f"{f.parent.name}/{f.name}" for f in folder.glob("*/*")
+    )
     assert [r["path"] for r in other] == sorted(f"deep/er/{f.name}" for f in plain.iterdir())
     np.testing.assert_array_equal(probabilities(table), probabilities(other))
     tested = {r["path"]: r for r in rows(tuned["cnn"] / "predictions.csv")}
@@ -80,21 +93,31 @@ def test_predictions_are_those_of_finetune(tuned, folder, tmp_path, script):
     assert len(same) == len(tested) == 6
     for row in same:
         assert row["predicted"] == tested[row["path"]]["predicted"]
-    np.testing.assert_allclose(probabilities(same),
-                               probabilities([tested[r["path"]] for r in same]), atol=1e-6)
+    np.testing.assert_allclose(
+        probabilities(same), probabilities([tested[r["path"]] for r in same]), atol=1e-6
+    )
 
 
 def test_several_files_are_averaged_each_with_its_own_images(tuned, folder, tmp_path, script):
     weights = torch.load(tuned["vit"] / "best.pt", weights_only=True)
     torch.save({**weights, "mean": [0.5] * 3, "std": [0.4] * 3}, tuned["vit"] / "best.pt")
-    status, out, err = script(predict, "--ckpt", *(tuned[a] / "best.pt" for a in ("cnn", "vit")),
-                              "--data", folder, "--out", tmp_path / "p.csv",
-                              "--embeddings", tmp_path / "e.npz")
+    status, out, err = script(
+        predict,
+        "--ckpt",
+        *(tuned[a] / "best.pt" for a in ("cnn", "vit")),
+        "--data",
+        folder,
+        "--out",
+        tmp_path / "p.csv",
+        "--embeddings",
+        tmp_path / "e.npz",
+    )
     assert status == 0 and "mean of 2 files" in out, err
     table = rows(tmp_path / "p.csv")
     files = [folder / r["path"] for r in table]
-    (logits_cnn, features_cnn), (logits_vit, features_vit) = (by_hand(tuned[a], files)
-                                                              for a in ("cnn", "vit"))
+    (logits_cnn, features_cnn), (logits_vit, features_vit) = (
+        by_hand(tuned[a], files) for a in ("cnn", "vit")
+    )
     expected = (logits_cnn.sigmoid() + logits_vit.sigmoid()).numpy() / 2
     np.testing.assert_allclose(probabilities(table), expected, atol=1e-5)
     assert [r["predicted"] for r in table] == ["abc"[i] for i in expected.argmax(1)]
@@ -125,7 +148,7 @@ def test_the_transform_is_to_the_bit_that_of_training(tuned, tmp_path):
     colour = Image.fromarray(picture(3, (90, 50)))
     colour.save(tmp_path / "turned.jpg", exif=exif)
     colour.convert("RGBA").rotate(30).save(tmp_path / "clear.png")
-    Image.fromarray((picture(4)[..., 0].astype(np.uint16) * 200)).save(tmp_path / "grey16.png")
+    Image.fromarray(picture(4)[..., 0].astype(np.uint16) * 200).save(tmp_path / "grey16.png")
     colour.quantize(8).save(tmp_path / "palette.gif", save_all=True, append_images=[colour])
     for name in ("turned.jpg", "clear.png", "grey16.png", "palette.gif"):
         pixels, _ = decode(str(tmp_path / name), 48)
@@ -136,22 +159,43 @@ def test_the_transform_is_to_the_bit_that_of_training(tuned, tmp_path):
 def test_neither_batch_nor_workers_nor_cache_change_the_numbers(tuned, folder, tmp_path, script):
     variants = ["--bs 1", "--bs 32", "--bs 7 --workers 1", "--bs 7 --no-cache"]
     for i, flags in enumerate(variants):
-        assert script(predict, "--ckpt", *(tuned[a] / "best.pt" for a in ("cnn", "vit")), "--data",
-                      folder, "--out", tmp_path / f"{i}.csv", "--embeddings", tmp_path / f"{i}.npz",
-                      *flags.split())[0] == 0
+        assert (
+            script(
+                predict,
+                "--ckpt",
+                *(tuned[a] / "best.pt" for a in ("cnn", "vit")),
+                "--data",
+                folder,
+                "--out",
+                tmp_path / f"{i}.csv",
+                "--embeddings",
+                tmp_path / f"{i}.npz",
+                *flags.split(),
+            )[0]
+            == 0
+        )
     first = rows(tmp_path / "0.csv")
     for i in range(1, len(variants)):
         table = rows(tmp_path / f"{i}.csv")
         assert [r["path"] for r in table] == [r["path"] for r in first]
         np.testing.assert_allclose(probabilities(table), probabilities(first), atol=1e-5)
-        np.testing.assert_allclose(np.load(tmp_path / f"{i}.npz")["embeddings_2"],
-                                   np.load(tmp_path / "0.npz")["embeddings_2"], atol=1e-4)
+        np.testing.assert_allclose(
+            np.load(tmp_path / f"{i}.npz")["embeddings_2"],
+            np.load(tmp_path / "0.npz")["embeddings_2"],
+            atol=1e-4,
+        )
 
 
 def test_a_bad_image(tuned, folder, tmp_path, script):
     (folder / "a/0.png").write_bytes(b"no image")
-    arguments = ["--ckpt", *(tuned[a] / "best.pt" for a in ("cnn", "vit")), "--data", folder,
-                 "--out", tmp_path / "p/p.csv"]
+    arguments = [
+        "--ckpt",
+        *(tuned[a] / "best.pt" for a in ("cnn", "vit")),
+        "--data",
+        folder,
+        "--out",
+        tmp_path / "p/p.csv",
+    ]
     status, _, err = script(predict, *arguments)
     assert status == 2 and "a/0.png" in one_line(err) and "--skip-bad" in one_line(err)
     assert not list((tmp_path / "p").iterdir())
@@ -159,8 +203,9 @@ def test_a_bad_image(tuned, folder, tmp_path, script):
     assert status == 0 and "a/0.png" in out, err
     table = rows(tmp_path / "p/p.csv")
     (folder / "a/0.png").unlink()
-    assert [r["path"] for r in table] == sorted(f"{f.parent.name}/{f.name}"
-                                                for f in folder.glob("*/*"))
+    assert [r["path"] for r in table] == sorted(
+        f"{f.parent.name}/{f.name}" for f in folder.glob("*/*")
+    )
     logits = [by_hand(tuned[a], [folder / r["path"] for r in table])[0] for a in ("cnn", "vit")]
     expected = sum(x.sigmoid() for x in logits) / 2
     np.testing.assert_allclose(probabilities(table), expected, atol=1e-5)
@@ -169,36 +214,63 @@ def test_a_bad_image(tuned, folder, tmp_path, script):
 def test_csv_files_and_arrays_without_labels(tuned, folder, tmp_path, script):
     """A CSV keeps its order, whatever its other columns hold; a .npz file needs no labels."""
     names = [f"{c}/{i}.png" for i in (3, 0, 5) for c in "cab"]
-    (tmp_path / "d.csv").write_text("image,label,label2\n" + "".join(
-        f"{name},,{i}\n" for i, name in enumerate(names)))
-    np.savez(tmp_path / "d.npz", test_images=np.stack([np.asarray(Image.open(folder / n))
-                                                       for n in names]))
+    (tmp_path / "d.csv").write_text(
+        "image,label,label2\n" + "".join(f"{name},,{i}\n" for i, name in enumerate(names))
+    )
+    np.savez(
+        tmp_path / "d.npz",
+        test_images=np.stack([np.asarray(Image.open(folder / n)) for n in names]),
+    )
     for kind, more in (("csv", ["--images", folder]), ("npz", [])):
-        status, _, err = script(predict, "--ckpt", tuned["vit"] / "best.pt", "--data",
-                                tmp_path / f"d.{kind}", *more, "--out", tmp_path / f"{kind}.out")
+        status, _, err = script(
+            predict,
+            "--ckpt",
+            tuned["vit"] / "best.pt",
+            "--data",
+            tmp_path / f"d.{kind}",
+            *more,
+            "--out",
+            tmp_path / f"{kind}.out",
+        )
         assert status == 0, err
     assert [r["path"] for r in rows(tmp_path / "csv.out")] == names
     assert [r["path"] for r in rows(tmp_path / "npz.out")] == [f"test/{i}" for i in range(9)]
-    np.testing.assert_array_equal(probabilities(rows(tmp_path / "csv.out")),
-                                  probabilities(rows(tmp_path / "npz.out")))
+    np.testing.assert_array_equal(
+        probabilities(rows(tmp_path / "csv.out")), probabilities(rows(tmp_path / "npz.out"))
+    )
 
 
 def test_folders_named_as_splits_are_but_folders(tuned, folder, tmp_path, script):
     for name in ("train/x.png", "test/x.png", "x.png"):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "a/1.png", tmp_path / "d" / name)
-    status, _, err = script(predict, "--ckpt", tuned["vit"] / "best.pt", "--data", tmp_path / "d",
-                            "--out", tmp_path / "p.csv")
+    status, _, err = script(
+        predict,
+        "--ckpt",
+        tuned["vit"] / "best.pt",
+        "--data",
+        tmp_path / "d",
+        "--out",
+        tmp_path / "p.csv",
+    )
     assert status == 0, err
     assert [r["path"] for r in rows(tmp_path / "p.csv")] == ["test/x.png", "train/x.png", "x.png"]
 
 
 def test_pretrained_arms_give_features_alone(pretrained, folder, tmp_path, script):
-    status, _, err = script(predict, "--ckpt", pretrained / "cnn.pt", "--data", folder, "--out",
-                            tmp_path / "p.csv")
+    status, _, err = script(
+        predict, "--ckpt", pretrained / "cnn.pt", "--data", folder, "--out", tmp_path / "p.csv"
+    )
     assert status == 2 and "no classes" in one_line(err) and "--embeddings" in one_line(err)
-    status, _, err = script(predict, "--ckpt", pretrained / "cnn.pt", "--data", folder,
-                            "--embeddings", tmp_path / "e.npz")
+    status, _, err = script(
+        predict,
+        "--ckpt",
+        pretrained / "cnn.pt",
+        "--data",
+        folder,
+        "--embeddings",
+        tmp_path / "e.npz",
+    )
     assert status == 0 and not (tmp_path / "p.csv").exists(), err
     arrays = np.load(tmp_path / "e.npz")
     assert set(arrays.files) == {"embeddings", "paths"}
@@ -216,22 +288,25 @@ def test_predict_refuses(tuned, folder, tmp_path, script, monkeypatch):
     (tmp_path / "there.csv").write_text("mine")
     best, out = tuned["vit"] / "best.pt", ["--out", "p.csv"]
     for ckpt, more, message in (
-            ([best, "other.pt"], out, "other.pt: has the classes b, a, c"),
-            ([best, "several.pt"], out, "several.pt: predicts several labels"),
-            (["misfit.pt"], out, "misfit.pt: its weights do not fit test_resnet"),
-            (["nothing.pt"], out, "nothing.pt: there is no such file"),
-            ([tmp_path / "there.csv"], out, "there.csv"),
-            ([best], [], "--out FILE, --embeddings FILE"),
-            ([best], ["--out", "x", "--embeddings", "x"], "same file"),
-            ([best], ["--out", "there.csv"], "there.csv: is there already"),
-            ([best], ["--out", "images"], "images: is a folder"),
-            ([best], ["--out", "there.csv/p.csv"], "there.csv: is not a folder"),
-            ([best], [*out, "--data", "nothing"], "nothing: there is no such")):
+        ([best, "other.pt"], out, "other.pt: has the classes b, a, c"),
+        ([best, "several.pt"], out, "several.pt: predicts several labels"),
+        (["misfit.pt"], out, "misfit.pt: its weights do not fit test_resnet"),
+        (["nothing.pt"], out, "nothing.pt: there is no such file"),
+        ([tmp_path / "there.csv"], out, "there.csv"),
+        ([best], [], "--out FILE, --embeddings FILE"),
+        ([best], ["--out", "x", "--embeddings", "x"], "same file"),
+        ([best], ["--out", "there.csv"], "there.csv: is there already"),
+        ([best], ["--out", "images"], "images: is a folder"),
+        ([best], ["--out", "there.csv/p.csv"], "there.csv: is not a folder"),
+        ([best], [*out, "--data", "nothing"], "nothing: there is no such"),
+    ):
         status, _, err = script(predict, "--ckpt", *ckpt, "--data", folder, *more)
         assert status == 2 and message in one_line(err), (message, err)
     assert (tmp_path / "there.csv").read_text() == "mine" and not (tmp_path / "p.csv").exists()
-    assert script(predict, "--ckpt", best, "--data", folder, "--out", "there.csv",
-                  "--overwrite")[0] == 0
+    assert (
+        script(predict, "--ckpt", best, "--data", folder, "--out", "there.csv", "--overwrite")[0]
+        == 0
+    )
     assert len(rows(tmp_path / "there.csv")) == 30
 
 
@@ -240,10 +315,12 @@ def test_predict_refuses(tuned, folder, tmp_path, script, monkeypatch):
 
 def expected_scores(true, p):
     predicted, how = p.argmax(1), {"labels": [0, 1, 2], "zero_division": 0}
-    return {"macro_f1": f1_score(true, predicted, average="macro", **how),
-            "micro_f1": f1_score(true, predicted, average="micro", **how),
-            "balanced_accuracy": balanced_accuracy_score(true, predicted),
-            "auroc": np.mean([roc_auc_score(true == c, p[:, c]) for c in range(3)])}
+    return {
+        "macro_f1": f1_score(true, predicted, average="macro", **how),
+        "micro_f1": f1_score(true, predicted, average="micro", **how),
+        "balanced_accuracy": balanced_accuracy_score(true, predicted),
+        "auroc": np.mean([roc_auc_score(true == c, p[:, c]) for c in range(3)]),
+    }
 
 
 def test_the_ensemble_against_scikit_learn(tmp_path, script):
@@ -253,18 +330,49 @@ def test_the_ensemble_against_scikit_learn(tmp_path, script):
     draw_classes(d / "test", {"a": 9, "b": 9, "c": 9}, start=500)
     for c in "abc":
         (d / f"test/{c}/copy.png").write_bytes((d / f"train/{c}/0.png").read_bytes())
-    assert script(finetune, "--arch", "test_vit", "--img-size", 32, "--data", d, *RUN, "--out",
-                  tmp_path / "start")[0] == 0
+    assert (
+        script(
+            finetune,
+            "--arch",
+            "test_vit",
+            "--img-size",
+            32,
+            "--data",
+            d,
+            *RUN,
+            "--out",
+            tmp_path / "start",
+        )[0]
+        == 0
+    )
     start = torch.load(tmp_path / "start/best.pt", weights_only=True)
     hashes = [decode(str(d / f"test/{c}/1.png"), 32)[1]["hash"] for c in "abc"]
     start["seen"] = torch.from_numpy(np.array(hashes, "u8").view("int64"))
     torch.save(start, tmp_path / "saw.pt")
     runs = [tmp_path / "finetune_cnn", tmp_path / "finetune_vit"]
-    begin = (["--arch", "test_resnet", "--img-size", 32, "--init", "random"],
-             ["--ckpt", tmp_path / "saw.pt"])
+    begin = (
+        ["--arch", "test_resnet", "--img-size", 32, "--init", "random"],
+        ["--ckpt", tmp_path / "saw.pt"],
+    )
     for run, flags in zip(runs, begin):
-        assert script(finetune, *flags, "--data", d, "--frac", 0.6, "--epochs", 2, "--seeds", 0, 1,
-                      "--out", run)[0] == 0
+        assert (
+            script(
+                finetune,
+                *flags,
+                "--data",
+                d,
+                "--frac",
+                0.6,
+                "--epochs",
+                2,
+                "--seeds",
+                0,
+                1,
+                "--out",
+                run,
+            )[0]
+            == 0
+        )
     status, out, err = script(ensemble, *runs)
     assert status == 0, err
     folder = tmp_path / "ensemble_cnn_vit"
@@ -286,8 +394,11 @@ def test_the_ensemble_against_scikit_learn(tmp_path, script):
         assert [int(r["duplicate"]) for r in written] == copied.astype(int).tolist()
         assert [int(r["seen"]) for r in written] == seen.astype(int).tolist()
         for entry, p in zip([*result["runs"], result["mean"]], [*each, mean]):
-            for part, mask in (("test", copied | True), ("test_without_duplicates", ~copied),
-                               ("test_without_seen", ~seen)):
+            for part, mask in (
+                ("test", copied | True),
+                ("test_without_duplicates", ~copied),
+                ("test_without_seen", ~seen),
+            ):
                 scores = entry["results"][s][part]
                 assert scores["n"] == mask.sum()
                 for key, value in expected_scores(true[mask], p[mask]).items():
@@ -311,10 +422,24 @@ def test_the_ensemble_of_multilabel_runs(tmp_path, script):
         lines.append(f"i{i}.png," + ",".join(map(str, rng.integers(0, 2, 3))))
     (tmp_path / "labels.csv").write_text("image,x,y,z\n" + "\n".join(lines))
     for arm in ("resnet", "vit"):
-        assert script(finetune, "--arch", f"test_{arm}", "--img-size", 32, "--data",
-                      tmp_path / "labels.csv", *RUN, "--out", tmp_path / arm)[0] == 0
-    status, out, err = script(ensemble, tmp_path / "resnet", tmp_path / "vit",
-                              "--out", tmp_path / "e")
+        assert (
+            script(
+                finetune,
+                "--arch",
+                f"test_{arm}",
+                "--img-size",
+                32,
+                "--data",
+                tmp_path / "labels.csv",
+                *RUN,
+                "--out",
+                tmp_path / arm,
+            )[0]
+            == 0
+        )
+    status, out, err = script(
+        ensemble, tmp_path / "resnet", tmp_path / "vit", "--out", tmp_path / "e"
+    )
     assert status == 0 and "±" not in out, err
     tables = [rows(tmp_path / arm / "predictions.csv") for arm in ("resnet", "vit")]
     true = np.array([[c in r["true"] for c in "xyz"] for r in tables[0]])
@@ -322,17 +447,25 @@ def test_the_ensemble_of_multilabel_runs(tmp_path, script):
     scores = json.loads((tmp_path / "e/ensemble.json").read_text())["mean"]["results"][0]["test"]
     for average in ("macro", "micro"):
         assert scores[f"{average}_f1"] == pytest.approx(
-            f1_score(true, mean >= 0.5, average=average, zero_division=0))
+            f1_score(true, mean >= 0.5, average=average, zero_division=0)
+        )
     assert scores["auroc"] == pytest.approx(roc_auc_score(true, mean))
-    status, _, err = script(predict, "--ckpt", *(tmp_path / f"{arm}/best.pt" for arm in
-                                                 ("resnet", "vit")), "--data",
-                            tmp_path / "labels.csv", "--out", tmp_path / "p.csv")
+    status, _, err = script(
+        predict,
+        "--ckpt",
+        *(tmp_path / f"{arm}/best.pt" for arm in ("resnet", "vit")),
+        "--data",
+        tmp_path / "labels.csv",
+        "--out",
+        tmp_path / "p.csv",
+    )
     assert status == 0, err
     new = {r["path"]: r for r in rows(tmp_path / "p.csv")}
     for row in rows(tmp_path / "e/ensemble_predictions.csv"):
         assert new[row["path"]]["predicted"] == row["predicted"]
-        np.testing.assert_allclose(probabilities([new[row["path"]]], "xyz"),
-                                   probabilities([row], "xyz"), atol=1e-6)
+        np.testing.assert_allclose(
+            probabilities([new[row["path"]]], "xyz"), probabilities([row], "xyz"), atol=1e-6
+        )
 
 
 def test_the_ensemble_refuses(tuned, tmp_path, script):
@@ -341,22 +474,28 @@ def test_the_ensemble_refuses(tuned, tmp_path, script):
     lines = before.splitlines(keepends=True)
     label = lines[1].split(",")[1]
     other = lines[1].replace(f",{label},", f",{'b' if label != 'b' else 'c'},", 1)
-    for text, message in ((other + "".join(lines[2:]), "its true labels are not those of"),
-                          ("x" + "".join(lines[1:]), "its test images are not those of"),
-                          ("".join(lines[1:-1]), "does not fit the metrics.json"),
-                          ("".join(lines[1:]).replace(",0,0\n", ",0,1\n"), "does not fit"),
-                          (None, "--resume")):
-        (vit / "predictions.csv").write_text(lines[0] + text) if text else \
-            (vit / "predictions.csv").unlink()
+    for text, message in (
+        (other + "".join(lines[2:]), "its true labels are not those of"),
+        ("x" + "".join(lines[1:]), "its test images are not those of"),
+        ("".join(lines[1:-1]), "does not fit the metrics.json"),
+        ("".join(lines[1:]).replace(",0,0\n", ",0,1\n"), "does not fit"),
+        (None, "--resume"),
+    ):
+        (vit / "predictions.csv").write_text(lines[0] + text) if text else (
+            vit / "predictions.csv"
+        ).unlink()
         status, _, err = script(ensemble, cnn, vit)
         assert status == 2 and message in one_line(err), (message, err)
     status, _, err = script(finetune, "--resume", "--out", vit)  # the way out that was named
     assert status == 0 and (vit / "predictions.csv").read_text() == before, err
     shutil.copytree(vit, tmp_path / "several/seed0")
     metrics = json.loads((cnn / "metrics.json").read_text())
-    for runs, message in (([cnn], "two or more"), ([cnn, cnn], "two or more"),
-                          ([cnn, tmp_path / "nothing"], "nothing: holds no finished run"),
-                          ([cnn, tmp_path / "several"], "with the same --seeds")):
+    for runs, message in (
+        ([cnn], "two or more"),
+        ([cnn, cnn], "two or more"),
+        ([cnn, tmp_path / "nothing"], "nothing: holds no finished run"),
+        ([cnn, tmp_path / "several"], "with the same --seeds"),
+    ):
         status, _, err = script(ensemble, *runs)
         assert status == 2 and message in one_line(err), (message, err)
     (cnn / "metrics.json").write_text(json.dumps({**metrics, "multilabel": True}))

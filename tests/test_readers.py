@@ -22,8 +22,10 @@ def save(path, seed=0):
 
 
 def labels_of(images):
-    return {name: [c for c, has in zip(images.classes, row) if has]
-            for name, row in zip(images.names, images.labels)}
+    return {
+        name: [c for c, has in zip(images.classes, row) if has]
+        for name, row in zip(images.names, images.labels)
+    }
 
 
 # folders
@@ -53,8 +55,16 @@ def test_class_folders(folder):
     assert read(**flags(folder, label_col=["none"])).classes == []
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("Training", "Testing"), ("TRAIN", "val", "Test"),
-                                   ("train", "valid"), ("train", "validation", "test")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "test"),
+        ("Training", "Testing"),
+        ("TRAIN", "val", "Test"),
+        ("train", "valid"),
+        ("train", "validation", "test"),
+    ],
+)
 def test_splits_above_the_classes(tmp_path, names):
     for i, name in enumerate(names):
         draw_classes(tmp_path / "d" / name, {"a": 3, "b": 2}, start=100 * i)
@@ -103,29 +113,34 @@ def test_links_are_followed_once(tmp_path):
 @pytest.fixture
 def table(tmp_path):
     """table(text, names=...) -> flags of a CSV file beside these images."""
+
     def make(text, names=("i0.png", "i1.png", "i2.png"), **more):
         for i, name in enumerate(names):
             save(tmp_path / "t" / name, i)
         file = tmp_path / "t/labels.csv"
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
         return flags(file, **more)
+
     return make
 
 
 LABELS = {"i0.png": ["a"], "i1.png": ["b"], "i2.png": ["a"]}
 
 
-@pytest.mark.parametrize("text", [
-    "image,label\ni0.png,a\ni1.png,b\ni2.png,a\n",
-    "image,label\ni0,a\ni1,b\ni2,a\n",
-    b"\xef\xbb\xbfimage;label\r\ni0;a\r\ni1;b\r\ni2;a\r\n",
-    "label\tname\na\ti0\nb\ti1\na\ti2",
-    'image,label\n"i0.png","a"\n\ni1.png, b \ni2.png,a\n',
-    "age,image,label\n3,i0,a\n4,i1,b\n5,i2,a\n",
-    "image,label\ni0,a\ni1,b\ni2,a\ni2.png,a\n",
-    "image,label\n./i0.png,a\ni1.png,b\nnowhere/../i2.png,a\n",
-    'image,note,label\ni0,"two\nlines",a\ni1,"",b\ni2,x,a\n',
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,label\ni0.png,a\ni1.png,b\ni2.png,a\n",
+        "image,label\ni0,a\ni1,b\ni2,a\n",
+        b"\xef\xbb\xbfimage;label\r\ni0;a\r\ni1;b\r\ni2;a\r\n",
+        "label\tname\na\ti0\nb\ti1\na\ti2",
+        'image,label\n"i0.png","a"\n\ni1.png, b \ni2.png,a\n',
+        "age,image,label\n3,i0,a\n4,i1,b\n5,i2,a\n",
+        "image,label\ni0,a\ni1,b\ni2,a\ni2.png,a\n",
+        "image,label\n./i0.png,a\ni1.png,b\nnowhere/../i2.png,a\n",
+        'image,note,label\ni0,"two\nlines",a\ni1,"",b\ni2,x,a\n',
+    ],
+)
 def test_one_label_column(table, text):
     assert labels_of(read(**table(text))) == LABELS
 
@@ -155,15 +170,21 @@ def test_one_hot_with_an_empty_column(table):
 
 def test_multi_hot(table):
     images = read(**table("image,x,y\ni0,1,1\ni1,0,0\ni2,0,1\n"))
-    assert images.multilabel and labels_of(images) == {"i0.png": ["x", "y"], "i1.png": [],
-                                                       "i2.png": ["y"]}
+    assert images.multilabel and labels_of(images) == {
+        "i0.png": ["x", "y"],
+        "i1.png": [],
+        "i2.png": ["y"],
+    }
 
 
 def test_delimited_labels(table):
     text = "image,label\ni0,x|y\ni1,\ni2,y\n"
     images = read(**table(text))
-    assert images.multilabel and labels_of(images) == {"i0.png": ["x", "y"], "i1.png": [],
-                                                       "i2.png": ["y"]}
+    assert images.multilabel and labels_of(images) == {
+        "i0.png": ["x", "y"],
+        "i1.png": [],
+        "i2.png": ["y"],
+    }
     images = read(**table('image,label\ni0,"x,y"\ni1,x\ni2,y\n', label_sep=","))
     assert images.labels.sum() == 4
     images = read(**table('image,label\ni0,"x,y"\ni1,x\ni2,x\n', label_sep="none"))
@@ -187,27 +208,30 @@ def test_multilabel_as_told(folder):
     assert read(**flags(folder, multilabel=True)).multilabel
 
 
-@pytest.mark.parametrize("text, message, more", [
-    ("image,label\ni0,a\nlost,b\ngone,a\n", "2 of 3 rows.*line 3: lost.*line 4: gone", {}),
-    ("image,label\ni0,a\n../../etc/x.png,b\n", "outside.*line 3", {}),
-    ("image,label\ni0,a\ni1,\n", "no label.*line 3", {}),
-    ("image,label\ni0,a\ni1\n", "line 3: 1", {}),
-    ("image,label\ni0,a\ni0.png,b\n", "lines 2 and 3 contradict", {}),
-    ("image,label\ni0,x|y\ni1,x;y\n", "--label-sep", {}),
-    ('image,label\ni0,"x,y"\ni1,x\n', "--label-sep", {}),
-    ("image,dx,age\ni0,a,3\ni1,b,4\n", "--label-col", {}),
-    ("image,x,y\ni0,0,1\ni1,2,1\n", "0 or 1.*line 3", {"label_col": ["x", "y"]}),
-    ("image,label\ni0,a\n", "no column dx.*image, label", {"label_col": ["dx"]}),
-    ("image,label\ni0,a\n", "no column id", {"image_col": "id"}),
-    ("one,two\ni0,i1\ni1,i0\n", "--image-col", {}),
-    ("one,two\nq,r\ns,t\n", "--image-col.*--images", {}),
-    ("image,image\ni0,i1\n", "twice: image", {}),
-    ("image,label\n", "no rows", {}),
-    ("", "column names", {}),
-    (b"image,label\ni0,\xff\xfe\n", "UTF-8", {}),
-    ('image,label\ni0,"a\n', "CSV", {}),
-    ("image,label\ni0,a\n", "no such folder", {"images": "/nowhere/at/all"}),
-])
+@pytest.mark.parametrize(
+    "text, message, more",
+    [
+        ("image,label\ni0,a\nlost,b\ngone,a\n", "2 of 3 rows.*line 3: lost.*line 4: gone", {}),
+        ("image,label\ni0,a\n../../etc/x.png,b\n", "outside.*line 3", {}),
+        ("image,label\ni0,a\ni1,\n", "no label.*line 3", {}),
+        ("image,label\ni0,a\ni1\n", "line 3: 1", {}),
+        ("image,label\ni0,a\ni0.png,b\n", "lines 2 and 3 contradict", {}),
+        ("image,label\ni0,x|y\ni1,x;y\n", "--label-sep", {}),
+        ('image,label\ni0,"x,y"\ni1,x\n', "--label-sep", {}),
+        ("image,dx,age\ni0,a,3\ni1,b,4\n", "--label-col", {}),
+        ("image,x,y\ni0,0,1\ni1,2,1\n", "0 or 1.*line 3", {"label_col": ["x", "y"]}),
+        ("image,label\ni0,a\n", "no column dx.*image, label", {"label_col": ["dx"]}),
+        ("image,label\ni0,a\n", "no column id", {"image_col": "id"}),
+        ("one,two\ni0,i1\ni1,i0\n", "--image-col", {}),
+        ("one,two\nq,r\ns,t\n", "--image-col.*--images", {}),
+        ("image,image\ni0,i1\n", "twice: image", {}),
+        ("image,label\n", "no rows", {}),
+        ("", "column names", {}),
+        (b"image,label\ni0,\xff\xfe\n", "UTF-8", {}),
+        ('image,label\ni0,"a\n', "CSV", {}),
+        ("image,label\ni0,a\n", "no such folder", {"images": "/nowhere/at/all"}),
+    ],
+)
 def test_bad_tables_are_refused(table, text, message, more):
     with pytest.raises(UserError, match=message) as error:
         read(**table(text, **more))
@@ -237,10 +261,12 @@ def test_a_split_of_ones_own(folder, tmp_path):
     file.write_text("path,split\n" + "\n".join(lines[1:]))
     images = read(**flags(folder, split=str(file)))
     assert len(images) == 29 and "a/0.png" in images.notes[0]  # what it does not name is left out
-    for text, message in (("path,split\n" + "\n".join([*lines, "a/no.png,test"]), "names 1 images"),
-                          ("path,split\na/0.png,later", "line 2: later"),
-                          ("name,split\na,b", "columns path and split"),
-                          ("\n".join(["path,split", *lines, lines[0]]), "twice")):
+    for text, message in (
+        ("path,split\n" + "\n".join([*lines, "a/no.png,test"]), "names 1 images"),
+        ("path,split\na/0.png,later", "line 2: later"),
+        ("name,split\na,b", "columns path and split"),
+        ("\n".join(["path,split", *lines, lines[0]]), "twice"),
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             read(**flags(folder, split=str(file)))
@@ -248,11 +274,19 @@ def test_a_split_of_ones_own(folder, tmp_path):
 
 def medmnist(classes=3, channels=(), labels=1):
     rng = np.random.default_rng(0)
-    return {f"{s}_{kind}": array for s, n in (("train", 9), ("val", 3), ("test", 6))
-            for kind, array in (
-                ("images", rng.integers(0, 255, (n, 28, 28, *channels), dtype=np.uint8)),
-                ("labels", (np.arange(n) % classes)[:, None] if labels == 1 else
-                 rng.integers(0, 2, (n, labels))))}
+    return {
+        f"{s}_{kind}": array
+        for s, n in (("train", 9), ("val", 3), ("test", 6))
+        for kind, array in (
+            ("images", rng.integers(0, 255, (n, 28, 28, *channels), dtype=np.uint8)),
+            (
+                "labels",
+                (np.arange(n) % classes)[:, None]
+                if labels == 1
+                else rng.integers(0, 2, (n, labels)),
+            ),
+        )
+    }
 
 
 @pytest.mark.parametrize("channels", [(), (3,)])
@@ -279,10 +313,12 @@ def test_bad_npz_files_are_refused_and_not_run(tmp_path):
         def __reduce__(self):
             return open, (str(tmp_path / "ran"), "w")
 
-    for arrays, message in (({"x": np.zeros(2)}, "needs the arrays"),
-                            ({**medmnist(), "train_images": np.array([Bomb()] * 9)}, "plain arrays"),
-                            ({**medmnist(), "val_labels": np.zeros((6, 1), int)}, "another number"),
-                            ({**medmnist(), "val_images": np.zeros((3, 28, 28))}, "uint8")):
+    for arrays, message in (
+        ({"x": np.zeros(2)}, "needs the arrays"),
+        ({**medmnist(), "train_images": np.array([Bomb()] * 9)}, "plain arrays"),
+        ({**medmnist(), "val_labels": np.zeros((6, 1), int)}, "another number"),
+        ({**medmnist(), "val_images": np.zeros((3, 28, 28))}, "uint8"),
+    ):
         np.savez(file, **arrays)
         with pytest.raises(UserError, match=message):
             read(**flags(file))

@@ -18,8 +18,19 @@ from common.run import Run
 
 # 21 training images, the last one alone and left out: four batches an epoch; snapshots from the
 # second epoch on; drop paths draw random numbers
-LONG = [*ARMS, "--epochs", 4, "--bs", 5, "--t-max", 3, "--swa-start", 0.3, "--vit-kwargs",
-        "drop_path_rate=0.2"]
+LONG = [
+    *ARMS,
+    "--epochs",
+    4,
+    "--bs",
+    5,
+    "--t-max",
+    3,
+    "--swa-start",
+    0.3,
+    "--vit-kwargs",
+    "drop_path_rate=0.2",
+]
 
 
 class Cut(Exception):
@@ -29,6 +40,7 @@ class Cut(Exception):
 @pytest.fixture
 def cut_after(monkeypatch):
     """cut_after(n): the run dies, as if killed, in its n-th optimizer step of the CNN or model."""
+
     def arm(n):
         step, count = torch.optim.Adam.step, [0]
 
@@ -40,6 +52,7 @@ def cut_after(monkeypatch):
 
         monkeypatch.setattr(torch.optim.Adam, "step", dying_step)
         return lambda: monkeypatch.setattr(torch.optim.Adam, "step", step)
+
     return arm
 
 
@@ -65,11 +78,14 @@ def test_pretraining_cut_anywhere(folder, tmp_path, script, cut_after, cut):
     assert status == 0, err
     for arm in ("cnn", "vit"):
         assert same(uncut / f"{arm}.pt", resumed / f"{arm}.pt")
-    logs = [[json.loads(line) for line in (o / "log.jsonl").read_text().splitlines()]
-            for o in (uncut, resumed)]
+    logs = [
+        [json.loads(line) for line in (o / "log.jsonl").read_text().splitlines()]
+        for o in (uncut, resumed)
+    ]
     for a, b in zip(*logs, strict=True):
         assert {k: a[k] for k in ("epoch", "iteration", "loss", "lr", "swa_snapshots")} == {
-            k: b[k] for k in ("epoch", "iteration", "loss", "lr", "swa_snapshots")}
+            k: b[k] for k in ("epoch", "iteration", "loss", "lr", "swa_snapshots")
+        }
 
 
 @pytest.mark.parametrize("cut", [2, 9])
@@ -102,8 +118,19 @@ def test_finetuning_goes_on_from_a_folder_that_was_moved(pretrained, tmp_path, s
     assert not (tmp_path / "old").exists()
 
 
-def test_finetuning_refuses_to_go_on_with_other_data(pretrained, folder, tmp_path, script, cut_after):
-    command = ["--ckpt", pretrained / "cnn.pt", "--epochs", 4, "--bs", 8, "--out", tmp_path / "tuned"]
+def test_finetuning_refuses_to_go_on_with_other_data(
+    pretrained, folder, tmp_path, script, cut_after
+):
+    command = [
+        "--ckpt",
+        pretrained / "cnn.pt",
+        "--epochs",
+        4,
+        "--bs",
+        8,
+        "--out",
+        tmp_path / "tuned",
+    ]
     mend = cut_after(7)
     with pytest.raises(Cut):
         script(finetune, *command, "--save-every", 1)
@@ -116,8 +143,10 @@ def test_finetuning_refuses_to_go_on_with_other_data(pretrained, folder, tmp_pat
 def test_a_resumed_finished_finetuning_trains_nothing(pretrained, tmp_path, script, cut_after):
     command = ["--ckpt", pretrained / "cnn.pt", "--epochs", 3, "--out", tmp_path / "tuned"]
     assert script(finetune, *command)[0] == 0
-    kept = {name: (tmp_path / "tuned" / name).read_text() for name in ("confusion.csv", "predictions.csv",
-                                                                     "log.jsonl")}
+    kept = {
+        name: (tmp_path / "tuned" / name).read_text()
+        for name in ("confusion.csv", "predictions.csv", "log.jsonl")
+    }
     for name in kept:
         (tmp_path / "tuned" / name).unlink()
     cut_after(1)  # no step may be taken
@@ -133,10 +162,12 @@ def test_other_flags_come_from_the_checkpoint(folder, tmp_path, script, cut_afte
     mend()
     last = tmp_path / "run/last.pt"
     before = last.read_bytes()
-    for changed, message in ((["--lr", "0.5"], "--lr 0.001 (not 0.5)"),
-                             (["--bs", "4", "--seed", "3"], "--bs 5 (not 4), --seed 0 (not 3)"),
-                             (["--epochs", "2"], "--epochs 4"),
-                             (["--data", tmp_path], "--data")):
+    for changed, message in (
+        (["--lr", "0.5"], "--lr 0.001 (not 0.5)"),
+        (["--bs", "4", "--seed", "3"], "--bs 5 (not 4), --seed 0 (not 3)"),
+        (["--epochs", "2"], "--epochs 4"),
+        (["--data", tmp_path], "--data"),
+    ):
         status, _, err = script(pretrain, "--resume", last, *changed)
         assert status == 2 and message in one_line(err), err
     assert last.read_bytes() == before
@@ -197,8 +228,17 @@ def test_resume_refuses_what_it_cannot_go_on_from(folder, tmp_path, script):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_leave_a_checkpoint(folder, tmp_path, number, status):
-    command = [sys.executable, ROOT / "pretrain.py", "--data", folder, *LONG, "--out", tmp_path / "run",
-               "--workers", 1]
+    command = [
+        sys.executable,
+        ROOT / "pretrain.py",
+        "--data",
+        folder,
+        *LONG,
+        "--out",
+        tmp_path / "run",
+        "--workers",
+        1,
+    ]
     command[command.index("--epochs") + 1] = 2000
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run/last.pt").exists():
@@ -213,8 +253,15 @@ def test_signals_leave_a_checkpoint(folder, tmp_path, number, status):
 
 
 def test_kills(folder, tmp_path):
-    assert kill_and_resume("pretrain.py", 2, [
-        "--data", str(folder), *map(str, LONG), "--save-every", "2"], tmp_path) >= 1
+    assert (
+        kill_and_resume(
+            "pretrain.py",
+            2,
+            ["--data", str(folder), *map(str, LONG), "--save-every", "2"],
+            tmp_path,
+        )
+        >= 1
+    )
 
 
 FULL = """

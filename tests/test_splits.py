@@ -22,9 +22,16 @@ def a_set(labels, given=None, groups=None, hashes=None):
     n = len(labels)
     table = np.zeros(n, [("hash", "u8")])
     table["hash"] = np.arange(n) if hashes is None else hashes
-    return ImageSet("set", [str(i) for i in range(n)], [], labels.astype(bool),
-                    [str(c) for c in range(labels.shape[1])], np.array(given or [""] * n),
-                    None if groups is None else np.array(groups), table=table)
+    return ImageSet(
+        "set",
+        [str(i) for i in range(n)],
+        [],
+        labels.astype(bool),
+        [str(c) for c in range(labels.shape[1])],
+        np.array(given or [""] * n),
+        None if groups is None else np.array(groups),
+        table=table,
+    )
 
 
 def long_tailed(n=1000, seed=0):
@@ -154,8 +161,9 @@ def test_a_class_without_a_training_image_is_named():
 
 def test_every_prefix_of_the_order_is_stratified():
     labels = long_tailed(500)
-    order, n_cover = stratified_order(np.eye(5, dtype=bool)[labels], np.arange(500),
-                                      np.random.default_rng(0))
+    order, n_cover = stratified_order(
+        np.eye(5, dtype=bool)[labels], np.arange(500), np.random.default_rng(0)
+    )
     assert sorted(order) == list(range(500)) and n_cover == 5
     assert set(labels[order[:5]]) == set(range(5))
     for k in (50, 100, 333):

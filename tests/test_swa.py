@@ -31,8 +31,9 @@ def test_the_average_is_the_mean_of_the_snapshots():
         if iteration in (20, 28, 36):  # 4 + 8 k, from iteration 20 on
             taken.append(arms["cnn"].weight.detach().clone())
     assert swa.snapshots == 3
-    torch.testing.assert_close(swa.finish(None)["cnn"].weight, torch.stack(taken).mean(0),
-                               rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        swa.finish(None)["cnn"].weight, torch.stack(taken).mean(0), rtol=0, atol=1e-6
+    )
     assert not torch.equal(arms["cnn"].weight, taken[-1])  # the arm itself trained on
 
 
@@ -65,7 +66,9 @@ def test_going_on_from_a_state_dict_equals_going_on():
     assert torch.equal(resumed.finish(None)["cnn"].weight, swa.finish(None)["cnn"].weight)
 
 
-def test_a_run_averages_its_snapshots_and_recomputes_batch_norm(folder, tmp_path, script, monkeypatch):
+def test_a_run_averages_its_snapshots_and_recomputes_batch_norm(
+    folder, tmp_path, script, monkeypatch
+):
     """The saved arm against the mean of weights noted from outside, and its first batch-norm
     against a loop of our own over the training batches."""
     noted, seen = {}, []
@@ -82,9 +85,29 @@ def test_a_run_averages_its_snapshots_and_recomputes_batch_norm(folder, tmp_path
     finish = SWA.finish
     monkeypatch.setattr(SWA, "after_step", note)
     monkeypatch.setattr(SWA, "finish", note_batches)
-    status, out, err = script(pretrain, "--data", folder, "--cnn", "test_resnet", "--vit", "test_vit",
-                              "--img-size", 32, "--init", "random", "--epochs", 4, "--bs", 8,
-                              "--t-max", 2, "--amp", "off", "--out", tmp_path / "run")
+    status, out, err = script(
+        pretrain,
+        "--data",
+        folder,
+        "--cnn",
+        "test_resnet",
+        "--vit",
+        "test_vit",
+        "--img-size",
+        32,
+        "--init",
+        "random",
+        "--epochs",
+        4,
+        "--bs",
+        8,
+        "--t-max",
+        2,
+        "--amp",
+        "off",
+        "--out",
+        tmp_path / "run",
+    )
     assert status == 0, err
     ends = [i for i in noted if i in (2, 6, 10, 14, 18) and i >= 0.75 * len(noted)]
     weights = torch.load(tmp_path / "run/cnn.pt", weights_only=True)
@@ -99,9 +122,15 @@ def test_a_run_averages_its_snapshots_and_recomputes_batch_norm(folder, tmp_path
 
     assert sum(map(len, seen)) >= 20
     first = torch.nn.functional.conv2d
-    means = [first(x, weights["state_dict"]["conv1.0.weight"], stride=2, padding=1).mean((0, 2, 3))
-             for x in seen]
-    torch.testing.assert_close(weights["state_dict"]["conv1.1.running_mean"],
-                               torch.stack(means).mean(0), rtol=1e-3, atol=1e-4)
+    means = [
+        first(x, weights["state_dict"]["conv1.0.weight"], stride=2, padding=1).mean((0, 2, 3))
+        for x in seen
+    ]
+    torch.testing.assert_close(
+        weights["state_dict"]["conv1.1.running_mean"],
+        torch.stack(means).mean(0),
+        rtol=1e-3,
+        atol=1e-4,
+    )
     assert normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).min() < -1  # seen are normalized
     assert min(x.min() for x in seen) < -1

@@ -29,15 +29,24 @@ from tools.introspect import (
 SMALL = dict(img_size=48, patch_size=8, embed_dim=24, depth=2, num_heads=2)  # a grid of 6 x 6
 KINDS = {
     "class token": lambda: timm.create_model("vit_tiny_patch16_224", **SMALL),
-    "class and distillation token": lambda: timm.create_model("deit_tiny_distilled_patch16_224",
-                                                              **SMALL),
-    "no class token": lambda: timm.create_model("vit_tiny_patch16_224", class_token=False,
-                                                reg_tokens=1, global_pool="avg", **SMALL)}
+    "class and distillation token": lambda: timm.create_model(
+        "deit_tiny_distilled_patch16_224", **SMALL
+    ),
+    "no class token": lambda: timm.create_model(
+        "vit_tiny_patch16_224", class_token=False, reg_tokens=1, global_pool="avg", **SMALL
+    ),
+}
 
 
 def swin(size, window):
-    return timm.create_model("swin_tiny_patch4_window7_224", img_size=size, window_size=window,
-                             embed_dim=24, depths=(2, 2), num_heads=(2, 2))
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=size,
+        window_size=window,
+        embed_dim=24,
+        depths=(2, 2),
+        num_heads=(2, 2),
+    )
 
 
 @torch.no_grad()
@@ -60,7 +69,7 @@ def bright(size, patch, places):
     """Black images, each with one white patch at (row, column)."""
     images = torch.zeros(len(places), 3, size, size)
     for image, (r, c) in zip(images, places):
-        image[:, r * patch:(r + 1) * patch, c * patch:(c + 1) * patch] = 1
+        image[:, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] = 1
     return images
 
 
@@ -120,21 +129,26 @@ def test_class_token_s_row_and_mean_attention_received():
             torch.testing.assert_close(attention_map(model, images)[n], expected)
 
 
-@pytest.mark.parametrize("size, window, place", [(48, 4, (3, 9)), (48, 4, (0, 1)), (64, 7, (1, 15)),
-                                                 (64, 7, (14, 2))])
+@pytest.mark.parametrize(
+    "size, window, place", [(48, 4, (3, 9)), (48, 4, (0, 1)), (64, 7, (1, 15)), (64, 7, (14, 2))]
+)
 def test_swin_s_windows_come_back_to_their_places(size, window, place):
     """(64, 7) pads its grid of 16 to 21. A slow loop over pairs of patches says who sees whom."""
     model, n, images = look_at_bright(swin(size, window)), size // 4, bright(size, 4, [place])
     padded = -(-n // window) * window
     for block, shift in ((1, 0), (2, window // 2)):
+
         def corner(i):  # the window, and in shifted blocks the part of it that is masked apart
             i = (i - shift) % n
             return i // window, shift and (i >= padded - window) + (i >= padded - shift)
 
         expected = torch.zeros(n, n)
         for i, j in np.ndindex(n, n):
-            seen = [(a, b) for a, b in np.ndindex(n, n)
-                    if corner(a) == corner(i) and corner(b) == corner(j)]
+            seen = [
+                (a, b)
+                for a, b in np.ndindex(n, n)
+                if corner(a) == corner(i) and corner(b) == corner(j)
+            ]
             seen = [place] if place in seen else seen
             for a, b in seen:
                 expected[a, b] += 1 / len(seen) / n**2
@@ -157,8 +171,13 @@ def test_feature_maps_are_the_outputs_of_the_first_convolutions_that_run():
     torch.manual_seed(0)
     model, images = timm.create_model("resnet18").eval(), torch.randn(2, 3, 32, 32)
     maps = feature_maps(model, images, 5)
-    assert [name for name, _ in maps] == ["conv1", "layer1.0.conv1", "layer1.0.conv2",
-                                          "layer1.1.conv1", "layer1.1.conv2"]
+    assert [name for name, _ in maps] == [
+        "conv1",
+        "layer1.0.conv1",
+        "layer1.0.conv2",
+        "layer1.1.conv1",
+        "layer1.1.conv2",
+    ]
     with torch.no_grad():
         x = model.conv1(images)
         torch.testing.assert_close(maps[0][1], x)
@@ -194,8 +213,10 @@ def features(n, seed=0):
     """Two sets of features of n images, with something in common."""
     rng = torch.Generator().manual_seed(seed)
     common = torch.randn(n, 8, generator=rng)
-    return (torch.cat([common, torch.randn(n, 6, generator=rng)], 1),
-            torch.cat([2 * common[:, :5], torch.randn(n, 9, generator=rng)], 1))
+    return (
+        torch.cat([common, torch.randn(n, 6, generator=rng)], 1),
+        torch.cat([2 * common[:, :5], torch.randn(n, 9, generator=rng)], 1),
+    )
 
 
 def cka_of(x, y, size):
@@ -216,7 +237,7 @@ def test_minibatch_cka_is_the_closed_form_in_one_batch_and_near_it_in_several():
     assert cka_of(x, y, 16).item() == pytest.approx(whole, abs=0.03)
     assert cka_of(x, y, 64).item() == pytest.approx(whole, abs=0.02)
     x, y = x - x.mean(0), y - y.mean(0)  # Kornblith et al.'s form, biased by about 1 / n
-    biased = (x.T @ y).norm()**2 / ((x.T @ x).norm() * (y.T @ y).norm())
+    biased = (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
     assert whole == pytest.approx(biased.item(), abs=0.03)
 
 
@@ -263,26 +284,37 @@ def test_text_keeps_to_its_width_and_tables_to_their_cells():
     table, side = drawing.matrix(values, ["a long name"], ["x", "y", "z"], [["0", "1", "-"]], 0, 1)
     corners = [(table.width - cells * side + 1, table.height - 1) for cells in (3, 2, 1)]
     assert [table.getpixel(corner) for corner in corners] == [
-        tuple(drawing.SCALE[0]), tuple(drawing.SCALE[-1]), drawing.UNKNOWN]
+        tuple(drawing.SCALE[0]),
+        tuple(drawing.SCALE[-1]),
+        drawing.UNKNOWN,
+    ]
 
 
 def test_curves_put_train_and_val_and_both_arms_together():
-    rows = [{"epoch": 1, "iteration": 9, "train_loss": 2.0, "val_loss": 3, "lr": 0.1, "note": "x"},
-            {"epoch": 2, "train_loss": 1.0, "val_loss": None,
-             "health": {"cnn_rank": 4, "vit_rank": 5}}]
+    rows = [
+        {"epoch": 1, "iteration": 9, "train_loss": 2.0, "val_loss": 3, "lr": 0.1, "note": "x"},
+        {"epoch": 2, "train_loss": 1.0, "val_loss": None, "health": {"cnn_rank": 4, "vit_rank": 5}},
+    ]
     assert visualize.series(rows) == {
-        "loss": {"train": [(1, 2.0), (2, 1.0)], "val": [(1, 3)]}, "lr": {"": [(1, 0.1)]},
-        "health_rank": {"cnn": [(2, 4)], "vit": [(2, 5)]}}
+        "loss": {"train": [(1, 2.0), (2, 1.0)], "val": [(1, 3)]},
+        "lr": {"": [(1, 0.1)]},
+        "health_rank": {"cnn": [(2, 4)], "vit": [(2, 5)]},
+    }
 
 
 def test_curves_of_several_runs_have_a_panel_to_an_arm_and_dino_s_arms_are_apart():
     rows = [{"arms": "cnn+vit", "epoch": 1, "loss": 2.0, "cnn_rank": 4, "vit_rank": 5}]
     assert visualize.series(rows, parted=True) == {
-        "loss": {"": [(1, 2.0)]}, "cnn_rank": {"": [(1, 4)]}, "vit_rank": {"": [(1, 5)]}}
+        "loss": {"": [(1, 2.0)]},
+        "cnn_rank": {"": [(1, 4)]},
+        "vit_rank": {"": [(1, 5)]},
+    }
     dino = [{"arms": "cnn", "epoch": 1, "loss": 3.0}, {"arms": "vit", "epoch": 1, "loss": 4.0}]
     assert visualize.series(dino) == {"loss": {"cnn": [(1, 3.0)], "vit": [(1, 4.0)]}}
-    assert visualize.series(dino, parted=True) == {"cnn_loss": {"": [(1, 3.0)]},
-                                                   "vit_loss": {"": [(1, 4.0)]}}
+    assert visualize.series(dino, parted=True) == {
+        "cnn_loss": {"": [(1, 3.0)]},
+        "vit_loss": {"": [(1, 4.0)]},
+    }
 
 
 # the script
@@ -312,14 +344,29 @@ def test_every_figure_of_a_run(pretrained, tmp_path, script, monkeypatch):
     chosen, real = [], visualize.choose
     monkeypatch.setattr(visualize, "choose", lambda *args: chosen.append(real(*args)) or chosen[-1])
     for command, images in (
-            (["attention", "--ckpt", pretrained / "vit.pt"], 6),
-            (["attention", "--ckpt", pretrained / "vit.pt", "--compare", "fine/best.pt", "--n", 2,
-              "--block", 3], 2),
-            (["features", "--ckpt", pretrained / "cnn.pt", "--compare", pretrained / "cnn.pt"], 1),
-            (["features", "--ckpt", pretrained / "cnn.pt", "--layers", 5], 1),
-            (["cka", "--cnn", pretrained / "cnn.pt", "--vit", "fine/best.pt", "--bs", 4], 6),
-            (["curves", pretrained], 0), (["curves", "fine"], 0), (["confusion", "fine"], 0),
-            (["curves", pretrained, "fine", "--only", "loss", "spread"], 0)):
+        (["attention", "--ckpt", pretrained / "vit.pt"], 6),
+        (
+            [
+                "attention",
+                "--ckpt",
+                pretrained / "vit.pt",
+                "--compare",
+                "fine/best.pt",
+                "--n",
+                2,
+                "--block",
+                3,
+            ],
+            2,
+        ),
+        (["features", "--ckpt", pretrained / "cnn.pt", "--compare", pretrained / "cnn.pt"], 1),
+        (["features", "--ckpt", pretrained / "cnn.pt", "--layers", 5], 1),
+        (["cka", "--cnn", pretrained / "cnn.pt", "--vit", "fine/best.pt", "--bs", 4], 6),
+        (["curves", pretrained], 0),
+        (["curves", "fine"], 0),
+        (["confusion", "fine"], 0),
+        (["curves", pretrained, "fine", "--only", "loss", "spread"], 0),
+    ):
         status, out, err = script(visualize, *command, "--out", "out/figure.png")
         assert status == 0 and "wrote out/figure.png" in out, err
         kind, (width, height) = size_of("out/figure.png")
@@ -330,13 +377,15 @@ def test_every_figure_of_a_run(pretrained, tmp_path, script, monkeypatch):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["figure.png"]  # nothing half written
 
 
-def test_one_image_needs_no_data_and_the_default_name_is_the_figure_s(pretrained, folder, tmp_path,
-                                                                      script, monkeypatch):
+def test_one_image_needs_no_data_and_the_default_name_is_the_figure_s(
+    pretrained, folder, tmp_path, script, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(picture(7)).save("mine.png")
     folder.rename(tmp_path / "elsewhere")
-    status, _, err = script(visualize, "attention", "--ckpt", pretrained / "vit.pt", "--image",
-                            "mine.png")
+    status, _, err = script(
+        visualize, "attention", "--ckpt", pretrained / "vit.pt", "--image", "mine.png"
+    )
     assert status == 0 and size_of("attention.png")[0] == "PNG", err
     status, _, err = script(visualize, "features", "--ckpt", pretrained / "cnn.pt")
     assert status == 2 and "no such file or folder" in one_line(err)
@@ -346,41 +395,49 @@ def test_bad_input_gives_one_line_and_status_2(pretrained, folder, tmp_path, scr
     monkeypatch.chdir(tmp_path)
     Image.fromarray(picture(7)).save("mine.png")
     (tmp_path / "text.jpg").write_text("no image")
-    for name, log, confusion in (("empty", "", ""), ("odd", "{", "a,b\nc,d\n"),
-                                 ("list", "[1]\n", "x,a,b\na,1,2,3\nb,1,2\n")):
+    for name, log, confusion in (
+        ("empty", "", ""),
+        ("odd", "{", "a,b\nc,d\n"),
+        ("list", "[1]\n", "x,a,b\na,1,2,3\nb,1,2\n"),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.jsonl").write_text(log)
         (tmp_path / name / "confusion.csv").write_text(confusion)
     cnn, vit = pretrained / "cnn.pt", pretrained / "vit.pt"
     cka = ["cka", "--cnn", cnn, "--vit", vit]
     for command, said in (
-            (["attention", "--ckpt", "none.pt"], "none.pt: there is no such file"),
-            (["attention", "--ckpt", vit, "--compare", "none.pt"], "none.pt: there is no such"),
-            (["attention", "--ckpt", cnn], "cnn.pt: test_resnet has no attention"),
-            (["attention", "--ckpt", vit, "--compare", cnn], "test_resnet has no attention"),
-            (["attention", "--ckpt", vit, "--block", 7], "no attention block 7; there are 6"),
-            (["attention", "--ckpt", vit, "--image", "none.png"], "none.png: cannot be read"),
-            (["attention", "--ckpt", vit, "--image", "text.jpg"], "not an image"),
-            (["attention", "--ckpt", vit, "--image", "mine.png", "--out", "mine.png"],
-             "mine.png: is the image to look at"),
-            (["attention", "--ckpt", vit, "--out", "a.jpg"], "a.jpg: is no name for a .png file"),
-            (["attention", "--ckpt", vit, "--out", "mine.png/a.png"], "mine.png: is not a folder"),
-            (["attention", "--ckpt", vit, "--n", 0], "--n: 0 is not at least 1"),
-            (["attention"], "--ckpt"),
-            (["features", "--ckpt", vit, "--layers", 5], "test_vit has 1 convolutions, not 5"),
-            ([*cka, "--n", 3], "CKA needs 4 images"), ([*cka, "--bs", 3], "CKA needs 4 images"),
-            ([*cka, "--before-cnn", "imagenet"], "--before-cnn FILE, or --before-cnn random"),
-            (["curves", "nowhere"], "nowhere/log.jsonl: No such file"),
-            (["curves", "mine.png"], "log.jsonl: Not a directory"),
-            (["curves", "empty"], "holds no finished epoch"),
-            (["curves", "odd"], "log.jsonl: is not as"),
-            (["curves", pretrained, "--only", "beauty"], "nothing there is called beauty"),
-            (["curves", "list"], "log.jsonl: is not as"),
-            (["confusion", pretrained], "confusion.csv: No such file"),
-            (["confusion", "empty"], "confusion.csv: is not as"),
-            (["confusion", "odd"], "confusion.csv: is not as"),
-            (["confusion", "list"], "confusion.csv: is not as"),
-            (["pictures"], "invalid choice"), ([], "WHAT")):
+        (["attention", "--ckpt", "none.pt"], "none.pt: there is no such file"),
+        (["attention", "--ckpt", vit, "--compare", "none.pt"], "none.pt: there is no such"),
+        (["attention", "--ckpt", cnn], "cnn.pt: test_resnet has no attention"),
+        (["attention", "--ckpt", vit, "--compare", cnn], "test_resnet has no attention"),
+        (["attention", "--ckpt", vit, "--block", 7], "no attention block 7; there are 6"),
+        (["attention", "--ckpt", vit, "--image", "none.png"], "none.png: cannot be read"),
+        (["attention", "--ckpt", vit, "--image", "text.jpg"], "not an image"),
+        (
+            ["attention", "--ckpt", vit, "--image", "mine.png", "--out", "mine.png"],
+            "mine.png: is the image to look at",
+        ),
+        (["attention", "--ckpt", vit, "--out", "a.jpg"], "a.jpg: is no name for a .png file"),
+        (["attention", "--ckpt", vit, "--out", "mine.png/a.png"], "mine.png: is not a folder"),
+        (["attention", "--ckpt", vit, "--n", 0], "--n: 0 is not at least 1"),
+        (["attention"], "--ckpt"),
+        (["features", "--ckpt", vit, "--layers", 5], "test_vit has 1 convolutions, not 5"),
+        ([*cka, "--n", 3], "CKA needs 4 images"),
+        ([*cka, "--bs", 3], "CKA needs 4 images"),
+        ([*cka, "--before-cnn", "imagenet"], "--before-cnn FILE, or --before-cnn random"),
+        (["curves", "nowhere"], "nowhere/log.jsonl: No such file"),
+        (["curves", "mine.png"], "log.jsonl: Not a directory"),
+        (["curves", "empty"], "holds no finished epoch"),
+        (["curves", "odd"], "log.jsonl: is not as"),
+        (["curves", pretrained, "--only", "beauty"], "nothing there is called beauty"),
+        (["curves", "list"], "log.jsonl: is not as"),
+        (["confusion", pretrained], "confusion.csv: No such file"),
+        (["confusion", "empty"], "confusion.csv: is not as"),
+        (["confusion", "odd"], "confusion.csv: is not as"),
+        (["confusion", "list"], "confusion.csv: is not as"),
+        (["pictures"], "invalid choice"),
+        ([], "WHAT"),
+    ):
         status, out, err = script(visualize, *command)
         assert status == 2 and said in one_line(err), (command, err)
     assert size_of("mine.png")[1] == (40, 36) and not list(tmp_path.glob("*.png"))[1:]
@@ -388,16 +445,24 @@ def test_bad_input_gives_one_line_and_status_2(pretrained, folder, tmp_path, scr
 
 def test_what_cannot_be_laid_over_an_image_is_refused():
     images = torch.zeros(1, 3, 32, 32)
-    for name, kwargs in (("xcit_nano_12_p16_224", {}), ("test_resnet", {}),
-                         ("pvt_v2_b0", {}), ("maxvit_rmlp_pico_rw_256", {"img_size": 32})):
+    for name, kwargs in (
+        ("xcit_nano_12_p16_224", {}),
+        ("test_resnet", {}),
+        ("pvt_v2_b0", {}),
+        ("maxvit_rmlp_pico_rw_256", {"img_size": 32}),
+    ):
         with pytest.raises(ValueError, match="something else|no attention"):
             attention_map(timm.create_model(name, **kwargs), images)
 
 
 def test_before_training_is_what_training_began_with(pretrained, tmp_path, script, monkeypatch):
     """Of a fine-tuned file its checkpoint; else what --init said."""
-    assert script(finetune, "--ckpt", pretrained / "cnn.pt", "--epochs", 1,
-                  "--out", tmp_path / "fine")[0] == 0
+    assert (
+        script(
+            finetune, "--ckpt", pretrained / "cnn.pt", "--epochs", 1, "--out", tmp_path / "fine"
+        )[0]
+        == 0
+    )
     monkeypatch.setattr("sys.argv", ["visualize.py", "cka", "--cnn", "a", "--vit", "b"])
     args = visualize.parse_arguments()
     for file, expected in (("fine/best.pt", "run/cnn.pt"), ("run/cnn.pt", "random")):

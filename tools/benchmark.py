@@ -1,19 +1,19 @@
 """Speed, as ratios measured in one run on one machine.
 
-    python -m tools.benchmark data --data FOLDER --out data.json
-        images per second of the loader: (a) every image opened, resized and augmented from disk in
-        every epoch with Pillow, as the published notebooks do; (b) ours, from the decoded map. Both
-        with the same augmentations and workers, in turn, at 64, 224 and 384 pixels, on FOLDER and
-        on 200 generated JPEGs of 1024x1024.
+python -m tools.benchmark data --data FOLDER --out data.json
+    images per second of the loader: (a) every image opened, resized and augmented from disk in
+    every epoch with Pillow, as the published notebooks do; (b) ours, from the decoded map. Both
+    with the same augmentations and workers, in turn, at 64, 224 and 384 pixels, on FOLDER and
+    on 200 generated JPEGs of 1024x1024.
 
-    python -m tools.benchmark step --preset small --out step.json
-        images per second and peak memory of (a) a loop with the operations of the published
-        notebook, (b) ours, (c) ours on a batch already in memory, the ceiling; each in a process of
-        its own, in turn. FLOPs an image, and the share of a large matrix product's speed.
+python -m tools.benchmark step --preset small --out step.json
+    images per second and peak memory of (a) a loop with the operations of the published
+    notebook, (b) ours, (c) ours on a batch already in memory, the ceiling; each in a process of
+    its own, in turn. FLOPs an image, and the share of a large matrix product's speed.
 
-    python -m tools.benchmark memory --preset paper --out memory.json       (needs a GPU)
-    python -m tools.benchmark scale --out scale.json
-        seconds and memory of listing, decoding and loading 1,000 to 100,000 images.
+python -m tools.benchmark memory --preset paper --out memory.json       (needs a GPU)
+python -m tools.benchmark scale --out scale.json
+    seconds and memory of listing, decoding and loading 1,000 to 100,000 images.
 """
 
 import json
@@ -47,10 +47,15 @@ class FromDisk(Dataset):
 
     def __init__(self, paths, size):
         self.paths = paths
-        self.transform = v2.Compose([
-            v2.Resize((size, size), InterpolationMode.BILINEAR), data.augmentation(size),
-            v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        self.transform = v2.Compose(
+            [
+                v2.Resize((size, size), InterpolationMode.BILINEAR),
+                data.augmentation(size),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            ]
+        )
 
     def __getitem__(self, i):
         with Image.open(self.paths[i]) as image:
@@ -85,56 +90,83 @@ def compare_loaders(name, paths, size, workers, rounds, directory):
     _, images, _ = decode_all(paths, size, f"benchmark {name}", directory)
     decoding = time.perf_counter() - began
     batches = data.EpochBatches(len(paths), 16, seed=0)
-    ours = data.loader(data.AugmentedImages(images, range(len(paths)), data.augmentation(size)), batches,
-                       torch.device("cpu"), workers)
+    ours = data.loader(
+        data.AugmentedImages(images, range(len(paths)), data.augmentation(size)),
+        batches,
+        torch.device("cpu"),
+        workers,
+    )
     from_disk = DataLoader(FromDisk(paths, size), batch_size=16, shuffle=True, num_workers=workers)
     one_pass(ours, True)  # starts the workers, which stay
     seconds = np.array([[one_pass(from_disk, False), one_pass(ours, True)] for _ in range(rounds)])
     rate = len(paths) / seconds
-    return {"data": name, "size": size, "workers": workers, "images": len(paths),
-            "decode_once_seconds": round(decoding, 2),
-            "from_disk": rate[:, 0].round(1).tolist(), "ours": rate[:, 1].round(1).tolist(),
-            "ratio": round(float(np.median(rate[:, 1] / rate[:, 0])), 2)}
+    return {
+        "data": name,
+        "size": size,
+        "workers": workers,
+        "images": len(paths),
+        "decode_once_seconds": round(decoding, 2),
+        "from_disk": rate[:, 0].round(1).tolist(),
+        "ours": rate[:, 1].round(1).tolist(),
+        "ratio": round(float(np.median(rate[:, 1] / rate[:, 0])), 2),
+    }
 
 
 def benchmark_data(args):
     """Both loaders at three sizes, on the folder and on large JPEGs."""
     rng, rows = np.random.default_rng(0), []
-    paths = sorted(rng.permutation(read_folder(args.data).sources)[:args.images].tolist())
+    paths = sorted(rng.permutation(read_folder(args.data).sources)[: args.images].tolist())
     with tempfile.TemporaryDirectory() as folder:
         draw_large(folder)
         large = [str(p) for p in sorted(Path(folder).glob("*.jpg"))]
-        for name, files in (("/".join(Path(args.data).parts[-2:]), paths),
-                            ("1024x1024 JPEG", large)):
+        for name, files in (
+            ("/".join(Path(args.data).parts[-2:]), paths),
+            ("1024x1024 JPEG", large),
+        ):
             for size in (64, 224, 384):
                 rows.append(compare_loaders(name, files, size, args.workers, args.rounds, folder))
                 row = rows[-1]
-                print(f"{name:>20} {size:4} px: from disk {np.median(row['from_disk']):8.1f} img/s, "
-                      f"ours {np.median(row['ours']):8.1f} img/s, ratio {row['ratio']:.2f}")
+                print(
+                    f"{name:>20} {size:4} px: from disk {np.median(row['from_disk']):8.1f} img/s, "
+                    f"ours {np.median(row['ours']):8.1f} img/s, ratio {row['ratio']:.2f}"
+                )
     return rows
 
 
 PRESETS = {
-    "small": {"cnn": "resnet18", "vit": "vit_tiny_patch16_224", "vit_kwargs": {"patch_size": 8},
-              "img_size": 64, "steps": 20},
-    "paper": {"cnn": "resnet50", "vit": "vit_base_patch16_384", "vit_kwargs": {}, "img_size": 384,
-              "steps": 2},
+    "small": {
+        "cnn": "resnet18",
+        "vit": "vit_tiny_patch16_224",
+        "vit_kwargs": {"patch_size": 8},
+        "img_size": 64,
+        "steps": 20,
+    },
+    "paper": {
+        "cnn": "resnet50",
+        "vit": "vit_base_patch16_384",
+        "vit_kwargs": {},
+        "img_size": 384,
+        "steps": 2,
+    },
 }
 
 
 def arms_of(setup):
     """The two arms of a preset, the same every time."""
     torch.manual_seed(0)
-    return [build_arm(setup["cnn"], setup["img_size"]),
-            build_arm(setup["vit"], setup["img_size"], **setup["vit_kwargs"])]
+    return [
+        build_arm(setup["cnn"], setup["img_size"]),
+        build_arm(setup["vit"], setup["img_size"], **setup["vit_kwargs"]),
+    ]
 
 
 def notebook_loop(setup, device, paths, out):
     """(a) The operations of the published notebook: Pillow transforms in the loader, float32,
     channels first, two plain Adams, schedulers per batch, gradients never zeroed. Seconds a step."""
     cnn, vit = (arm.to(device).train() for arm in arms_of(setup))
-    loader = DataLoader(FromDisk(paths, setup["img_size"]), setup["bs"], shuffle=True,
-                        num_workers=setup["workers"])
+    loader = DataLoader(
+        FromDisk(paths, setup["img_size"]), setup["bs"], shuffle=True, num_workers=setup["workers"]
+    )
     optimizers = [torch.optim.Adam(arm.parameters(), lr=1e-3) for arm in (cnn, vit)]
     schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 16, 1e-6) for o in optimizers]
     for _ in range(2):  # the first epoch warms up
@@ -173,12 +205,17 @@ def our_loop(setup, device, paths, out, in_memory=False):
         loader = InMemory(pixels, setup["steps"])
     else:
         _, images, _ = decode_all(paths, size, "benchmark step", out)
-        loader = data.loader(data.AugmentedImages(images, range(len(paths)), data.augmentation(size)),
-                             data.EpochBatches(len(paths), bs, 0), device, setup["workers"])
+        loader = data.loader(
+            data.AugmentedImages(images, range(len(paths)), data.augmentation(size)),
+            data.EpochBatches(len(paths), bs, 0),
+            device,
+            setup["workers"],
+        )
     method = CASS(*arms_of(setup)).to(device, memory_format=torch.channels_last)
     began = time.perf_counter()
-    pretrain.train(method, loader, Run(out, device, {}), device, amp, epochs=2,
-                   compiled=setup["compile"])
+    pretrain.train(
+        method, loader, Run(out, device, {}), device, amp, epochs=2, compiled=setup["compile"]
+    )
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     rest = time.perf_counter() - began - sum(line["seconds"] for line in log)
     return {"seconds": log[1]["seconds"] / setup["steps"], "checkpoint_seconds": rest / 2}
@@ -197,8 +234,11 @@ def one_loop(name, setup, paths, results):
     device = cli.pick_device(setup["device"])
     with tempfile.TemporaryDirectory() as out:
         result = LOOPS[name](setup, device, paths, Path(out))
-    result["peak_gb"] = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
-                         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+    result["peak_gb"] = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ) / 1e9
     results.put(result)
 
 
@@ -226,8 +266,14 @@ def matrix_peak(device, dtype):
 
 def benchmark_step(args):
     """The three loops in turn, each in a process of its own."""
-    setup = {**PRESETS[args.preset], "bs": args.bs, "workers": args.workers, "amp": args.amp,
-             "device": args.device, "compile": args.compile}
+    setup = {
+        **PRESETS[args.preset],
+        "bs": args.bs,
+        "workers": args.workers,
+        "amp": args.amp,
+        "device": args.device,
+        "compile": args.compile,
+    }
     setup["img_size"] = args.img_size or setup["img_size"]
     setup["steps"] = args.steps or setup["steps"]
     device, n = cli.pick_device(args.device), setup["steps"] * args.bs
@@ -253,20 +299,30 @@ def benchmark_step(args):
     peak = matrix_peak(device, amp or torch.float32)
     rate = {name: np.array([args.bs / r["seconds"] for r in rounds[name]]) for name in LOOPS}
     figures = {
-        "setup": setup, "rounds": rounds, "gflops_per_image": flops / 1e9,
-        "matrix_peak_tflops": peak / 1e12, "dtype": str(amp or torch.float32),
+        "setup": setup,
+        "rounds": rounds,
+        "gflops_per_image": flops / 1e9,
+        "matrix_peak_tflops": peak / 1e12,
+        "dtype": str(amp or torch.float32),
         "ratio_to_notebook": float(np.median(rate["ours"] / rate["notebook"])),
         "ratio_to_ceiling": float(np.median(rate["ours"] / rate["ceiling"])),
-        "share_of_peak": {name: float(np.median(rate[name])) * flops / peak
-                          for name in ("ours", "ceiling")}}
+        "share_of_peak": {
+            name: float(np.median(rate[name])) * flops / peak for name in ("ours", "ceiling")
+        },
+    }
     for name in LOOPS:
-        print(f"{name:>9}: {np.median(rate[name]):9.2f} img/s, peak memory "
-              f"{max(r['peak_gb'] for r in rounds[name]):.2f} GB")
-    print(f"ours / notebook {figures['ratio_to_notebook']:.2f}, ours / ceiling "
-          f"{figures['ratio_to_ceiling']:.3f}; {flops / 1e9:.1f} GFLOP an image, "
-          + ", ".join(f"{name} reaches {share:.0%}" for name, share in
-                      figures["share_of_peak"].items())
-          + f" of the {peak / 1e12:.2f} TFLOP/s of a {figures['dtype'][6:]} matrix product")
+        print(
+            f"{name:>9}: {np.median(rate[name]):9.2f} img/s, peak memory "
+            f"{max(r['peak_gb'] for r in rounds[name]):.2f} GB"
+        )
+    print(
+        f"ours / notebook {figures['ratio_to_notebook']:.2f}, ours / ceiling "
+        f"{figures['ratio_to_ceiling']:.3f}; {flops / 1e9:.1f} GFLOP an image, "
+        + ", ".join(
+            f"{name} reaches {share:.0%}" for name, share in figures["share_of_peak"].items()
+        )
+        + f" of the {peak / 1e12:.2f} TFLOP/s of a {figures['dtype'][6:]} matrix product"
+    )
     return figures
 
 
@@ -282,7 +338,9 @@ def benchmark_memory(args):
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
             with torch.autocast("cuda", cli.pick_amp(args.amp, device) or torch.float32):
-                loss = method(torch.randn(bs, 3, setup["img_size"], setup["img_size"], device=device))
+                loss = method(
+                    torch.randn(bs, 3, setup["img_size"], setup["img_size"], device=device)
+                )
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
@@ -291,10 +349,16 @@ def benchmark_memory(args):
         print(f"batch {bs:3}: {peaks[bs] / 1e9:.2f} GB")
     per_image, fixed = np.polyfit(list(peaks), list(peaks.values()), 1)
     largest = {gb: int((gb * 1e9 - fixed) / per_image) for gb in (12, 24, 48)}
-    print(f"{per_image / 1e6:.0f} MB an image and {fixed / 1e9:.2f} GB fixed: the largest batch is " +
-          ", ".join(f"{n} in {gb} GB" for gb, n in largest.items()))
-    return {"peak_bytes": peaks, "bytes_per_image": per_image, "fixed_bytes": fixed,
-            "largest_batch": largest}
+    print(
+        f"{per_image / 1e6:.0f} MB an image and {fixed / 1e9:.2f} GB fixed: the largest batch is "
+        + ", ".join(f"{n} in {gb} GB" for gb, n in largest.items())
+    )
+    return {
+        "peak_bytes": peaks,
+        "bytes_per_image": per_image,
+        "fixed_bytes": fixed,
+        "largest_batch": largest,
+    }
 
 
 def benchmark_scale(args):
@@ -311,17 +375,30 @@ def benchmark_scale(args):
             began = time.perf_counter()
             _, images, _ = decode_all(sources, size, folder, Path(folder) / f"cache{n}")
             decoding = time.perf_counter() - began
-            loader = data.loader(data.AugmentedImages(images, range(n), data.augmentation(size)),
-                                 data.EpochBatches(n, 16, 0), torch.device("cpu"), args.workers)
+            loader = data.loader(
+                data.AugmentedImages(images, range(n), data.augmentation(size)),
+                data.EpochBatches(n, 16, 0),
+                torch.device("cpu"),
+                args.workers,
+            )
             seconds = one_pass(loader, True)
-            status = dict(line.split(":", 1) for line in
-                          Path("/proc/self/status").read_text().splitlines())
-            rows.append({"images": n, "listing_seconds": listing, "decoding_seconds": decoding,
-                         "epoch_seconds": seconds,
-                         "private_mb": int(status["RssAnon"].split()[0]) / 1024})
-            print("{images:7} images: listed in {listing_seconds:.2f} s, decoded in "
-                  "{decoding_seconds:.1f} s, epoch of the loader {epoch_seconds:.1f} s, private "
-                  "memory {private_mb:.0f} MB".format(**rows[-1]))
+            status = dict(
+                line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+            )
+            rows.append(
+                {
+                    "images": n,
+                    "listing_seconds": listing,
+                    "decoding_seconds": decoding,
+                    "epoch_seconds": seconds,
+                    "private_mb": int(status["RssAnon"].split()[0]) / 1024,
+                }
+            )
+            print(
+                "{images:7} images: listed in {listing_seconds:.2f} s, decoded in "
+                "{decoding_seconds:.1f} s, epoch of the loader {epoch_seconds:.1f} s, private "
+                "memory {private_mb:.0f} MB".format(**rows[-1])
+            )
     return rows
 
 
@@ -344,14 +421,27 @@ def main():
     args = parser.parse_args()
     if args.what == "data" and not args.data:
         parser.error("data needs --data FOLDER")
-    figures = {"data": benchmark_data, "step": benchmark_step, "memory": benchmark_memory,
-               "scale": benchmark_scale}[args.what](args)
+    figures = {
+        "data": benchmark_data,
+        "step": benchmark_step,
+        "memory": benchmark_memory,
+        "scale": benchmark_scale,
+    }[args.what](args)
     if args.out:
-        write_json(args.out, {
-            "what": args.what, "figures": figures, "threads": torch.get_num_threads(),
-            "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else
-            platform.processor() or platform.machine(), "python": platform.python_version(),
-            "torch": torch.__version__, "torchvision": torchvision.__version__})
+        write_json(
+            args.out,
+            {
+                "what": args.what,
+                "figures": figures,
+                "threads": torch.get_num_threads(),
+                "machine": torch.cuda.get_device_name()
+                if torch.cuda.is_available()
+                else platform.processor() or platform.machine(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+            },
+        )
 
 
 if __name__ == "__main__":

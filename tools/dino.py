@@ -54,15 +54,19 @@ def multi_crop(img_size, local_size, local_crops=8):
     ones 5 to 40 %; blur on the first global crop always, on the second with p = 0.1 and, there alone,
     solarization with p = 0.2; on local ones blur with p = 0.5. Blur's kernel: a tenth of the view.
     """
+
     def view(size, scale, blur, solarize=0.0):
         kernel = max(3, size // 10 // 2 * 2 + 1)
-        return v2.Compose([
-            v2.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(0.5),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-            v2.RandomGrayscale(0.2),
-            v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], blur),
-            v2.RandomSolarize(128, solarize)])
+        return v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC),
+                v2.RandomHorizontalFlip(0.5),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+                v2.RandomGrayscale(0.2),
+                v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], blur),
+                v2.RandomSolarize(128, solarize),
+            ]
+        )
 
     views = [view(img_size, (0.4, 1.0), 1.0), view(img_size, (0.4, 1.0), 0.1, 0.2)]
     local = view(local_size, (0.05, 0.4), 0.5)
@@ -75,8 +79,13 @@ class Head(nn.Module):
 
     def __init__(self, dim, out_dim, hidden=2048, bottleneck=256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden),
-                                 nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
         self.last = nn.Linear(bottleneck, out_dim, bias=False)
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -105,8 +114,17 @@ class DINO(nn.Module):
     arm: "cnn" or "vit"; backbone: images -> features (N, dim), such as a timm model of num_classes=0.
     """
 
-    def __init__(self, arm, backbone, dim, out_dim=65536, student_temp=0.1, teacher_temp=(0.04, 0.07),
-                 center_momentum=0.9, teacher_momentum=0.996):
+    def __init__(
+        self,
+        arm,
+        backbone,
+        dim,
+        out_dim=65536,
+        student_temp=0.1,
+        teacher_temp=(0.04, 0.07),
+        center_momentum=0.9,
+        teacher_momentum=0.996,
+    ):
         super().__init__()
         self.arm = arm
         self.student = nn.ModuleDict({"backbone": backbone, "head": Head(dim, out_dim)})
@@ -129,8 +147,9 @@ class DINO(nn.Module):
         large, small = torch.cat(views[:2]), views[2:]
         with torch.no_grad():
             teacher = self._logits(self.teacher, large).unflatten(0, (2, -1))
-        student = [self._logits(self.student, x) for x in ([large, torch.cat(small)] if small
-                                                           else [large])]
+        student = [
+            self._logits(self.student, x) for x in ([large, torch.cat(small)] if small else [large])
+        ]
         student = torch.cat(student).unflatten(0, (len(views), -1))
         loss = dino_loss(student, teacher, self.center, self.student_temp, self.teacher_temp)
         mean = all_reduce(teacher.mean((0, 1))) / world_size()
@@ -144,10 +163,15 @@ class DINO(nn.Module):
     def optimizer(self, lr):
         """AdamW; biases and norms are not decayed."""
         trained = list(self.student.parameters())
-        return torch.optim.AdamW([
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}],
-            lr=lr, weight_decay=0.04, fused=True)
+        return torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim > 1]},
+                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=lr,
+            weight_decay=0.04,
+            fused=True,
+        )
 
     def before_step(self, optimizer, lr, min_lr, progress):
         """Between the backward pass and the step: learning rate, weight decay 0.04 -> 0.4, gradients
@@ -164,8 +188,9 @@ class DINO(nn.Module):
     def after_step(self, progress):
         """The teacher follows the student, momentum 0.996 -> 1; its next temperature."""
         momentum = cosine(self.teacher_momentum, 1.0, progress)
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()),
-                             1 - momentum)
+        torch._foreach_lerp_(
+            list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
+        )
         low, high = self.teacher_temps
         self.teacher_temp.fill_(low + (high - low) * min(progress / TEMP_WARMUP, 1))
 
@@ -191,8 +216,13 @@ def train(model, loader, run, device, amp, epochs, lr, min_lr, monitor=None):
             scaler.update()
             model.after_step(progress)
             run.note(loss)
-        run.end_epoch(monitor, model.arms, loss=run.mean_loss(), lr=optimizer.param_groups[0]["lr"],
-                      swa_snapshots=0)
+        run.end_epoch(
+            monitor,
+            model.arms,
+            loss=run.mean_loss(),
+            lr=optimizer.param_groups[0]["lr"],
+            swa_snapshots=0,
+        )
 
 
 def make_backbone(flag, name, init, img_size, **kwargs):
@@ -202,12 +232,14 @@ def make_backbone(flag, name, init, img_size, **kwargs):
     try:
         extra = {"dynamic_img_size": True, "drop_path_rate": 0.1}
         return make_arm(flag, name, init, img_size, **{**extra, **kwargs}), (
-            arms.rebuild_kwargs(name, img_size, kwargs))
+            arms.rebuild_kwargs(name, img_size, kwargs)
+        )
     except UserError as error:
         if not isinstance(error.__cause__, TypeError):
             raise
         return make_arm(flag, name, init, img_size, **kwargs), (
-            arms.rebuild_kwargs(name, img_size, kwargs))
+            arms.rebuild_kwargs(name, img_size, kwargs)
+        )
 
 
 def local_size(model, img_size):
@@ -219,8 +251,10 @@ def local_size(model, img_size):
     try:
         output_shape(model, size)
     except ValueError:
-        print(f"{type(model).__name__} accepts images of {img_size} pixels alone: local crops are "
-              f"resized to that")
+        print(
+            f"{type(model).__name__} accepts images of {img_size} pixels alone: local crops are "
+            f"resized to that"
+        )
         return img_size
     return size
 
@@ -242,15 +276,27 @@ def parse_arguments():
     data.add_arguments(parser)
     add = parser.add_argument
     add("--cnn", default="resnet50.a1_in1k", metavar="NAME", help="first arm, any timm model")
-    add("--vit", default="vit_base_patch16_384.augreg_in21k_ft_in1k", metavar="NAME",
-        help="second arm, any timm model")
+    add(
+        "--vit",
+        default="vit_base_patch16_384.augreg_in21k_ft_in1k",
+        metavar="NAME",
+        help="second arm, any timm model",
+    )
     for arm in ("cnn", "vit"):
-        add(f"--{arm}-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
-            help="arguments for timm.create_model, such as patch_size=8")
+        add(
+            f"--{arm}-kwargs",
+            nargs="*",
+            default={},
+            action=KeyValues,
+            metavar="KEY=VALUE",
+            help="arguments for timm.create_model, such as patch_size=8",
+        )
         add(f"--init-{arm}", metavar="WHAT", help="imagenet, random or a weights file")
     add("--img-size", type=cli.positive, default=384, help="side of the images in pixels")
     add("--init", default="imagenet", choices=["imagenet", "random"], help="of both arms")
-    add("--epochs", type=cli.positive, default=100, help="passes over the training images, each arm")
+    add(
+        "--epochs", type=cli.positive, default=100, help="passes over the training images, each arm"
+    )
     add("--bs", "--batch-size", type=cli.positive, default=16, help="images per step")
     add("--lr", type=cli.rate, help="peak learning rate (default: 5e-4 * bs / 256)")
     add("--min-lr", type=cli.rate, default=1e-6, help="its minimum")
@@ -282,18 +328,31 @@ def main():
     amp, out = cli.pick_amp(args.amp, device), Path(args.out)
     if state is None:
         cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
-    elif (state["epoch"] >= args.epochs and state["phase"] == 1
-          and all((out / name).exists() for name in OUTPUTS)):
+    elif (
+        state["epoch"] >= args.epochs
+        and state["phase"] == 1
+        and all((out / name).exists() for name in OUTPUTS)
+    ):
         print(f"{out}: the run is finished")
         return
     images = read(args.data, **data.options(args))
     first, models = 0 if state is None else state["phase"], {}
     for phase, arm in list(enumerate(("cnn", "vit")))[first:]:
         torch.manual_seed(args.seed)
-        init = "random" if state is not None and phase == first else (
-            getattr(args, f"init_{arm}") or args.init)
-        models[phase] = build(arm, getattr(args, arm), getattr(args, f"{arm}_kwargs"), init,
-                              args.img_size, args.outputs, args.crops)
+        init = (
+            "random"
+            if state is not None and phase == first
+            else (getattr(args, f"init_{arm}") or args.init)
+        )
+        models[phase] = build(
+            arm,
+            getattr(args, arm),
+            getattr(args, f"{arm}_kwargs"),
+            init,
+            args.img_size,
+            args.outputs,
+            args.crops,
+        )
     with distributed.process_0_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup)
@@ -306,22 +365,52 @@ def main():
     if distributed.rank() == 0:
         checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else ())
         data.write_split(out, images, split)
-        checkpoint.write_json(out / "config.json", {
-            "command": sys.argv, "arguments": vars(args), "device": str(device), "amp": str(amp),
-            "processes": world_size(), "versions": VERSIONS})
-    monitor = collapse.Monitor(images.images, index, (split == "val").nonzero()[0],
-                               images.labels if images.classes else None, images.multilabel, args.seed)
+        checkpoint.write_json(
+            out / "config.json",
+            {
+                "command": sys.argv,
+                "arguments": vars(args),
+                "device": str(device),
+                "amp": str(amp),
+                "processes": world_size(),
+                "versions": VERSIONS,
+            },
+        )
+    monitor = collapse.Monitor(
+        images.images,
+        index,
+        (split == "val").nonzero()[0],
+        images.labels if images.classes else None,
+        images.multilabel,
+        args.seed,
+    )
     log = []
     for phase in list(models):
         model, rebuild, transform = models.pop(phase)
         model.to(device, memory_format=torch.channels_last)
         dataset = data.AugmentedImages(images.images, index, transform, seed=args.seed)
-        loader = data.loader(dataset, data.EpochBatches(
-            len(dataset), args.bs, args.seed, rank=distributed.rank(), world_size=world_size()),
-            device, args.workers)
-        run = Run(out, device, {"script": "tools.dino", "args": vars(args), "seen": seen,
-                                "processes": world_size(), "phase": phase}, state, log,
-                  args.save_every)
+        loader = data.loader(
+            dataset,
+            data.EpochBatches(
+                len(dataset), args.bs, args.seed, rank=distributed.rank(), world_size=world_size()
+            ),
+            device,
+            args.workers,
+        )
+        run = Run(
+            out,
+            device,
+            {
+                "script": "tools.dino",
+                "args": vars(args),
+                "seen": seen,
+                "processes": world_size(),
+                "phase": phase,
+            },
+            state,
+            log,
+            args.save_every,
+        )
         run.announce(model, amp, model, loader, args.epochs)
         train(model, loader, run, device, amp, args.epochs, args.lr, args.min_lr, monitor)
         state, log = None, run.progress["log"]
@@ -335,11 +424,24 @@ def save_arm(args, model, rebuild, seen, out):
     file = getattr(args, f"init_{model.arm}")
     if file not in (None, "imagenet", "random"):
         seen = torch.cat([seen, checkpoint.seen_by(file)]).unique()
-    checkpoint.save(out / f"{model.arm}.pt", checkpoint.weights_file(
-        model.teacher["backbone"], arch=getattr(args, model.arm), arm=model.arm, model_kwargs=rebuild,
-        img_size=args.img_size, mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD), epoch=args.epochs,
-        swa_snapshots=0, seed=args.seed, seen=seen, data=data.options(args, data.OPTIONS),
-        config=vars(args)))
+    checkpoint.save(
+        out / f"{model.arm}.pt",
+        checkpoint.weights_file(
+            model.teacher["backbone"],
+            arch=getattr(args, model.arm),
+            arm=model.arm,
+            model_kwargs=rebuild,
+            img_size=args.img_size,
+            mean=list(IMAGENET_MEAN),
+            std=list(IMAGENET_STD),
+            epoch=args.epochs,
+            swa_snapshots=0,
+            seed=args.seed,
+            seen=seen,
+            data=data.options(args, data.OPTIONS),
+            config=vars(args),
+        ),
+    )
 
 
 if __name__ == "__main__":

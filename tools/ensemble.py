@@ -25,9 +25,11 @@ from common.cli import UserError
 from common.metrics import label_text, prediction_table, summarize
 from common.metrics import score as score_part
 
-PARTS = {"test": "",
-         "test_without_duplicates": " without exact duplicates of training or validation images",
-         "test_without_seen": " without those that pre-training saw"}
+PARTS = {
+    "test": "",
+    "test_without_duplicates": " without exact duplicates of training or validation images",
+    "test_without_seen": " without those that pre-training saw",
+}
 SHOWN = ("macro_f1", "micro_f1", "balanced_accuracy", "exact_match", "auroc")
 
 
@@ -53,22 +55,30 @@ def read_run(folder, run):
         true = [row["true"] for row in rows]
         has = [text.split("|") if multilabel else [text] for text in true]
         tested = SimpleNamespace(
-            metrics=metrics, classes=classes, multilabel=multilabel, true=true,
+            metrics=metrics,
+            classes=classes,
+            multilabel=multilabel,
+            true=true,
             names=[row["path"] for row in rows],
             labels=np.array([[c in texts for c in classes] for texts in has]),
-            probabilities=np.array([[row[f"prob_{c}"] for c in classes] for row in rows],
-                                   np.float32),
+            probabilities=np.array(
+                [[row[f"prob_{c}"] for c in classes] for row in rows], np.float32
+            ),
             copied=np.array([row.get("duplicate") == "1" for row in rows]),
-            seen=np.array([row.get("seen") == "1" for row in rows]))
+            seen=np.array([row.get("seen") == "1" for row in rows]),
+        )
         fits = [len(rows), tested.copied.sum(), tested.seen.sum()] == [
-            metrics[key] for key in ("n_test", "n_test_duplicates", "n_test_seen")]
+            metrics[key] for key in ("n_test", "n_test_duplicates", "n_test_seen")
+        ]
         fits &= true == [label_text(classes, row) for row in tested.labels]
     except (OSError, KeyError, ValueError, TypeError, AttributeError):
         fits = False
     if not fits:
-        raise UserError(f"{file}: is missing or does not fit the metrics.json beside it (changed, "
-                        f"or of an earlier version); delete it, and finetune.py --resume --out "
-                        f"{run} writes it anew")
+        raise UserError(
+            f"{file}: is missing or does not fit the metrics.json beside it (changed, "
+            f"or of an earlier version); delete it, and finetune.py --resume --out "
+            f"{run} writes it anew"
+        )
     return tested
 
 
@@ -76,11 +86,17 @@ def read_equal(folders, runs):
     """read_run() of each folder. Raises UserError unless all tested the same images."""
     tests = [read_run(folder, run) for folder, run in zip(folders, runs)]
     for run, test in zip(runs, tests):
-        for key, what in (("classes", "classes"), ("multilabel", "kinds of labels"),
-                          ("names", "test images"), ("true", "true labels")):
+        for key, what in (
+            ("classes", "classes"),
+            ("multilabel", "kinds of labels"),
+            ("names", "test images"),
+            ("true", "true labels"),
+        ):
             if getattr(test, key) != getattr(tests[0], key):
-                raise UserError(f"{run}: its {what} are not those of {runs[0]}; fine-tune both on "
-                                f"the same data and split")
+                raise UserError(
+                    f"{run}: its {what} are not those of {runs[0]}; fine-tune both on "
+                    f"the same data and split"
+                )
     return tests
 
 
@@ -91,9 +107,22 @@ def score(tests):
     each = [t.probabilities for t in tests]
     mean = np.mean(each, axis=0)
     masks = dict(zip(PARTS, (np.ones(len(mean), bool), ~copied, ~seen)))
-    return [{part: score_part(tests[0].labels[mask], p[mask], tests[0].classes,
-                               tests[0].multilabel) if mask.any() else None
-             for part, mask in masks.items()} for p in (*each, mean)], mean, copied, seen
+    return (
+        [
+            {
+                part: score_part(
+                    tests[0].labels[mask], p[mask], tests[0].classes, tests[0].multilabel
+                )
+                if mask.any()
+                else None
+                for part, mask in masks.items()
+            }
+            for p in (*each, mean)
+        ],
+        mean,
+        copied,
+        seen,
+    )
 
 
 def print_table(results):
@@ -104,12 +133,16 @@ def print_table(results):
         if whole[part] is None or part != "test" and whole[part]["n"] == whole["test"]["n"]:
             continue
         shown = [key for key in SHOWN if whole[part].get(key) is not None]
-        print(f"test, {whole[part]['n']} images{note}{seeds}\n  {'':{width}}" +
-              "".join(f"{key:>19}" for key in shown))
+        print(
+            f"test, {whole[part]['n']} images{note}{seeds}\n  {'':{width}}"
+            + "".join(f"{key:>19}" for key in shown)
+        )
         for name, of_seeds in results.items():
             values = [[seed[part][key] for seed in of_seeds] for key in shown]
-            cells = [f"{np.mean(v):.4f}" + (f" ± {np.std(v, ddof=1):.4f}" if len(v) > 1 else "")
-                     for v in values]
+            cells = [
+                f"{np.mean(v):.4f}" + (f" ± {np.std(v, ddof=1):.4f}" if len(v) > 1 else "")
+                for v in values
+            ]
             print(f"  {name:{width}}" + "".join(f"{cell:>19}" for cell in cells))
 
 
@@ -127,32 +160,53 @@ def main():
     cli.refuse_overwrite(out, ("ensemble.json",), args.overwrite)
     folders = [folders_of(run) for run in runs]
     if any(f.keys() != folders[0].keys() for f in folders):
-        held = [f"{run} has {', '.join(f)}" if "" not in f else f"{run} has one seed"
-                for run, f in zip(args.runs, folders)]
+        held = [
+            f"{run} has {', '.join(f)}" if "" not in f else f"{run} has one seed"
+            for run, f in zip(args.runs, folders)
+        ]
         raise UserError(f"{'; '.join(held)}: fine-tune all with the same --seeds")
 
-    tests = {seed: read_equal([folder[seed] for folder in folders], args.runs)
-             for seed in folders[0]}
+    tests = {
+        seed: read_equal([folder[seed] for folder in folders], args.runs) for seed in folders[0]
+    }
     of_seeds = []
     for seed, of_runs in tests.items():
         results, mean, copied, seen = score(of_runs)
         of_seeds.append(results)
         first = of_runs[0]
         (out / seed).mkdir(parents=True, exist_ok=True)
-        write_csv(out / seed / "ensemble_predictions.csv", *prediction_table(
-            first.names, mean, first.classes, first.multilabel, first.labels, copied, seen))
+        write_csv(
+            out / seed / "ensemble_predictions.csv",
+            *prediction_table(
+                first.names, mean, first.classes, first.multilabel, first.labels, copied, seen
+            ),
+        )
     by_run = list(zip(*of_seeds))
 
     def entry(results):
         return {"results": results} | ({"summary": summarize(results)} if len(results) > 1 else {})
 
-    write_json(out / "ensemble.json", {
-        "classes": first.classes, "multilabel": first.multilabel, "n_test": len(mean),
-        "n_test_duplicates": int(copied.sum()), "n_test_seen": int(seen.sum()),
-        "runs": [{"run": run, "arch": of[0].metrics["arch"], "frac": of[0].metrics["frac"],
-                  "seeds": [test.metrics["seed"] for test in of], **entry(results)}
-                 for run, of, results in zip(args.runs, zip(*tests.values()), by_run)],
-        "mean": entry(by_run[-1])})
+    write_json(
+        out / "ensemble.json",
+        {
+            "classes": first.classes,
+            "multilabel": first.multilabel,
+            "n_test": len(mean),
+            "n_test_duplicates": int(copied.sum()),
+            "n_test_seen": int(seen.sum()),
+            "runs": [
+                {
+                    "run": run,
+                    "arch": of[0].metrics["arch"],
+                    "frac": of[0].metrics["frac"],
+                    "seeds": [test.metrics["seed"] for test in of],
+                    **entry(results),
+                }
+                for run, of, results in zip(args.runs, zip(*tests.values()), by_run)
+            ],
+            "mean": entry(by_run[-1]),
+        },
+    )
     print_table(dict(zip([*args.runs, f"mean of the {len(runs)}"], by_run)))
     print(f"wrote {out / 'ensemble.json'}")
 

@@ -48,27 +48,54 @@ MODELS = {
     "ResNet-18": (("resnet18.a1_in1k", {}), ("test_resnet", {})),
     "ResNet-200": (("resnet200d", {}), ("resnet18", {})),  # 64.69 M parameters
     "DenseNet-161": (("densenet161.tv_in1k", {}), ("densenet121", {"growth_rate": 8})),
-    "ViT-B/16": (("vit_base_patch16_384.augreg_in21k_ft_in1k", {}),
-                 ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 6})),
-    "ViT-L/16": (("vit_large_patch16_384.augreg_in21k_ft_in1k", {}),
-                 ("vit_small_patch16_224", {"patch_size": 8, "depth": 6})),
-    "DeiT-B/16": (("deit_base_patch16_384.fb_in1k", {}),
-                  ("deit_tiny_patch16_224", {"patch_size": 8, "depth": 6})),
-    "Swin-B": (("swin_base_patch4_window12_384.ms_in22k_ft_in1k", {}),
-               ("swin_tiny_patch4_window7_224", {"window_size": 4, "embed_dim": 48,
-                                                 "depths": (2, 2, 2), "num_heads": (3, 6, 12)}))}
+    "ViT-B/16": (
+        ("vit_base_patch16_384.augreg_in21k_ft_in1k", {}),
+        ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 6}),
+    ),
+    "ViT-L/16": (
+        ("vit_large_patch16_384.augreg_in21k_ft_in1k", {}),
+        ("vit_small_patch16_224", {"patch_size": 8, "depth": 6}),
+    ),
+    "DeiT-B/16": (
+        ("deit_base_patch16_384.fb_in1k", {}),
+        ("deit_tiny_patch16_224", {"patch_size": 8, "depth": 6}),
+    ),
+    "Swin-B": (
+        ("swin_base_patch4_window12_384.ms_in22k_ft_in1k", {}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"window_size": 4, "embed_dim": 48, "depths": (2, 2, 2), "num_heads": (3, 6, 12)},
+        ),
+    ),
+}
 SCALES = {  # image size, epochs, flags
     "paper": (384, 100, []),
-    "small": (32, 3, ["--init", "random"])}
+    "small": (32, 3, ["--init", "random"]),
+}
 SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
-OTHER_ARMS = {"10", "11", "12", "13", "16", "17", "18", "19", "20"}  # tables that change arms or start
-VERSIONS = {"python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "timm": timm.__version__}
+OTHER_ARMS = {
+    "10",
+    "11",
+    "12",
+    "13",
+    "16",
+    "17",
+    "18",
+    "19",
+    "20",
+}  # tables that change arms or start
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "torchvision": torchvision.__version__,
+    "timm": timm.__version__,
+}
 
 
 @dataclass
 class Row:
     """A line of a table: a pre-training of two arms (or none: supervised) and the flags it takes."""
+
     label: str
     method: str = "cass"
     cnn: str = "ResNet-50"
@@ -81,19 +108,36 @@ class Row:
 
 def rows_of(table):
     """The rows of a table of the paper."""
+
     def fractions(*fracs):
-        return [Row("DINO", "dino", fracs=fracs), Row("CASS", fracs=fracs),
-                Row("Supervised", "supervised", fracs=fracs)]
+        return [
+            Row("DINO", "dino", fracs=fracs),
+            Row("CASS", fracs=fracs),
+            Row("Supervised", "supervised", fracs=fracs),
+        ]
 
     def pairs(*names):
-        return [Row(f"{cnn} + {vit}", cnn=cnn, vit=vit,
-                    flags=["--init-cnn", "random"] if cnn == "ResNet-200" else [])
-                for cnn, vit in names]
+        return [
+            Row(
+                f"{cnn} + {vit}",
+                cnn=cnn,
+                vit=vit,
+                flags=["--init-cnn", "random"] if cnn == "ResNet-200" else [],
+            )
+            for cnn, vit in names
+        ]
 
     def alone(*names):
-        return [Row(name, "supervised", arms=(arm,), **{arm: name},
-                    flags=["--init", "random"] if name == "ResNet-200" else [])
-                for arm, name in names]
+        return [
+            Row(
+                name,
+                "supervised",
+                arms=(arm,),
+                **{arm: name},
+                flags=["--init", "random"] if name == "ResNet-200" else [],
+            )
+            for arm, name in names
+        ]
 
     cnns = [(cnn, "ViT-B/16") for cnn in ("ResNet-18", "ResNet-50", "ResNet-200")]
     batch = [Row(f"batch {n}", flags=["--bs", str(n)] if n != 16 else []) for n in (8, 16, 32)]
@@ -101,23 +145,42 @@ def rows_of(table):
     two = ("ResNet-50", "ViT-B/16")
     return {
         "1": [Row("DINO", "dino", fracs=()), Row("CASS", fracs=())],
-        "2": fractions(0.1, 1.0), "3": fractions(0.1, 1.0),
-        "4": fractions(0.01, 0.1, 1.0), "5": fractions(0.01, 0.1, 1.0),
-        "6": batch, "14": batch, "7": epochs, "15": epochs,
-        "8": [Row("CASS only"), Row("CASS + Solarize", flags=["--ablation", "solarize"]),
-              Row("CASS + Gaussian blur", flags=["--ablation", "blur"]),
-              Row("CASS + Gaussian blur + Solarize", flags=["--ablation", "blur", "solarize"])],
+        "2": fractions(0.1, 1.0),
+        "3": fractions(0.1, 1.0),
+        "4": fractions(0.01, 0.1, 1.0),
+        "5": fractions(0.01, 0.1, 1.0),
+        "6": batch,
+        "14": batch,
+        "7": epochs,
+        "15": epochs,
+        "8": [
+            Row("CASS only"),
+            Row("CASS + Solarize", flags=["--ablation", "solarize"]),
+            Row("CASS + Gaussian blur", flags=["--ablation", "blur"]),
+            Row("CASS + Gaussian blur + Solarize", flags=["--ablation", "blur", "solarize"]),
+        ],
         "9": [Row("Adam"), Row("SGD", flags=["--ablation", "sgd"])],
         "10": pairs(two, ("ResNet-50", "ViT-L/16")),
         "11": alone(("cnn", "ResNet-50"), ("vit", "ViT-B/16"), ("vit", "ViT-L/16")),
-        "12": pairs(*cnns), "13": alone(*(("cnn", cnn) for cnn, _ in cnns)), "16": pairs(*cnns),
+        "12": pairs(*cnns),
+        "13": alone(*(("cnn", cnn) for cnn, _ in cnns)),
+        "16": pairs(*cnns),
         "17": pairs(*(("ResNet-50", vit) for vit in ("DeiT-B/16", "ViT-B/16", "ViT-L/16"))),
-        "18": pairs(two, ("ResNet-50", "DenseNet-161")), "19": pairs(two, ("Swin-B", "ViT-B/16")),
-        "20": [Row("random", flags=["--init", "random"]), Row("ImageNet", flags=["--init", "imagenet"])],
-        "21": [Row("without"), Row("sigmoid", flags=["--ablation", "sigmoid"]),
-               Row("softmax", flags=["--ablation", "softmax"])],
-        "objectives": [*fractions(0.01, 0.1), Row("CASS, vicreg", fracs=(0.01, 0.1), flags=[
-            "--objective", "vicreg", "--lr", "3e-4"])],  # the rate was chosen on validation images
+        "18": pairs(two, ("ResNet-50", "DenseNet-161")),
+        "19": pairs(two, ("Swin-B", "ViT-B/16")),
+        "20": [
+            Row("random", flags=["--init", "random"]),
+            Row("ImageNet", flags=["--init", "imagenet"]),
+        ],
+        "21": [
+            Row("without"),
+            Row("sigmoid", flags=["--ablation", "sigmoid"]),
+            Row("softmax", flags=["--ablation", "softmax"]),
+        ],
+        "objectives": [
+            *fractions(0.01, 0.1),
+            Row("CASS, vicreg", fracs=(0.01, 0.1), flags=["--objective", "vicreg", "--lr", "3e-4"]),
+        ],  # the rate was chosen on validation images
     }.get(table)
 
 
@@ -126,18 +189,37 @@ def parse_arguments():
     add = parser.add_argument
     add("--table", required=True, metavar="N", help="number in the paper, or: objectives")
     data.add_arguments(parser)
-    add("--scale", default="paper", choices=list(SCALES),
+    add(
+        "--scale",
+        default="paper",
+        choices=list(SCALES),
         help="paper: its arms at 384 px, ImageNet weights, 100 epochs; small: small arms at 32 px "
-             "from random weights, 3 epochs")
+        "from random weights, 3 epochs",
+    )
     add("--epochs", type=cli.positive, help="of pre-training, instead of the scale's")
-    add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N",
-        help="each is a pre-training and a fine-tuning of its own")
-    add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="label fractions, of the table's")
+    add(
+        "--seeds",
+        type=cli.count,
+        nargs="+",
+        default=[0, 1, 2, 3, 4],
+        metavar="N",
+        help="each is a pre-training and a fine-tuning of its own",
+    )
+    add(
+        "--fracs", type=cli.fraction, nargs="+", metavar="F", help="label fractions, of the table's"
+    )
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
-    add("--metric", choices=["macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc"],
-        help="in table.md (default: macro_f1; Table 5: balanced_accuracy); table.csv has all")
-    add("--warm", nargs=2, metavar=("CNN", "VIT"),
-        help="start both arms from these weights files of finetune.py, heads included")
+    add(
+        "--metric",
+        choices=["macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc"],
+        help="in table.md (default: macro_f1; Table 5: balanced_accuracy); table.csv has all",
+    )
+    add(
+        "--warm",
+        nargs=2,
+        metavar=("CNN", "VIT"),
+        help="start both arms from these weights files of finetune.py, heads included",
+    )
     add("--dry-run", action="store_true", help="print every command and an estimate of the time")
     add("--out", metavar="DIR", help="folder of the table (default: results/tableN)")
     add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
@@ -145,19 +227,24 @@ def parse_arguments():
     args = parser.parse_args()
     rows = rows_of(args.table)
     if rows is None:
-        parser.error(f"--table {args.table}: the paper has no such table that can be measured; "
-                     f"there are 1 to 21 and: objectives")
+        parser.error(
+            f"--table {args.table}: the paper has no such table that can be measured; "
+            f"there are 1 to 21 and: objectives"
+        )
     if args.data is None:
         parser.error("--data PATH is missing")
     names, known = [row.label for row in rows], {f for row in rows for f in row.fracs}
     for name in args.only or ():
         if name not in names:
-            parser.error(f"--only {name}: no row of the table is called so; there are "
-                         f"{', '.join(names)}")
+            parser.error(
+                f"--only {name}: no row of the table is called so; there are {', '.join(names)}"
+            )
     for frac in args.fracs or ():
         if frac not in known:
-            parser.error(f"--fracs {frac:g}: not in the table, which has "
-                         f"{', '.join(f'{f:g}' for f in sorted(known)) or 'none'}")
+            parser.error(
+                f"--fracs {frac:g}: not in the table, which has "
+                f"{', '.join(f'{f:g}' for f in sorted(known)) or 'none'}"
+            )
     rows = [row for row in rows if not args.only or row.label in args.only]
     for row in rows:
         row.fracs = tuple(f for f in row.fracs if not args.fracs or f in args.fracs)
@@ -178,7 +265,9 @@ def data_flags(args):
         value = getattr(args, key)
         if value:
             given.append("--" + key.replace("_", "-"))
-            given += [] if value is True else map(str, value) if isinstance(value, list) else [value]
+            given += (
+                [] if value is True else map(str, value) if isinstance(value, list) else [value]
+            )
     if args.cache:
         cached = ["--cache", args.cache]
     return [*given, *cached], cached
@@ -225,23 +314,54 @@ def commands(args, row, seed):
         for arm in row.arms:
             start = ["--init", args.warm[arm == "vit"]] if args.warm else init
             for frac in row.fracs:
-                words = ["finetune.py", *model_flags(args, row, arm, "arch"), *start,
-                         "--img-size", str(size), "--frac", f"{frac:g}", "--seed", str(seed), *common]
+                words = [
+                    "finetune.py",
+                    *model_flags(args, row, arm, "arch"),
+                    *start,
+                    "--img-size",
+                    str(size),
+                    "--frac",
+                    f"{frac:g}",
+                    "--seed",
+                    str(seed),
+                    *common,
+                ]
                 tunings[arm, frac] = words, folder(words)
         return None, tunings
     if row.method == "dino" and args.scale == "small":
         flags += SMALL_DINO
     if args.warm:
         flags += ["--init-cnn", args.warm[0], "--init-vit", args.warm[1]]
-    words = ["tools.dino" if row.method == "dino" else "pretrain.py", *model_flags(args, row, "cnn", "cnn"),
-             *model_flags(args, row, "vit", "vit"), "--img-size", str(size),
-             "--epochs", str(epochs_of(args, row)), *flags, "--seed", str(seed), *common]
+    words = [
+        "tools.dino" if row.method == "dino" else "pretrain.py",
+        *model_flags(args, row, "cnn", "cnn"),
+        *model_flags(args, row, "vit", "vit"),
+        "--img-size",
+        str(size),
+        "--epochs",
+        str(epochs_of(args, row)),
+        *flags,
+        "--seed",
+        str(seed),
+        *common,
+    ]
     pretraining = words, folder(words)
     return pretraining, {
-        (arm, frac): (["finetune.py", "--ckpt", str(pretraining[1] / f"{arm}.pt"), "--frac",
-                       f"{frac:g}", *cached, *device],
-                      pretraining[1] / f"finetune_{arm}_{frac:g}")
-        for arm in row.arms for frac in row.fracs}
+        (arm, frac): (
+            [
+                "finetune.py",
+                "--ckpt",
+                str(pretraining[1] / f"{arm}.pt"),
+                "--frac",
+                f"{frac:g}",
+                *cached,
+                *device,
+            ],
+            pretraining[1] / f"finetune_{arm}_{frac:g}",
+        )
+        for arm in row.arms
+        for frac in row.fracs
+    }
 
 
 def shown(words, folder):
@@ -254,8 +374,9 @@ def portable(args, text):
     """Without what comes before the data and the runs on this machine."""
     for path in (args.data, args.images, args.split, args.work, str(args.out), *(args.warm or ())):
         if path:
-            before = os.path.dirname(os.path.dirname(path) if path in (args.warm or ()) else
-                                     os.path.normpath(path))
+            before = os.path.dirname(
+                os.path.dirname(path) if path in (args.warm or ()) else os.path.normpath(path)
+            )
             text = text.replace(path, path.removeprefix(before).lstrip("/"))
     return text
 
@@ -269,9 +390,13 @@ def run_script(words, output):
     with cli.Signals() as signals:
         script = ["-m", words[0]] if words[0] == "tools.dino" else [str(ROOT / words[0])]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        process = subprocess.Popen([sys.executable, *script, *map(str, words[1:])], stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**os.environ, "PYTHONPATH": path})
+        process = subprocess.Popen(
+            [sys.executable, *script, *map(str, words[1:])],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
         while process.poll() is None and not signals.number:
             time.sleep(0.05)
         if signals.number:
@@ -293,7 +418,9 @@ def call(words, folder, failed):
         status = run_script([*words, "--out", folder, "--resume"], output)
     if status:
         lines = (folder / "output.txt").read_text(errors="replace").replace("\r", "\n").split("\n")
-        failed[folder] = next((line for line in reversed(lines) if line.strip()), f"status {status}")
+        failed[folder] = next(
+            (line for line in reversed(lines) if line.strip()), f"status {status}"
+        )
         raise Failed(failed[folder])
     (folder / "finished").touch()
     (folder / "last.pt").unlink(missing_ok=True)
@@ -303,17 +430,27 @@ def hardware(device):
     """In words."""
     if cli.pick_device(device).type == "cuda":
         return torch.cuda.get_device_name()
-    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) \
-        if Path("/proc/cpuinfo").exists() else []
+    names = (
+        re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def run_cell(args, row, seed, arm, frac, runs, failed):
     """The record of a cell, for cells/*.json. runs: (words, folder) of a pre-training, of a
     fine-tuning, or of both arms' for the mean of their probabilities."""
-    cell = {"row": row.label, "arm": arm, "frac": frac, "seed": seed, "status": "done",
-            "commands": commands_of(args, runs), "hardware": hardware(args.device),
-            "versions": VERSIONS}
+    cell = {
+        "row": row.label,
+        "arm": arm,
+        "frac": frac,
+        "seed": seed,
+        "status": "done",
+        "commands": commands_of(args, runs),
+        "hardware": hardware(args.device),
+        "versions": VERSIONS,
+    }
     try:
         for run in runs:
             call(*run, failed)
@@ -370,16 +507,25 @@ def gain_lines(args, summary, paper):
         other = args.out.parent / f"table{n}" / "table.json"
         if args.out.name == f"table{args.table}" and other.exists():
             other = json.loads(other.read_text())
-            if (other["scale"], other["epochs"], other["warm"]) == (args.scale, args.epochs,
-                                                                  bool(args.warm)):
+            if (other["scale"], other["epochs"], other["warm"]) == (
+                args.scale,
+                args.epochs,
+                bool(args.warm),
+            ):
                 mine[n] = other["means"]
     for over in ("DINO", "Supervised"):
         for frac in ("0.01", "0.1", "1"):
+
             def mean(of, tables):
-                gains = [g for n in tables if n in of and (g := gain(of[n], frac, over)) is not None]
+                gains = [
+                    g for n in tables if n in of and (g := gain(of[n], frac, over)) is not None
+                ]
                 return f"{np.mean(gains):+.1f} ({len(gains)} data sets)" if gains else "not run"
-            yield (f"| CASS over {over}, {float(frac):.0%} | {mean(printed, [args.table])} | "
-                   f"{mean(printed, '2345')} | {mean(mine, [args.table])} | {mean(mine, '2345')} |")
+
+            yield (
+                f"| CASS over {over}, {float(frac):.0%} | {mean(printed, [args.table])} | "
+                f"{mean(printed, '2345')} | {mean(mine, [args.table])} | {mean(mine, '2345')} |"
+            )
 
 
 def paired(summary, frac, row, other):
@@ -387,7 +533,9 @@ def paired(summary, frac, row, other):
     sides = []
     for name in (row, other):
         arms = [summary.get(f"{name}|{arm}|{frac}", {}) for arm in ("cnn", "vit")]
-        sides.append({seed: (arms[0][seed] + arms[1][seed]) / 2 for seed in arms[0].keys() & arms[1]})
+        sides.append(
+            {seed: (arms[0][seed] + arms[1][seed]) / 2 for seed in arms[0].keys() & arms[1]}
+        )
     both = np.array([sides[0][s] - sides[1][s] for s in sorted(sides[0].keys() & sides[1])])
     return (both.mean(), both.std(ddof=1) / len(both) ** 0.5, len(both)) if len(both) > 1 else None
 
@@ -404,88 +552,175 @@ def time_lines(cells, paper):
     yield "| data set | DINO | CASS | CASS / DINO |\n|---|---|---|---|"
 
     def minutes(text):
-        return sum(int(n) * (60 if unit == "h" else 1)
-                   for n, unit in re.findall(r"(\d+) ([hm])", text.lower()))
+        return sum(
+            int(n) * (60 if unit == "h" else 1)
+            for n, unit in re.findall(r"(\d+) ([hm])", text.lower())
+        )
+
     ratios = []
     for name, times in paper["1"]["times"].items():
         ratios.append(minutes(times["CASS"]) / minutes(times["DINO"]))
         yield f"| paper, {name} | {times['DINO']} | {times['CASS']} | {ratios[-1]:.2f} |"
-    yield (f"| paper, mean of the ratios (its \"69 % less time\" would be 0.31) | | | "
-           f"{np.mean(ratios):.2f} |")
+    yield (
+        f'| paper, mean of the ratios (its "69 % less time" would be 0.31) | | | '
+        f"{np.mean(ratios):.2f} |"
+    )
     both = sorted(seconds.get("DINO", {}).keys() & seconds.get("CASS", {}))
     if both:
         dino, ours = (np.array([seconds[m][s] for s in both]) for m in ("DINO", "CASS"))
-        yield (f"| **this code**, seconds per epoch, n = {len(both)} | {dino.mean():.1f} | "
-               f"{ours.mean():.1f} | {np.mean(ours / dino):.3f} |")
+        yield (
+            f"| **this code**, seconds per epoch, n = {len(both)} | {dino.mean():.1f} | "
+            f"{ours.mean():.1f} | {np.mean(ours / dino):.3f} |"
+        )
 
 
 def write_table(args, rows, cells, paper, metric):
     """table.csv, table.json and table.md from the cells that there are. Returns the lines of it."""
     columns = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
     parts = ("test", "test_without_duplicates")
-    write_csv(args.out / "table.csv",
-              ["row", "arm", "frac", "seed", "status", "pretrain_seconds", "finetune_seconds",
-               *(f"{c}{p[4:]}" for p in parts for c in columns), "error"],
-              ([c["row"], c["arm"], c["frac"], c["seed"], c["status"], c.get("pretrain_seconds"),
-                c.get("finetune_seconds"), *((c["metrics"][p] or {}).get(k) if "metrics" in c else None
-                                             for p in parts for k in columns), c.get("error")]
-               for c in cells))
+    write_csv(
+        args.out / "table.csv",
+        [
+            "row",
+            "arm",
+            "frac",
+            "seed",
+            "status",
+            "pretrain_seconds",
+            "finetune_seconds",
+            *(f"{c}{p[4:]}" for p in parts for c in columns),
+            "error",
+        ],
+        (
+            [
+                c["row"],
+                c["arm"],
+                c["frac"],
+                c["seed"],
+                c["status"],
+                c.get("pretrain_seconds"),
+                c.get("finetune_seconds"),
+                *(
+                    (c["metrics"][p] or {}).get(k) if "metrics" in c else None
+                    for p in parts
+                    for k in columns
+                ),
+                c.get("error"),
+            ]
+            for c in cells
+        ),
+    )
     summary = summarize(cells, metric)
-    write_json(args.out / "table.json", {
-        "scale": args.scale, "epochs": args.epochs, "warm": bool(args.warm), "metric": metric,
-        "means": {k: float(np.mean(list(v.values()))) for k, v in summary.items()},
-        "values": {k: {str(s): x for s, x in v.items()} for k, v in summary.items()}})
+    write_json(
+        args.out / "table.json",
+        {
+            "scale": args.scale,
+            "epochs": args.epochs,
+            "warm": bool(args.warm),
+            "metric": metric,
+            "means": {k: float(np.mean(list(v.values()))) for k, v in summary.items()},
+            "values": {k: {str(s): x for s, x in v.items()} for k, v in summary.items()},
+        },
+    )
 
-    about = paper.get(args.table, {"title": "Objectives beside equation 1", "section": "not in it",
-                                   "metric": "", "cells": {}})
+    about = paper.get(
+        args.table,
+        {
+            "title": "Objectives beside equation 1",
+            "section": "not in it",
+            "metric": "",
+            "cells": {},
+        },
+    )
     size, epochs, _ = SCALES[args.scale]
     done = [c for c in cells if c["status"] == "done"]
-    lines = [f"# {'Table ' * args.table.isdigit()}{args.table}: {about['title']} (section "
-             f"{about['section']})", "", f"`{portable(args, shlex.join(['python', 'experiments.py', *sys.argv[1:]]))}`", "",
-             f"Data: {Path(args.data).name}" + (", de-duplicated" if args.dedup else "") +
-             (f", grouped by {args.group_col}" if args.group_col else "") +
-             f". Scale: **{args.scale}**, epochs of pre-training: {args.epochs or epochs}, at {size} px" +
-             (", small arms from random weights: not the paper's" if args.scale == "small" else "") +
-             (", from warm arms" if args.warm else "") + ". " +
-             "; ".join(sorted({c["hardware"] for c in done})) + "; " +
-             ", ".join(f"{k} {v}" for k, v in VERSIONS.items()) + ".", ""]
+    lines = [
+        f"# {'Table ' * args.table.isdigit()}{args.table}: {about['title']} (section "
+        f"{about['section']})",
+        "",
+        f"`{portable(args, shlex.join(['python', 'experiments.py', *sys.argv[1:]]))}`",
+        "",
+        f"Data: {Path(args.data).name}"
+        + (", de-duplicated" if args.dedup else "")
+        + (f", grouped by {args.group_col}" if args.group_col else "")
+        + f". Scale: **{args.scale}**, epochs of pre-training: {args.epochs or epochs}, at {size} px"
+        + (", small arms from random weights: not the paper's" if args.scale == "small" else "")
+        + (", from warm arms" if args.warm else "")
+        + ". "
+        + "; ".join(sorted({c["hardware"] for c in done}))
+        + "; "
+        + ", ".join(f"{k} {v}" for k, v in VERSIONS.items())
+        + ".",
+        "",
+    ]
     if args.table == "1":
-        lines += ["DINO trains one arm after the other, CASS both at once. The paper took DINO from "
-                  "another implementation with other settings (student temperature 0.9, 65,336 outputs, "
-                  "two full-size local views); here it is the original's for Transformers, for both arms." +
-                  (" At this scale with 4,096 outputs and 4 local crops." if args.scale == "small" else ""), "",
-                  *time_lines(cells, paper)]
+        lines += [
+            "DINO trains one arm after the other, CASS both at once. The paper took DINO from "
+            "another implementation with other settings (student temperature 0.9, 65,336 outputs, "
+            "two full-size local views); here it is the original's for Transformers, for both arms."
+            + (
+                " At this scale with 4,096 outputs and 4 local crops."
+                if args.scale == "small"
+                else ""
+            ),
+            "",
+            *time_lines(cells, paper),
+        ]
     else:
-        lines += [f"Score: {metric.replace('_', ' ')} on the test split" +
-                  (f" (paper: {about['metric']})" if about["metric"] else "") +
-                  "; mean ± standard deviation (n − 1) over seeds. *Mean of both*: the probabilities of "
-                  "both arms averaged, which the paper does not do.", "",
-                  "| | arm | labels | paper | this code | time: pre-training, fine-tuning |",
-                  "|---|---|---|---|---|---|"]
+        lines += [
+            f"Score: {metric.replace('_', ' ')} on the test split"
+            + (f" (paper: {about['metric']})" if about["metric"] else "")
+            + "; mean ± standard deviation (n − 1) over seeds. *Mean of both*: the probabilities of "
+            "both arms averaged, which the paper does not do.",
+            "",
+            "| | arm | labels | paper | this code | time: pre-training, fine-tuning |",
+            "|---|---|---|---|---|---|",
+        ]
         for row in rows:
             for frac in row.fracs:
                 arms = (*row.arms, "mean") if len(row.arms) == 2 else row.arms
-                lines += [table_line(args, cells, summary, about["cells"], row, arm, frac)
-                          for arm in arms]
+                lines += [
+                    table_line(args, cells, summary, about["cells"], row, arm, frac) for arm in arms
+                ]
         if args.table in "2345":
-            lines += ["", "Gain in points (G.0.3: summed over both arms, mean over data sets). The "
-                      "paper's own figures do not give the +3.8 and +5.9 of its abstract.", "",
-                      "| | paper, this table | paper, Tables 2–5 | this code, this table | this code, "
-                      "Tables 2–5 |", "|---|---|---|---|---|", *gain_lines(args, summary, paper)]
+            lines += [
+                "",
+                "Gain in points (G.0.3: summed over both arms, mean over data sets). The "
+                "paper's own figures do not give the +3.8 and +5.9 of its abstract.",
+                "",
+                "| | paper, this table | paper, Tables 2–5 | this code, this table | this code, "
+                "Tables 2–5 |",
+                "|---|---|---|---|---|",
+                *gain_lines(args, summary, paper),
+            ]
         labels = [row.label for row in rows]
         if {"CASS", "Supervised"} <= set(labels):
-            lines += ["", "Paired by seed, mean of both arms' scores: difference ± standard error.", "",
-                      "| | labels | over Supervised | over CASS |", "|---|---|---|---|"]
+            lines += [
+                "",
+                "Paired by seed, mean of both arms' scores: difference ± standard error.",
+                "",
+                "| | labels | over Supervised | over CASS |",
+                "|---|---|---|---|",
+            ]
             for label in labels:
                 for frac in sorted({f for row in rows for f in row.fracs}):
-                    got = [paired(summary, f"{frac:g}", label, other) if other != label else None
-                           for other in ("Supervised", "CASS")]
-                    lines.append(f"| {label} | {frac:.0%} | " + " | ".join(
-                        "" if g is None else f"{g[0]:+.3f} ± {g[1]:.3f} (n = {g[2]})"
-                        for g in got) + " |")
+                    got = [
+                        paired(summary, f"{frac:g}", label, other) if other != label else None
+                        for other in ("Supervised", "CASS")
+                    ]
+                    lines.append(
+                        f"| {label} | {frac:.0%} | "
+                        + " | ".join(
+                            "" if g is None else f"{g[0]:+.3f} ± {g[1]:.3f} (n = {g[2]})"
+                            for g in got
+                        )
+                        + " |"
+                    )
     failed = [c for c in cells if c["status"] == "failed"]
-    lines += [""] + [f"Failed: {c['row']}, {c['arm']}, {c['frac']:g}, seed {c['seed']}: {c['error']}"
-                     for c in failed]
+    lines += [""] + [
+        f"Failed: {c['row']}, {c['arm']}, {c['frac']:g}, seed {c['seed']}: {c['error']}"
+        for c in failed
+    ]
     with atomic_open(args.out / "table.md") as file:
         file.write("\n".join(lines).rstrip() + "\n")
     return lines
@@ -494,19 +729,31 @@ def write_table(args, rows, cells, paper, metric):
 def table_line(args, cells, summary, printed, row, arm, frac):
     """One line of table.md."""
     key = f"{row.label}|{arm}|{frac:g}"
-    mine = [c for c in cells if c["status"] == "done" and
-            (c["row"], c["arm"], c["frac"]) == (row.label, arm, frac)]
+    mine = [
+        c
+        for c in cells
+        if c["status"] == "done" and (c["row"], c["arm"], c["frac"]) == (row.label, arm, frac)
+    ]
     values = list(summary.get(key, {}).values())
-    ours = "not run" if not values else f"{np.mean(values):.4f}" + (
-        f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "") + f" (n = {len(values)})"
-    seconds = [f"{np.mean([c[k] for c in mine if k in c]):.0f} s" if any(k in c for c in mine) else "–"
-               for k in ("pretrain_seconds", "finetune_seconds")]
+    ours = (
+        "not run"
+        if not values
+        else f"{np.mean(values):.4f}"
+        + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
+        + f" (n = {len(values)})"
+    )
+    seconds = [
+        f"{np.mean([c[k] for c in mine if k in c]):.0f} s" if any(k in c for c in mine) else "–"
+        for k in ("pretrain_seconds", "finetune_seconds")
+    ]
     name = "mean of both" if arm == "mean" else model_of(args, row, arm)[0]
     label = row.label
     if args.table in ("7", "15"):
         label += f" (here {epochs_of(args, row)})"
-    return (f"| {label} | {name} | {frac:.0%} | {printed.get(key, '–')} | {ours} | "
-            f"{', '.join(seconds)} |")
+    return (
+        f"| {label} | {name} | {frac:.0%} | {printed.get(key, '–')} | {ours} | "
+        f"{', '.join(seconds)} |"
+    )
 
 
 def estimate(args, rows, n_train, n_val, n_test):
@@ -520,8 +767,13 @@ def estimate(args, rows, n_train, n_val, n_test):
         key = name, str(kwargs)
         if key not in known:
             model = build_arm(name, size, **kwargs).to(device).train()
-            images = torch.randn(16 if args.scale == "small" or device.type == "cuda" else 2,
-                                 3, size, size, device=device)
+            images = torch.randn(
+                16 if args.scale == "small" or device.type == "cuda" else 2,
+                3,
+                size,
+                size,
+                device=device,
+            )
             for _ in range(2):  # the first one warms up
                 began = time.perf_counter()
                 with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -534,27 +786,42 @@ def estimate(args, rows, n_train, n_val, n_test):
     total, seen = 0.0, set()
     for seed in args.seeds:
         for row in rows:
-            arm_seconds = {arm: per_image(*model_of(args, row, arm))
-                           for arm in ("cnn", "vit") if row.method != "supervised" or arm in row.arms}
+            arm_seconds = {
+                arm: per_image(*model_of(args, row, arm))
+                for arm in ("cnn", "vit")
+                if row.method != "supervised" or arm in row.arms
+            }
             pretraining, tunings = commands(args, row, seed)
             jobs = []
             if pretraining:
                 images = n_train * epochs_of(args, row)
                 small = 4 if args.scale == "small" else 8
-                crops = 2 + small * (96 / 224) ** 2 + 2 / 3  # of DINO; the teacher goes forward only
-                jobs.append((pretraining, images * sum(arm_seconds.values()) *
-                             (crops if row.method == "dino" else 1)))
+                crops = (
+                    2 + small * (96 / 224) ** 2 + 2 / 3
+                )  # of DINO; the teacher goes forward only
+                jobs.append(
+                    (
+                        pretraining,
+                        images * sum(arm_seconds.values()) * (crops if row.method == "dino" else 1),
+                    )
+                )
             for (arm, frac), tuning in tunings.items():
                 images = 50 * (max(frac * n_train, 1) + n_val / 3) + n_test / 3
                 jobs.append((tuning, images * arm_seconds[arm]))
             for (words, folder), seconds in jobs:
                 if folder not in seen:
-                    state = "finished" if (folder / "finished").exists() else f"~ {seconds / 60:.1f} min"
+                    state = (
+                        "finished"
+                        if (folder / "finished").exists()
+                        else f"~ {seconds / 60:.1f} min"
+                    )
                     print(f"{shown(words, folder)}    # {state}")
                     total += 0 if state == "finished" else seconds
                     seen.add(folder)
-    print(f"{len(seen)} runs, about {total / 3600:.1f} hours here; fine-tuning stops early, and is "
-          f"counted with all its epochs")
+    print(
+        f"{len(seen)} runs, about {total / 3600:.1f} hours here; fine-tuning stops early, and is "
+        f"counted with all its epochs"
+    )
 
 
 def jobs_of(args, rows):
@@ -573,20 +840,27 @@ def jobs_of(args, rows):
 
 def refuse_other_configuration(args, images):
     """Write config.json; raise UserError where the folder holds results of something else."""
-    config = {"table": args.table, "scale": args.scale, "settings": [*SCALES[args.scale], *SMALL_DINO],
-              "epochs": args.epochs, "data": portable(args, shlex.join(data_flags(args)[0])),
-              "images": len(images), "classes": images.classes,
-              "digest": digest("".join(images.names), np.ascontiguousarray(images.labels)),
-              "warm": [digest(*(v.numpy() for v in w["state_dict"].values()))
-                       for w in args.warm_weights]}
+    config = {
+        "table": args.table,
+        "scale": args.scale,
+        "settings": [*SCALES[args.scale], *SMALL_DINO],
+        "epochs": args.epochs,
+        "data": portable(args, shlex.join(data_flags(args)[0])),
+        "images": len(images),
+        "classes": images.classes,
+        "digest": digest("".join(images.names), np.ascontiguousarray(images.labels)),
+        "warm": [digest(*(v.numpy() for v in w["state_dict"].values())) for w in args.warm_weights],
+    }
     file = args.out / "config.json"
     try:
         same = not file.exists() or json.loads(file.read_text()) == config
     except ValueError:
         same = False
     if not same:
-        raise UserError(f"{args.out}: holds results of another configuration ({file}); name another "
-                        f"folder with --out")
+        raise UserError(
+            f"{args.out}: holds results of another configuration ({file}); name another "
+            f"folder with --out"
+        )
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
     write_json(file, config)
 
@@ -595,13 +869,18 @@ def main():
     args, rows = parse_arguments()
     images = read(args.data, **data.options(args))
     if not images.classes or len(images.classes) == 1 and not images.multilabel:
-        raise UserError(f"{images.path}: has no labels, which the tables need; give each class a folder "
-                        f"of its own, or a CSV file")
-    metric = args.metric or ("balanced_accuracy" if args.table == "5" and not images.multilabel
-                             else "macro_f1")
+        raise UserError(
+            f"{images.path}: has no labels, which the tables need; give each class a folder "
+            f"of its own, or a CSV file"
+        )
+    metric = args.metric or (
+        "balanced_accuracy" if args.table == "5" and not images.multilabel else "macro_f1"
+    )
     if images.multilabel and metric in ("balanced_accuracy", "accuracy"):
-        raise UserError(f"--metric {metric}: {images.path} has several labels to an image; take "
-                        f"macro_f1, micro_f1 or auroc")
+        raise UserError(
+            f"--metric {metric}: {images.path} has several labels to an image; take "
+            f"macro_f1, micro_f1 or auroc"
+        )
     if args.dry_run:
         n = len(images)
         given = {part: int((images.given == part).sum()) for part in ("train", "val", "test")}
@@ -626,12 +905,16 @@ def main():
     every = rows_of(args.table)
     order = {row.label: i for i, row in enumerate(every)}
     cells = [json.loads(file.read_text()) for file in (args.out / "cells").glob("*.json")]
-    cells = sorted((c for c in cells if c["row"] in order),
-                   key=lambda c: (order[c["row"]], c["frac"], c["arm"], c["seed"]))
+    cells = sorted(
+        (c for c in cells if c["row"] in order),
+        key=lambda c: (order[c["row"]], c["frac"], c["arm"], c["seed"]),
+    )
     print("\n".join(write_table(args, every, cells, paper, metric)))
     if errors:
-        print(f"error: {errors} of {len(jobs)} cells failed; the same command tries them again",
-              file=sys.stderr)
+        print(
+            f"error: {errors} of {len(jobs)} cells failed; the same command tries them again",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

@@ -35,8 +35,11 @@ def attention(model, images, block=1):
     """
     names = attention_names(model)
     if not 1 <= block <= len(names):
-        raise ValueError(f"has no attention block {block}; there are {len(names)}" if names else
-                         "has no attention to show; is it a CNN?")
+        raise ValueError(
+            f"has no attention block {block}; there are {len(names)}"
+            if names
+            else "has no attention to show; is it a CNN?"
+        )
     name = names[block - 1]
     model.get_submodule(name).fused_attn = False
     extract = AttentionExtract(model, [f"{name}.attn_drop"], method="hook")
@@ -69,8 +72,10 @@ def attention_map(model, images, block=1):
     prefix = getattr(model, "num_prefix_tokens", 0)
     side = math.isqrt(max(attn.shape[-1] - prefix, 0))
     if attn.shape[0] != len(images) or attn.shape[2:] != (prefix + side**2,) * 2:
-        raise ValueError(f"attends in block {block} over something else than the patches of the "
-                         f"image; ViT, DeiT and Swin can be shown")
+        raise ValueError(
+            f"attends in block {block} over something else than the patches of the "
+            f"image; ViT, DeiT and Swin can be shown"
+        )
     attn = attn.mean(1)
     row = attn[:, 0] if has_class_token(model) else attn[:, prefix:].mean(1)
     return row[:, prefix:].reshape(-1, side, side).float()
@@ -96,8 +101,12 @@ def mean_attention(model, batches, block=1):
 @torch.no_grad()
 def _hooked(model, images, names, see):
     """One pass in which see(name, output) is called for each of the named modules."""
-    handles = [model.get_submodule(name).register_forward_hook(
-        lambda _, __, output, name=name: see(name, output)) for name in names]
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: see(name, output)
+        )
+        for name in names
+    ]
     try:
         model.eval()(images)
     finally:

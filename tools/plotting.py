@@ -13,8 +13,13 @@ SCALE = np.array([(27, 16, 68), (58, 74, 140), (42, 138, 140), (108, 192, 106), 
 UNKNOWN = (225, 225, 225)
 # lines: of Okabe and Ito's palette, in pairs that the colour-blind tell apart best; the same thing
 # has the same colour in every picture
-COLOURS = {"train": (0, 114, 178), "val": (213, 94, 0), "cnn": (86, 180, 233),
-           "vit": (230, 159, 0), "": (0, 0, 0)}
+COLOURS = {
+    "train": (0, 114, 178),
+    "val": (213, 94, 0),
+    "cnn": (86, 180, 233),
+    "vit": (230, 159, 0),
+    "": (0, 0, 0),
+}
 MORE = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0)]
 GAP, LETTER, SMALL = 14, 15, 12  # pixels
 
@@ -48,8 +53,9 @@ def text(string, width=2000, size=LETTER):
                     lines.append("")
                 lines[-1] += piece
     step = round(size * 1.35)
-    image = Image.new("RGB", (1 + max(width_of(line, size) for line in lines), step * len(lines)),
-                      "white")
+    image = Image.new(
+        "RGB", (1 + max(width_of(line, size) for line in lines), step * len(lines)), "white"
+    )
     for i, line in enumerate(lines):
         ImageDraw.Draw(image).text((0, i * step), line, "black", font(size))
     return image
@@ -124,8 +130,13 @@ def matrix(values, rows, columns, labels, low, high):
     cells = Image.fromarray(np.kron(rgb, np.ones((cell, cell, 1), np.uint8)))
     for r, c in np.ndindex(*values.shape):
         dark = rgb[r, c] @ (0.299, 0.587, 0.114) < 130
-        ImageDraw.Draw(cells).text(((c + 0.5) * cell, (r + 0.5) * cell), labels[r][c],
-                                   "white" if dark else "black", font(SMALL), "mm")
+        ImageDraw.Draw(cells).text(
+            ((c + 0.5) * cell, (r + 0.5) * cell),
+            labels[r][c],
+            "white" if dark else "black",
+            font(SMALL),
+            "mm",
+        )
     heads, names = ([text(name, size=SMALL) for name in side] for side in (columns, rows))
     if max(head.width for head in heads) > cell - 4:
         heads = [head.rotate(90, expand=True) for head in heads]
@@ -146,8 +157,10 @@ def plot(title, lines, palette=COLOURS, width=300, height=150, edge=8):
     (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
 
     def place(x, y):
-        return (edge + share(x, x0, x1) * (width - 2 * edge),
-                height - edge - share(y, y0, y1) * (height - 2 * edge))
+        return (
+            edge + share(x, x0, x1) * (width - 2 * edge),
+            height - edge - share(y, y0, y1) * (height - 2 * edge),
+        )
 
     area = Image.new("RGB", (4 * width, 4 * height), "white")
     draw = ImageDraw.Draw(area)
@@ -166,10 +179,15 @@ def plot(title, lines, palette=COLOURS, width=300, height=150, edge=8):
         draw.text((left - 5, place(x0, y)[1]), mark, "black", font(SMALL), "rm")
     for x in {x0, (x0 + x1) // 2, x1}:
         draw.text((left + place(x, y0)[0], height + 5), f"{x:g}", "black", font(SMALL), "mt")
-    return above(beside(text(title), *legend(lines, palette)) if palette is COLOURS else text(title), axes)
+    return above(
+        beside(text(title), *legend(lines, palette)) if palette is COLOURS else text(title), axes
+    )
 
 
 def legend(names, palette):
     """A coloured square and the name of each line."""
-    return [beside(Image.new("RGB", (14, 14), palette[name]), text(name), gap=4)
-            for name in names if name]
+    return [
+        beside(Image.new("RGB", (14, 14), palette[name]), text(name), gap=4)
+        for name in names
+        if name
+    ]

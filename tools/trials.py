@@ -77,40 +77,73 @@ class OnFeatures(nn.Module):
         self.cnn, self.vit, self.objective = cnn, vit, objective
         for arm, model in self.arms.items():
             model.projector = nn.Sequential(
-                nn.Linear(model.num_features, width), nn.BatchNorm1d(width), nn.ReLU(),
-                nn.Linear(width, width))
+                nn.Linear(model.num_features, width),
+                nn.BatchNorm1d(width),
+                nn.ReLU(),
+                nn.Linear(width, width),
+            )
 
     @property
     def arms(self):
         return {"cnn": self.cnn, "vit": self.vit}
 
     def forward(self, images):
-        R, T = (m.projector(m.forward_head(m.forward_features(images), pre_logits=True)).float()
-                for m in self.arms.values())
+        R, T = (
+            m.projector(m.forward_head(m.forward_features(images), pre_logits=True)).float()
+            for m in self.arms.values()
+        )
         return self.objective(R, T)
 
 
 OBJECTIVES = {
-    "cosine": cosine_loss, "barlow": barlow, "vicreg": vicreg, "infonce": infonce,
-    "centred_infonce": centred_infonce, "centred_cosine": centred_cosine,
-    "standardized_cosine": standardized_cosine, "alternating": Alternating(),
-    "barlow_projector": barlow, "vicreg_projector": vicreg, "infonce_projector": infonce}
+    "cosine": cosine_loss,
+    "barlow": barlow,
+    "vicreg": vicreg,
+    "infonce": infonce,
+    "centred_infonce": centred_infonce,
+    "centred_cosine": centred_cosine,
+    "standardized_cosine": standardized_cosine,
+    "alternating": Alternating(),
+    "barlow_projector": barlow,
+    "vicreg_projector": vicreg,
+    "infonce_projector": infonce,
+}
 
 
 def embed(model, images, index):
-    return collapse.embed(model, (normalize(torch.from_numpy(np.stack([images[i] for i in part])))
-                                for part in index.split(256)))[0]
+    return collapse.embed(
+        model,
+        (
+            normalize(torch.from_numpy(np.stack([images[i] for i in part])))
+            for part in index.split(256)
+        ),
+    )[0]
 
 
 def balanced(predicted, true, classes):
-    return torch.stack([(predicted[true == c] == c).float().mean() for c in range(classes)
-                        if (true == c).any()]).mean().item()
+    return (
+        torch.stack(
+            [
+                (predicted[true == c] == c).float().mean()
+                for c in range(classes)
+                if (true == c).any()
+            ]
+        )
+        .mean()
+        .item()
+    )
 
 
 def probe(train, y, val, y_val, frac, draw, classes):
     g = torch.Generator().manual_seed(draw)
-    mine = torch.cat([(i := (y == c).nonzero()[:, 0])[torch.randperm(len(i), generator=g)
-                      [:max(1, round(frac * len(i)))]] for c in range(classes)])
+    mine = torch.cat(
+        [
+            (i := (y == c).nonzero()[:, 0])[
+                torch.randperm(len(i), generator=g)[: max(1, round(frac * len(i)))]
+            ]
+            for c in range(classes)
+        ]
+    )
     mean, std = train.mean(0), train.std(0) + 1e-6
     X, V = (train[mine] - mean) / std, (val - mean) / std
     Y = F.one_hot(y[mine], classes).float()
@@ -141,24 +174,42 @@ def main():
             torch.manual_seed(seed)
             arms = [build_arm(a, args.img_size, **k) for a, k in ARMS.values()]
             objective = OBJECTIVES.get(name)
-            method = (OnFeatures(*arms, objective) if "projector" in name
-                      else CASS(*arms, objective=objective))
+            method = (
+                OnFeatures(*arms, objective)
+                if "projector" in name
+                else CASS(*arms, objective=objective)
+            )
             method.to(memory_format=torch.channels_last)
             began = time.perf_counter()
             if objective is not None:
-                views = data.AugmentedImages(images.images, train.numpy(), seed=seed,
-                                   transform=data.augmentation(args.img_size))
+                views = data.AugmentedImages(
+                    images.images,
+                    train.numpy(),
+                    seed=seed,
+                    transform=data.augmentation(args.img_size),
+                )
                 batches = data.EpochBatches(len(views), 16, seed)
                 cpu = torch.device("cpu")
                 loader = data.loader(views, batches, cpu)
                 with tempfile.TemporaryDirectory() as folder:
-                    swa = pretrain.train(method, loader, Run(Path(folder), cpu, {}), cpu,
-                                         torch.bfloat16, args.epochs, lr=args.lr)
+                    swa = pretrain.train(
+                        method,
+                        loader,
+                        Run(Path(folder), cpu, {}),
+                        cpu,
+                        torch.bfloat16,
+                        args.epochs,
+                        lr=args.lr,
+                    )
                 arms = swa.finish(lambda: on_device(loader, cpu))
             else:
                 arms = method.arms
-            row = {"objective": name, "seed": seed, "epochs": args.epochs,
-                   "seconds": round(time.perf_counter() - began)}
+            row = {
+                "objective": name,
+                "seed": seed,
+                "epochs": args.epochs,
+                "seconds": round(time.perf_counter() - began),
+            }
             for arm, model in arms.items():
                 E, V = embed(model, images.images, some), embed(model, images.images, val)
                 C = len(images.classes)
@@ -166,8 +217,9 @@ def main():
                 votes = F.one_hot(y[some][near], C).sum(1)
                 row[f"{arm}_knn"] = round(balanced(votes.argmax(1), y[val], C), 4)
                 for frac in (0.01, 0.1):
-                    row[f"{arm}_{frac:g}"] = round(sum(
-                        probe(E, y[some], V, y[val], frac, d, C) for d in range(5)) / 5, 4)
+                    row[f"{arm}_{frac:g}"] = round(
+                        sum(probe(E, y[some], V, y[val], frac, d, C) for d in range(5)) / 5, 4
+                    )
             print(row, flush=True)
             rows.append(row)
             write_json(out, {"command": sys.argv, "torch": torch.__version__, "rows": rows})

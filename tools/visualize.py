@@ -73,18 +73,30 @@ def subparser(prog, **_):
 def parse_arguments():
     """The arguments of one subcommand; `draw` is the function that makes its figure."""
     parser = cli.Parser(__doc__)
-    commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True,
-                                     parser_class=subparser,
-                                     help="attention, features, cka, curves or confusion")
+    commands = parser.add_subparsers(
+        dest="what",
+        metavar="WHAT",
+        required=True,
+        parser_class=subparser,
+        help="attention, features, cka, curves or confusion",
+    )
 
     def command(name, draw):
         sub = commands.add_parser(name)
         sub.set_defaults(draw=draw, image=None)
-        sub.add_argument("--out", default=f"{name}.png", metavar="FILE",
-                         help="PNG to write (default: %(default)s)")
+        sub.add_argument(
+            "--out",
+            default=f"{name}.png",
+            metavar="FILE",
+            help="PNG to write (default: %(default)s)",
+        )
         if name in ("curves", "confusion"):
-            sub.add_argument("run", metavar="RUN_FOLDER", help="what a run wrote",
-                             nargs="+" if name == "curves" else None)
+            sub.add_argument(
+                "run",
+                metavar="RUN_FOLDER",
+                help="what a run wrote",
+                nargs="+" if name == "curves" else None,
+            )
         else:
             data.add_arguments(sub)
             sub.add_argument("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
@@ -96,21 +108,34 @@ def parse_arguments():
         add("--compare", metavar="FILE", help="another, beside it on the same colour scale")
         add("--image", metavar="FILE", help="this image instead of those of the data")
         if name == "attention":
-            add("--n", type=cli.positive, help="average over so many test images (default: 30, or "
-                "100 where 30 would hardly hold every class; E.3.4)")
+            add(
+                "--n",
+                type=cli.positive,
+                help="average over so many test images (default: 30, or "
+                "100 where 30 would hardly hold every class; E.3.4)",
+            )
             add("--block", type=cli.positive, default=1, help="attention block, the first is 1")
         else:
-            add("--layers", type=cli.positive, default=1,
-                help="how many convolutions: 1 as in Figure 4, 5 as in Figure 6")
+            add(
+                "--layers",
+                type=cli.positive,
+                default=1,
+                help="how many convolutions: 1 as in Figure 4, 5 as in Figure 6",
+            )
     add = command("cka", draw_cka)
     for arm in ("cnn", "vit"):
         add(f"--{arm}", required=True, metavar="FILE", help=f"weights file, such as {arm}.pt")
-        add(f"--before-{arm}", metavar="WHAT", help="its weights before training: imagenet, random "
-            "or a weights file (default: what the file says that it began with)")
+        add(
+            f"--before-{arm}",
+            metavar="WHAT",
+            help="its weights before training: imagenet, random "
+            "or a weights file (default: what the file says that it began with)",
+        )
     add("--n", type=cli.positive, default=128, help="test images (default: %(default)s)")
     add("--bs", type=cli.positive, default=32, help="of them in a minibatch, at least 4")
-    command("curves", draw_curves)("--only", nargs="+", metavar="TEXT",
-                                   help="only what is called so, such as: spread rank")
+    command("curves", draw_curves)(
+        "--only", nargs="+", metavar="TEXT", help="only what is called so, such as: spread rank"
+    )
     command("confusion", draw_confusion)
     return parser.parse_args()
 
@@ -160,22 +185,29 @@ def choose(args, starts, n):
         return [args.image], short(args.image)
     images = read(args.data, **data.options(args))
     images.decode(starts[0].size, data.cache_dir(args.cache), args.skip_bad)
-    split = data.split_and_report(images, args.seed, args.dedup,
-                                  seen_in_pretraining(starts[0].seen, images), allow_seen=True)
+    split = data.split_and_report(
+        images, args.seed, args.dedup, seen_in_pretraining(starts[0].seen, images), allow_seen=True
+    )
     part = "test" if (split == "test").any() else "train"
     of_part = split == part
-    seen = np.any([seen_in_pretraining(start.seen, images) for start in starts if start.seen is not None] or
-                  [~of_part], axis=0)
+    seen = np.any(
+        [seen_in_pretraining(start.seen, images) for start in starts if start.seen is not None]
+        or [~of_part],
+        axis=0,
+    )
     index = np.flatnonzero(of_part & ~seen if (of_part & ~seen).any() else of_part)
     rarest = images.labels[index].sum(0).min(initial=len(index))
     n = n or (30 if 30 * rarest >= len(index) else 100)
     index = index[sample(images.labels[index], n, args.seed)]
     origin = "test split" if part == "test" else "training split, for want of a test split"
-    classes = [c if len(index) == 1 else f"{c} {k}"
-               for c, k in class_counts(images, index).items() if k]
+    classes = [
+        c if len(index) == 1 else f"{c} {k}" for c, k in class_counts(images, index).items() if k
+    ]
     what = f"{len(index)} images" if len(index) > 1 else images.names[index[0]]
-    return ([images.sources[i] for i in index],
-            f"{what} of the {origin}" + (f": {cli.preview(classes, 8)}" if classes else ""))
+    return (
+        [images.sources[i] for i in index],
+        f"{what} of the {origin}" + (f": {cli.preview(classes, 8)}" if classes else ""),
+    )
 
 
 def sample(labels, n, seed):
@@ -197,8 +229,14 @@ def batches(starts, sources, batch_size=16):
     with cli.progress(total=len(sources)) as bar:
         for part in np.array_split(np.arange(len(sources)), max(1, len(sources) // batch_size)):
             chosen = [sources[i] for i in part]
-            yield tuple(normalize(pixels(chosen, start.size).to(start.device),
-                                       start.metadata["mean"], start.metadata["std"]) for start in starts)
+            yield tuple(
+                normalize(
+                    pixels(chosen, start.size).to(start.device),
+                    start.metadata["mean"],
+                    start.metadata["std"],
+                )
+                for start in starts
+            )
             bar.update(len(part))
 
 
@@ -209,21 +247,27 @@ def draw_attention(args):
     sources, what = choose(args, starts, args.n)
     maps = []
     for start in starts:
-        images = (images for images, in batches([start], sources))
+        images = (images for (images,) in batches([start], sources))
         maps.append(mean_attention(start.model, images, args.block))
     maps = [m * m.numel() for m in maps]  # 1 is an equal share, whatever the number of patches
     low, high = min(m.min().item() for m in maps), max(m.max().item() for m in maps)
     mean = pixels(sources, starts[0].size).double().mean(0).round().byte()
     image = picture(mean).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    note = f"The image: {what}.\nAttention: mean over the heads." if len(sources) == 1 else \
-        f"Mean of {what}.\nAttention: mean over heads and images."
+    note = (
+        f"The image: {what}.\nAttention: mean over the heads."
+        if len(sources) == 1
+        else f"Mean of {what}.\nAttention: mean over heads and images."
+    )
     note = text(note, SIDE)
     caption = Image.new("RGB", (SIDE, max(SIDE, note.height)), "white")
     caption.paste(note)
     panels = [above(image, caption)]
     for start, m in zip(starts, maps):
-        kind = "class token" if has_class_token(start.model) else \
-            "no class token: mean attention that each patch receives"
+        kind = (
+            "class token"
+            if has_class_token(start.model)
+            else "no class token: mean attention that each patch receives"
+        )
         title = f"{start.label}\nblock {args.block} of {len(attention_names(start.model))}, {kind}"
         rgb = colours(resized(m, SIDE), low, high)
         over = 0.4 * np.asarray(image.convert("L"))[..., None] + 0.6 * rgb
@@ -241,8 +285,11 @@ def draw_features(args):
     """Figures 4 and 6: channels of the first convolutions of one or two CNNs, for one image."""
     starts = load_all(args, lambda model, images: feature_maps(model, images, args.layers))
     sources, what = choose(args, starts, 1)
-    found = [feature_maps(start.model, images, args.layers)
-             for start in starts for images, in batches([start], sources)]
+    found = [
+        feature_maps(start.model, images, args.layers)
+        for start in starts
+        for (images,) in batches([start], sources)
+    ]
     shown, rows = 64 if args.layers == 1 else 16, []
     for layer in zip(*found):  # the same convolution of each model
         channels = [maps[0, :shown].float().cpu() for _, maps in layer]
@@ -267,14 +314,17 @@ def before_training(args, arm, start):
     and what these are."""
     config = load_weights(start.path).get("config", {})
     what = getattr(args, f"before_{arm}") or next(
-        (config[key] for key in (f"init_{arm}", "init", "ckpt") if config.get(key)), "random")
+        (config[key] for key in (f"init_{arm}", "init", "ckpt") if config.get(key)), "random"
+    )
     kwargs = {key: v for key, v in start.metadata["model_kwargs"].items() if key != "img_size"}
     torch.manual_seed(args.seed)
     try:
         model = make_arm(f"--before-{arm}", start.metadata["arch"], what, start.size, **kwargs)
     except UserError as error:
-        raise UserError(f"{start.path}: what it began with, {what}, cannot be had here; name other "
-                        f"weights with --before-{arm} FILE, or --before-{arm} random") from error
+        raise UserError(
+            f"{start.path}: what it began with, {what}, cannot be had here; name other "
+            f"weights with --before-{arm} FILE, or --before-{arm} random"
+        ) from error
     before = SimpleNamespace(**{**vars(start), "model": model.to(start.device).eval()})
     return before, what if what in ("random", "imagenet") else short(what)
 
@@ -294,12 +344,17 @@ def draw_cka(args):
         raise UserError(f"{len(sources)} images, --bs {args.bs}: CKA needs 4 images in a minibatch")
     origin = cnn_from if cnn_from == vit_from else f"{cnn_from} (rows), {vit_from} (columns)"
     panels, note = [], ""
-    for pair, title in (((cnn_before, vit_before), f"before training: {origin}"),
-                        ((cnn, vit), "after training")):
+    for pair, title in (
+        ((cnn_before, vit_before), f"before training: {origin}"),
+        ((cnn, vit), "after training"),
+    ):
         values = minibatch_cka(
-            [layer_grams(start.model, batch, layers)
-             for start, batch, layers in zip(pair, both, names)]
-            for both in batches(pair, sources, args.bs)).numpy()
+            [
+                layer_grams(start.model, batch, layers)
+                for start, batch, layers in zip(pair, both, names)
+            ]
+            for both in batches(pair, sources, args.bs)
+        ).numpy()
         labels = [["-" if np.isnan(v) else f"{v:.2f}" for v in row] for row in values]
         table, height = matrix(values, *names, labels, 0, 1)
         panels.append(above(text(title, table.width), table))
@@ -321,24 +376,38 @@ def draw_curves(args):
     panels, palette = next(iter(found.values())), COLOURS
     if len(found) > 1:
         if len(found) > len(MORE):
-            raise UserError(f"{len(found)} runs are too many for one picture; {len(MORE)} can be told "
-                            f"apart")
+            raise UserError(
+                f"{len(found)} runs are too many for one picture; {len(MORE)} can be told apart"
+            )
         palette = dict(zip(found, MORE))
         titles = dict.fromkeys(title for of_run in found.values() for title in of_run)
-        panels = {title: {run: of_run[title][""] for run, of_run in found.items() if title in of_run}
-                  for title in titles}
-    panels = {title: lines for title, lines in panels.items()
-              if not args.only or any(word in title for word in args.only)}
+        panels = {
+            title: {run: of_run[title][""] for run, of_run in found.items() if title in of_run}
+            for title in titles
+        }
+    panels = {
+        title: lines
+        for title, lines in panels.items()
+        if not args.only or any(word in title for word in args.only)
+    }
     if not panels:
-        raise UserError(f"{cli.preview(args.run)}/log.jsonl: " + (
-            f"nothing there is called {' or '.join(args.only)} (--only)" if args.only
-            else "holds no finished epoch"))
+        raise UserError(
+            f"{cli.preview(args.run)}/log.jsonl: "
+            + (
+                f"nothing there is called {' or '.join(args.only)} (--only)"
+                if args.only
+                else "holds no finished epoch"
+            )
+        )
     plots = [plot(title, lines, palette) for title, lines in panels.items()]
     width = max(p.width for p in plots)
     plots = [ImageOps.expand(p, (0, 0, width - p.width, 0), "white") for p in plots]
-    rows = [beside(*plots[i:i + 3], gap=2 * GAP) for i in range(0, len(plots), 3)]
-    head = [text(f"{short(args.run[0])}, by epoch")] if len(found) == 1 else \
-        [text("by epoch:"), *legend(found, palette)]
+    rows = [beside(*plots[i : i + 3], gap=2 * GAP) for i in range(0, len(plots), 3)]
+    head = (
+        [text(f"{short(args.run[0])}, by epoch")]
+        if len(found) == 1
+        else [text("by epoch:"), *legend(found, palette)]
+    )
     return above(beside(*head), *rows, gap=GAP)
 
 
@@ -348,8 +417,12 @@ def series(rows, parted=False):
     the other, every number belongs to one of them."""
     panels = {}
     for i, row in enumerate(rows, 1):
-        inner = {f"{key}_{k}": v for key, value in row.items() if isinstance(value, dict)
-                 for k, v in value.items()}
+        inner = {
+            f"{key}_{k}": v
+            for key, value in row.items()
+            if isinstance(value, dict)
+            for k, v in value.items()
+        }
         alone = row["arms"] if row.get("arms") in COLOURS else ""
         for key, value in {**row, **inner}.items():
             if isinstance(value, (int, float)) and key not in ("epoch", "iteration"):
@@ -374,11 +447,15 @@ def draw_confusion(args):
         table, height = matrix(shares, names, columns, counts.astype(str).tolist(), 0, 1)
     figure = beside(table, colour_bar(0, 1, height, "share of row"))
     if columns == ["tp", "fp", "fn", "tn"]:
-        note = f"{counts[0].sum()} test images; rows: labels; tp, fp: given rightly, wrongly; " \
-               f"tn, fn: withheld rightly, wrongly"
+        note = (
+            f"{counts[0].sum()} test images; rows: labels; tp, fp: given rightly, wrongly; "
+            f"tn, fn: withheld rightly, wrongly"
+        )
     else:
-        note = f"{counts.sum()} test images; rows: true classes; columns: predicted ones" + \
-            "; grey: no such image" * (not counts.any(1).all())
+        note = (
+            f"{counts.sum()} test images; rows: true classes; columns: predicted ones"
+            + "; grey: no such image" * (not counts.any(1).all())
+        )
     return above(text(short(args.run)), figure, text(note, max(figure.width, SIDE)))
 
 
@@ -388,8 +465,10 @@ def reading(file):
     try:
         yield
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; give the folder of one run (of several seeds, "
-                        f"one of seed0, ...)") from error
+        raise UserError(
+            f"{file}: {error.strerror}; give the folder of one run (of several seeds, "
+            f"one of seed0, ...)"
+        ) from error
     except (ValueError, AttributeError, csv.Error) as error:
         raise UserError(f"{file}: is not as pretrain.py or finetune.py writes it") from error
 
