@@ -72,7 +72,7 @@ class CASS(nn.Module):
         return {"cnn": self.cnn, "vit": self.vit}
 
     def forward(self, images):
-        """images: (N, 3, H, W) float, ImageNet-normalized, augmented once. Returns the mean loss."""
+        """images: (N, 3, H, W) float, ImageNet-normalized, augmented once. Returns the loss."""
         R = self.cnn(images)
         T = self.vit(images)
         return self.objective(self.head_act(R.float()), self.head_act(T.float()))

@@ -36,12 +36,11 @@ def augmentation(img_size, blur=False, solarize=False):
     notebooks, hue 0.05 ours. blur, solarize: for Table 8, with DINO's parameters, our choice.
     """
     jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
-    bilinear = InterpolationMode.BILINEAR
+    perspective = v2.RandomPerspective(0.2, 1.0, InterpolationMode.BILINEAR)
+    affine = v2.RandomAffine(10, interpolation=InterpolationMode.BILINEAR)
     steps = [
-        v2.RandomApply([v2.RandomChoice([jitter, v2.RandomPerspective(0.2, 1.0, bilinear)])], 0.3),
-        v2.RandomApply(
-            [v2.RandomChoice([jitter, v2.RandomAffine(10, interpolation=bilinear)])], 0.3
-        ),
+        v2.RandomApply([v2.RandomChoice([jitter, perspective])], 0.3),
+        v2.RandomApply([v2.RandomChoice([jitter, affine])], 0.3),
         v2.RandomHorizontalFlip(0.3),
         v2.RandomVerticalFlip(0.3),
     ]
@@ -77,19 +76,18 @@ class AugmentedImages(Dataset):
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, i), shuffled by (seed, epoch). Every image comes once an epoch, except a last
-    batch of a single image, which is left out where drop_single (batch-norm).
+    """Batches of (epoch, i), shuffled by (seed, epoch). Every image comes once an epoch, except a
+    last batch of a single image, which is left out where drop_single (batch-norm).
 
-    Set `epoch` before each pass, and `start` to skip its first batches. With several processes, each
-    takes its share, number `rank`, of batches that are `world_size` times as large.
+    Set `epoch` before each pass, and `start` to skip its first batches. With several processes,
+    each takes its share, number `rank`, of batches that are `world_size` times as large.
     """
 
     def __init__(self, n, batch_size, seed=None, drop_single=True, rank=0, world_size=1):
         self.n, self.batch_size, self.seed = n, batch_size * world_size, seed
         self.rank, self.world_size, self.epoch, self.start = rank, world_size, 0, 0
-        self.single = (
-            drop_single and n > self.batch_size and 0 < n % self.batch_size < 2 * world_size
-        )
+        rest = n % self.batch_size
+        self.single = drop_single and n > self.batch_size and 0 < rest < 2 * world_size
 
     def __len__(self):
         return math.ceil(self.n / self.batch_size) - self.single
@@ -129,10 +127,8 @@ def split_and_report(images, seed, dedup=False, seen=None, allow_seen=False):
     if dedup:
         kept = ~cross_split_duplicates(images, split)
         if not kept.all():
-            images.notes.append(
-                f"left out by --dedup: {(~kept).sum()} exact duplicates of images in "
-                f"an earlier split"
-            )
+            duplicates = f"{(~kept).sum()} exact duplicates of images in an earlier split"
+            images.notes.append(f"left out by --dedup: {duplicates}")
         images.keep(kept)
         split = split[kept]
     report.print_report(images, split)
@@ -142,42 +138,23 @@ def split_and_report(images, seed, dedup=False, seen=None, allow_seen=False):
 def add_arguments(parser, positional=False):
     """The data flags, the same for every script."""
     add = parser.add_argument
-    add(
-        "data" if positional else "--data",
-        metavar="PATH",
-        help="image folder, CSV file or MedMNIST .npz (layouts: see data.py)",
-    )
+    path = "image folder, CSV file or MedMNIST .npz (layouts: data.py --help)"
+    add("data" if positional else "--data", metavar="PATH", help=path)
     add("--images", metavar="DIR", help="folder of a CSV file's images")
     add("--image-col", metavar="NAME", help="CSV column of image names")
-    add(
-        "--label-col",
-        metavar="NAME",
-        nargs="+",
-        help="CSV column of labels, or several 0/1 "
-        "columns; none: no labels, all images are for training, also for folders of folders",
+    labels = (
+        "CSV column of labels, or several 0/1 columns; none: ignore labels, train on all images"
     )
+    add("--label-col", metavar="NAME", nargs="+", help=labels)
     add("--label-sep", metavar="SEP", help="separator of several labels in one cell, or none")
-    add(
-        "--multilabel",
-        action="store_true",
-        help="several labels per image, though every image here has one",
-    )
+    add("--multilabel", action="store_true", help="several labels per image, if each here has one")
     add("--group-col", metavar="NAME", help="CSV column of patients or lesions, kept on one side")
     add("--split", metavar="FILE", help="CSV with path and split, made elsewhere")
-    add(
-        "--dedup",
-        action="store_true",
-        help="leave out exact duplicates of an image in an earlier split",
-    )
+    add("--dedup", action="store_true", help="drop exact duplicates of images in earlier splits")
     add("--skip-bad", action="store_true", help="leave unreadable images out")
     add("--cache", metavar="DIR", help=f"folder of the decoded images (default: {default_dir()})")
-    add(
-        "--no-cache",
-        dest="cache",
-        action="store_const",
-        const="none",
-        help="decode every image again in every epoch",
-    )
+    no_cache = {"action": "store_const", "const": "none", "help": "decode again in every epoch"}
+    add("--no-cache", dest="cache", **no_cache)
 
 
 READING = ("images", "image_col", "label_col", "label_sep", "multilabel", "group_col", "split")
@@ -205,9 +182,8 @@ def cache_dir(value):
 def write_split(out, images, split, used=None):
     """split.csv and duplicates.csv."""
     write_csv(out / "split.csv", report.SPLIT_HEADER, report.split_rows(images, split, used))
-    write_csv(
-        out / "duplicates.csv", report.DUPLICATES_HEADER, report.duplicate_rows(images, split)
-    )
+    duplicates = report.duplicate_rows(images, split)
+    write_csv(out / "duplicates.csv", report.DUPLICATES_HEADER, duplicates)
 
 
 def main():

@@ -8,10 +8,8 @@ from torchvision.ops import sigmoid_focal_loss
 
 def _check(logits_cnn, logits_vit):
     if logits_cnn.ndim != 2 or logits_cnn.shape != logits_vit.shape:
-        raise ValueError(
-            f"both arms must give logits of one shape (N, C), not "
-            f"{tuple(logits_cnn.shape)} and {tuple(logits_vit.shape)}"
-        )
+        shapes = f"{tuple(logits_cnn.shape)} and {tuple(logits_vit.shape)}"
+        raise ValueError(f"both arms must give logits of one shape (N, C), not {shapes}")
 
 
 def cosine_loss(logits_cnn, logits_vit, eps=1e-12):
@@ -29,9 +27,9 @@ def cosine_loss(logits_cnn, logits_vit, eps=1e-12):
 
 
 def vicreg(logits_cnn, logits_vit, sim=25.0, std=25.0, cov=1.0):
-    """VICReg between the arms, not in the CASS paper (Bardes et al., arXiv 2105.04906v3, its algorithm
-    1): the logits of an image agree, every logit varies over the batch (standard deviation of at
-    least 1), and no two vary together.
+    """VICReg between the arms, not in the CASS paper (Bardes et al., arXiv 2105.04906v3, its
+    algorithm 1): the logits of an image agree, every logit varies over the batch (standard
+    deviation of at least 1), and no two vary together.
 
     Arguments and result as of cosine_loss; N of at least 2, and the whole batch at once: gather it
     across processes.
@@ -69,10 +67,8 @@ def focal_loss(logits, targets, weights=None, alpha=1.0, gamma=2.0):
     if targets.ndim == 1:
         targets = F.one_hot(targets, logits.shape[1])
     if logits.ndim != 2 or targets.shape != logits.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} need targets of shape (N,) or (N, C), "
-            f"not {tuple(targets.shape)}"
-        )
+        shapes = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"needs logits (N, C) and targets (N,) or (N, C), not {shapes}")
     loss = alpha * sigmoid_focal_loss(logits.float(), targets.float(), alpha=-1, gamma=gamma)
     return (loss if weights is None else loss * weights.to(loss)).mean()
 
@@ -82,8 +78,8 @@ def class_weights(counts, kind="minmax"):
 
     counts: (C,) numbers, at least 0. Returns (C,) float32.
     "minmax": the counts themselves, scaled linearly to [0.2, 1], which is what the paper says and
-        its code does. It FAVOURS THE MAJORITY: the most frequent class gets 1, the rarest 0.2. Equal
-        counts give 1 for every class.
+        its code does. It FAVOURS THE MAJORITY: the most frequent class gets 1, the rarest 0.2.
+        Equal counts give 1 for every class.
     "inverse": 1 / count, scaled to mean 1, which favours the rare; an absent class counts as one.
     "none": 1 for every class.
     """

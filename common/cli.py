@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from common import distributed
 
+MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every"}
+
 
 class UserError(Exception):
     """Something that the user can fix: its text is shown as one line, exit status 2."""
@@ -23,22 +25,17 @@ class Stopped(Exception):
 
 def preview(items, n=3):
     """The first few items of a list, for a one-line message."""
-    items = list(items)
-    return ", ".join(map(str, items[:n])) + (
-        f" and {len(items) - n} more" if len(items) > n else ""
-    )
+    items = list(map(str, items))
+    more = f" and {len(items) - n} more" if len(items) > n else ""
+    return ", ".join(items[:n]) + more
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with the script's docstring as help, no abbreviations, and one-line errors."""
 
     def __init__(self, doc, **kwargs):
-        super().__init__(
-            description=doc,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **kwargs,
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=raw, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
@@ -107,36 +104,30 @@ def refuse_overwrite(out, names, overwrite):
     """Raise UserError if the folder holds one of the files and overwriting was not asked for."""
     there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
-        raise UserError(
-            f"{out}: holds an earlier run ({', '.join(there)}); name another folder "
-            f"with --out, or replace it with --overwrite"
-        )
+        held = f"holds an earlier run ({', '.join(there)})"
+        raise UserError(f"{out}: {held}; name another folder with --out, or give --overwrite")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is not a folder (--out)")
 
 
 def parse_again(parser, saved, may_change, path):
-    """Parse with a checkpoint's arguments as defaults; raise UserError where one that may not change
-    was given with another value."""
+    """Parse with a checkpoint's arguments as defaults. Raises UserError where one that may not
+    change was given with another value."""
     known = vars(parser.parse_args())
-    parser.set_defaults(
-        **{k: v for k, v in saved.items() if k in known and k not in may_change - {"epochs"}}
-    )
+    saved = {key: value for key, value in saved.items() if key in known}
+    fixed = {key: value for key, value in saved.items() if key not in may_change}
+    epochs = {"epochs": saved["epochs"]} if "epochs" in saved else {}
+    parser.set_defaults(**fixed, **epochs)
     args = parser.parse_args()
-    paths = {
-        k: os.path.abspath(v)
-        for k, v in vars(args).items()
-        if k in ("ckpt", "data", "images", "split") and v
-    }
-    changed = [
-        f"--{k.replace('_', '-')} {value} (not {new})"
-        for k, value in saved.items()
-        if k in known and k not in may_change and (new := paths.get(k, getattr(args, k))) != value
-    ]
+    given = dict(vars(args))
+    for key in ("ckpt", "data", "images", "split"):
+        given[key] = given.get(key) and os.path.abspath(given[key])
+    changed = [k for k, value in fixed.items() if given[k] != value]
     if changed:
+        flags = [f"--{k.replace('_', '-')} {fixed[k]} (not {given[k]})" for k in changed]
         raise UserError(
-            f"{path}: was made with other settings: {preview(changed, 9)}; leave these "
-            f"flags out, or start a new run in another --out"
+            f"{path}: was made with other settings: {preview(flags, 9)}; leave these flags out, or "
+            f"start a new run in another --out"
         )
     return args
 
@@ -160,21 +151,14 @@ class Signals:
 
     def leave(self, message):
         """Leave with 130 (SIGINT) or 143 (SIGTERM)."""
-        raise Stopped(
-            128 + self.number, f"stopped by {signal.Signals(self.number).name}; {message}"
-        )
+        name = signal.Signals(self.number).name
+        raise Stopped(128 + self.number, f"stopped by {name}; {message}")
 
 
 def progress(iterable=None, unit="img", **kwargs):
     """A tqdm bar over images: updated often on a terminal, seldom in a log file."""
-    return tqdm(
-        iterable,
-        unit=unit,
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 30,
-        disable=distributed.rank() > 0,
-        **kwargs,
-    )
+    kwargs |= {"unit": unit, "dynamic_ncols": True, "disable": distributed.rank() > 0}
+    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 30, **kwargs)
 
 
 def duration(seconds):
@@ -185,50 +169,31 @@ def duration(seconds):
     return f"{seconds / 86400:.1f} days"
 
 
-def add_run_arguments(parser):
-    """Flags of every command that trains."""
+def add_run_arguments(parser, epochs, lr):
+    """Flags of every command that trains; epochs, lr: their defaults."""
     add = parser.add_argument
+    add("--epochs", type=positive, default=epochs, help="at most; passes over the training images")
+    add("--bs", "--batch-size", type=positive, default=16, help="images per step")
+    add("--lr", type=rate, default=lr, help="Adam's learning rate")
+    add("--min-lr", type=rate, default=1e-6, help="the minimum of its cosine")
+    iterations = "iterations from --lr down to --min-lr, and up again, or: run, one descent"
+    add("--t-max", type=t_max, default=16, metavar="N", help=iterations)
+    precisions = ["auto", "off", "bf16", "fp16"]
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
-    add(
-        "--amp",
-        default="auto",
-        choices=["auto", "off", "bf16", "fp16"],
-        help="autocast precision; auto: bf16 where the hardware has it, fp16 on older GPUs, off "
-        "elsewhere; losses are always float32",
-    )
-    add(
-        "--workers",
-        type=count,
-        metavar="N",
-        help="loader processes (default: 0 on a CPU, up to 8 beside a GPU)",
-    )
-    add(
-        "--resume",
-        nargs="?",
-        const=True,
-        metavar="FILE",
-        help="resume from the last.pt in --out, or from FILE, which holds the other flags",
-    )
-    add(
-        "--save-every",
-        type=save_every,
-        metavar="N",
-        help="also write last.pt every N iterations, or every N minutes (10m); default: every "
-        "epoch, and on SIGTERM or SIGINT",
-    )
+    add("--amp", default="auto", choices=precisions, help="autocast; losses are always float32")
+    add("--workers", type=count, metavar="N", help="loader processes (CPU: 0; GPU: up to 8)")
+    resume = "from the last.pt in --out, or from FILE; it holds the other flags"
+    add("--resume", nargs="?", const=True, metavar="FILE", help=resume)
+    every = "also save last.pt every N iterations or, as in 10m, minutes"
+    add("--save-every", type=save_every, metavar="N", help=every)
     add("--overwrite", action="store_true", help="replace an earlier run in the output folder")
 
 
 def pick_device(name):
     """torch.device for --device. Raises UserError where there is none."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     if name == "cuda" and distributed.world_size() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # a GPU for each process of torchrun
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it and --amp is off
@@ -240,15 +205,11 @@ def pick_device(name):
 
 
 def pick_amp(amp, device):
-    """The autocast dtype for --amp on this device, None for full precision."""
-    if amp == "auto":
-        if device.type == "cuda":
-            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        else:
-            has_bf16 = (
-                device.type == "cpu"
-                and torch.backends.mkldnn.is_available()
-                and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            )
-            amp = "bf16" if has_bf16 else "off"
+    """The autocast dtype for --amp on this device, None for full precision. "auto": bf16 where the
+    hardware has it, else fp16 on a GPU and off elsewhere."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":
+        onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        amp = "bf16" if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "off"
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

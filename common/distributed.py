@@ -70,6 +70,11 @@ def gather(x):
     return torch.cat(parts)
 
 
+def of_whole_batch(loss):
+    """A loss of (n, C) and (n, C) that sees the batch of all processes."""
+    return lambda R, T: loss(gather(R), gather(T))
+
+
 @contextlib.contextmanager
 def process_0_first():
     """The others enter once process 0 has left (images are decoded once)."""
