@@ -189,32 +189,6 @@ def saved_state(folder):
     return None
 
 
-class EarlyStopping:
-    """The epoch of the lowest validation loss, its scores and weights (F.3.2)."""
-
-    def __init__(self, patience):
-        self.patience = patience
-        self.best = {"best_loss": math.inf, "best_epoch": 0, "best_val": None, "best_state": None}
-
-    def update(self, epoch, loss, scores, model):
-        """epoch: from 1."""
-        if loss < self.best["best_loss"]:
-            weights = {key: x.detach().clone() for key, x in model.state_dict().items()}
-            self.best = dict(zip(self.best, (loss, epoch, scores, weights)))
-
-    def __call__(self, epoch):
-        """Whether training ends after so many epochs."""
-        return epoch >= self.best["best_epoch"] + self.patience
-
-    def state_dict(self):
-        """Plain numbers and tensors, to resume from."""
-        return self.best
-
-    def load_state_dict(self, state):
-        """The counterpart of state_dict()."""
-        self.best = dict(state)
-
-
 def batches_of(job, mask, transform=None):
     """A loader of (images, targets) of the masked images, shuffled where they are augmented."""
     index, labels, train = mask.nonzero()[0], job.images.labels, transform is not None
@@ -260,10 +234,10 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
     t_max = half_cycle(t_max, epochs * len(train_loader))
     scheduler = CosineAnnealingLR(optimizer, t_max, min_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    stopping = EarlyStopping(patience)
     run.announce(lambda x: focal_loss(model(x[0]), x[1]), model, train_loader, epochs, val_mask)
-    run.track(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, best=stopping)
-    for _ in run.epochs(epochs, train_loader, stopping):
+    run.track(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    best = run.progress.setdefault("best", {"best_loss": math.inf, "best_epoch": 0})
+    for _ in run.epochs(epochs, train_loader, lambda epoch: epoch >= best["best_epoch"] + patience):
         model.train(not job.linear)  # linear: batch-norm stays as pre-training left it
         for batch, target in run.batches():
             optimizer.zero_grad()
@@ -278,12 +252,15 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
         val_loss, found = evaluate(job, model, val_loader)
         run.check_finite(val_loss)
         val = score(images.labels[val_mask], found, images.classes, images.multilabel)
-        stopping.update(run.epoch + 1, val_loss, val, model)
+        if val_loss < best["best_loss"]:
+            weights = {key: x.detach().clone() for key, x in model.state_dict().items()}
+            best.update(best_loss=val_loss, best_epoch=run.epoch + 1)
+            best.update(best_val=val, best_state=weights)
         f1, lr = val["macro_f1"], scheduler.get_last_lr()[0]
         run.show(f"val loss {val_loss:.3g}, val F1 {f1:.3f}")
         run.end_epoch(train_loss=run.mean_loss(), val_loss=val_loss, val_macro_f1=f1, lr=lr)
-    model.load_state_dict(stopping.best["best_state"])
-    return {**run.progress, **stopping.best, "best_state": None, "digest": job.digest}
+    model.load_state_dict(best.pop("best_state"))
+    return {**run.progress, **best, "digest": job.digest}
 
 
 def tested(job):

@@ -12,6 +12,7 @@ defaults are the paper's run; docs/differences.md lists what the paper leaves op
 
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -210,11 +211,6 @@ def main():
         config |= {"amp": str(amp), "processes": world_size, "versions": VERSIONS}
         checkpoint.write_json(out / "config.json", config)
 
-    def react(row):
-        collapse.react(row, args.objective, args.fail_on_collapse)
-
-    if state is not None and state["batch"] == 0 and state["log"]:
-        react(state["log"][-1])  # the epoch that the run ended with
     model.to(device, memory_format=torch.channels_last)
     augment = {name: name in args.ablation for name in ("blur", "solarize")}
     transform = data.augmentation(args.img_size, **augment)
@@ -225,8 +221,8 @@ def main():
     pixels = images.images
     monitor = collapse.Monitor(pixels, train_index, val_index, labels, images.multilabel, args.seed)
     metadata = {"script": "pretrain.py", "args": vars(args), "seen": seen, "processes": world_size}
-    surround = {"save_every": args.save_every, "monitor": monitor, "react": react}
-    run = Run(out, device, amp, metadata, state, **surround)
+    react = partial(collapse.react, objective=args.objective, fail=args.fail_on_collapse)
+    run = Run(out, device, amp, metadata, state, [], args.save_every, monitor=monitor, react=react)
     run.announce(model, model, loader, args.epochs)
     if args.compile:
         model.compile()
@@ -244,10 +240,9 @@ def main():
         facts |= {"seen": seen, "data": data.options(args, data.OPTIONS), "config": vars(args)}
         for arm, (name, _, kwargs) in specs.items():
             save_arm(out, arm, averaged[arm], name, kwargs, args.img_size, facts)
-        snapshots = (
-            f"the mean of {swa.snapshots} snapshots" if swa.snapshots else "the last weights"
-        )
-        print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: {snapshots}")
+        none = "the last weights; no weights averaged: no end of a cycle after --swa-start"
+        what = f"the mean of {swa.snapshots} snapshots" if swa.snapshots else none
+        print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: {what}")
         ckpt = f"--ckpt {out / 'cnn.pt'}"
         print(f"next: python finetune.py {ckpt} --frac {0.1 if args.demo else 0.01}")
         if args.demo:

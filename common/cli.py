@@ -116,8 +116,8 @@ def parse_again(parser, saved, may_change, path):
     known = vars(parser.parse_args())
     saved = {key: value for key, value in saved.items() if key in known}
     fixed = {key: value for key, value in saved.items() if key not in may_change}
-    epochs = {"epochs": saved["epochs"]} if "epochs" in saved else {}
-    parser.set_defaults(**fixed, **epochs)
+    defaults = {key: value for key, value in saved.items() if key in fixed or key == "epochs"}
+    parser.set_defaults(**defaults)
     args = parser.parse_args()
     given = dict(vars(args))
     for key in ("ckpt", "data", "images", "split"):

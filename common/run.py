@@ -88,7 +88,8 @@ class Run:
         start = {"epoch": 0, "batch": 0, "iteration": 0, "loss": [0.0], "seconds": 0.0}
         self.progress = {**start, "log": list(self.log)}
         if self.state is not None:
-            self.progress = {key: self.state[key] for key in self.progress}
+            known = {*self.progress, "best"} & self.state.keys()  # best: of fine-tuning
+            self.progress = {key: self.state[key] for key in known}
 
     def track(self, **components):
         """{name: module, optimizer, ...}: what last.pt saves; when resuming, restored here."""
@@ -134,6 +135,8 @@ class Run:
         if self.state is not None:
             checkpoint.set_random_state(self.state["rng"])
             self._write_log()
+            if self.state["batch"] == 0 and self.progress["log"]:
+                self.react(self.progress["log"][-1])  # the epoch that the run ended with
         images = self.sampler.n
         before = self.epoch * images + self.progress["batch"] * self.sampler.batch_size
         with Signals() as self.signals, progress(total=n * images, initial=before) as self.bar:

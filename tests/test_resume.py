@@ -164,7 +164,7 @@ def test_other_flags_come_from_the_checkpoint(folder, tmp_path, script, cut_afte
     before = last.read_bytes()
     for changed, message in (
         (["--lr", "0.5"], "--lr 0.001 (not 0.5)"),
-        (["--bs", "4", "--seed", "3"], "--bs 5 (not 4), --seed 0 (not 3)"),
+        (["--bs", "4", "--seed", "3"], "--seed 0 (not 3), --bs 5 (not 4)"),
         (["--epochs", "2"], "--epochs 4"),
         (["--data", tmp_path], "--data"),
     ):
@@ -287,7 +287,7 @@ def test_save_every(tmp_path):
     assert cli.save_every("20") == 20 and cli.save_every("10m") == 10.0
 
     def due(every, iteration, seconds_ago=0):
-        run = Run(tmp_path, torch.device("cpu"), {}, save_every=every)
+        run = Run(tmp_path, torch.device("cpu"), None, {}, save_every=every)
         run.progress["iteration"], run.saved = iteration, time.perf_counter() - seconds_ago
         run.signals = cli.Signals()
         run.signals.number = 0

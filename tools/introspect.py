@@ -1,10 +1,4 @@
-"""What goes on inside a model: attention maps, feature maps, and how alike the layers of two models
-are. Needs torch and timm.
-
-    maps = attention_map(vit, images, block=1)               (N, h, w)
-    [(name, maps), ...] = feature_maps(cnn, images, 5)       (N, C, h, w) each
-    similarity = minibatch_cka((layer_grams(cnn, x, layer_names(cnn)),
-                                layer_grams(vit, x, layer_names(vit))) for x in batches)
+"""What goes on inside a model: attention maps, feature maps, and how alike the layers of two are.
 
 images: (N, 3, H, W) float, normalized, on the model's device. The models are left in eval mode.
 """
@@ -13,9 +7,23 @@ import math
 
 import torch
 from timm.models.swin_transformer import window_partition, window_reverse
-from timm.utils import AttentionExtract
 from torch import nn
 from torch.nn.functional import pad
+from torch.nn.modules.module import register_module_forward_hook
+
+
+@torch.no_grad()
+def _outputs(model, images, names, keep):
+    """One forward pass: [(name, keep(output)), ...] of the named modules, in running order."""
+    found, names = [], {model.get_submodule(name): name for name in names}
+
+    def see(module, _, output):
+        if module in names:
+            found.append((names[module], keep(output)))
+
+    with register_module_forward_hook(see):
+        model.eval()(images)
+    return found
 
 
 def attention_names(model):
@@ -24,65 +32,42 @@ def attention_names(model):
     return [name.rpartition(".")[0] for name in names]
 
 
-@torch.no_grad()
 def attention(model, images, block=1):
-    """The softmax of one block's attention, by timm's extraction.
-
-    block: counted from 1. Returns (N, heads, T, T), or of windows (N * windows, heads, T, T): a row
-    for the token that looks, a column for the one looked at; rows sum to one. Fused attention never
-    shows its softmax: it is switched off in this block for good. Raises ValueError where there is
-    no such block.
-    """
+    """The softmax of one block's attention, the first is 1: (N, heads, T, T), or in windows
+    (N * windows, heads, T, T). A row, for the token that looks, sums to one. Raises ValueError."""
     names = attention_names(model)
     if not 1 <= block <= len(names):
-        raise ValueError(
-            f"has no attention block {block}; there are {len(names)}"
-            if names
-            else "has no attention to show; is it a CNN?"
-        )
+        raise ValueError(f"has no attention block {block}; there are {len(names)} (in a CNN, none)")
     name = names[block - 1]
-    model.get_submodule(name).fused_attn = False
-    extract = AttentionExtract(model, [f"{name}.attn_drop"], method="hook")
-    try:
-        return extract(images)[f"{name}.attn_drop"]
-    except KeyError:
-        raise ValueError(f"never shows the softmax of block {block}") from None
-    finally:
-        for handle in extract.hooks._handles:  # timm would leave them on the model
-            handle.remove()
-
-
-def has_class_token(model):
-    return getattr(model, "cls_token", None) is not None
+    model.get_submodule(name).fused_attn = False  # for good: fused, it never shows its softmax
+    found = _outputs(model, images, [f"{name}.attn_drop"], torch.clone)
+    if not found:
+        raise ValueError(f"never shows the softmax of block {block}")
+    return found[-1][1]
 
 
 def attention_map(model, images, block=1):
-    """How one block's attention, the mean over its heads, falls on the patches: (N, h, w) float32.
+    """How one block's attention, mean over its heads, falls on the patches: (N, h, w) float32.
 
-    With a class token, its row; a map sums to one, less what falls on tokens that are no patches
-    (class, distillation, register). Without one (Swin, pooled ViTs), the mean over the rows of all
-    patches, which is the attention that each receives; Swin's windows, shifted or not, are put back
-    where they came from, without padding. images: square. Raises ValueError where the tokens cannot
-    be laid over the image.
+    With a class token, its row, which sums to one less what falls on tokens that are no patches.
+    Without (Swin, pooled ViTs), the mean over the rows of all patches: the attention that each
+    receives. Raises ValueError where the tokens cannot be laid over the images, which are square.
     """
-    attn = attention(model, images, block)
+    attn = attention(model, images, block).mean(1)
     owner = model.get_submodule(attention_names(model)[block - 1].rpartition(".")[0])
     if hasattr(owner, "shift_size"):
-        return _put_back(attn.mean(1), owner).float()
+        return _put_back(attn, owner).float()
     prefix = getattr(model, "num_prefix_tokens", 0)
     side = math.isqrt(max(attn.shape[-1] - prefix, 0))
-    if attn.shape[0] != len(images) or attn.shape[2:] != (prefix + side**2,) * 2:
-        raise ValueError(
-            f"attends in block {block} over something else than the patches of the "
-            f"image; ViT, DeiT and Swin can be shown"
-        )
-    attn = attn.mean(1)
-    row = attn[:, 0] if has_class_token(model) else attn[:, prefix:].mean(1)
+    if attn.shape[0] != len(images) or attn.shape[1:] != (prefix + side**2,) * 2:
+        raise ValueError(f"attends in block {block} to something else than the image's patches")
+    pooled = getattr(model, "cls_token", None) is None
+    row = attn[:, prefix:].mean(1) if pooled else attn[:, 0]
     return row[:, prefix:].reshape(-1, side, side).float()
 
 
 def _put_back(attn, block):
-    """Attention in Swin's windows, (N * windows, T, T) -> (N, H, W): the mean over all rows."""
+    """Attention in Swin's windows, shifted or not, (N * windows, T, T) -> (N, H, W): row mean."""
     (h, w), (H, W) = block.window_size, block.input_resolution
     down, across = math.ceil(H / h), math.ceil(W / w)
     real = pad(attn.new_ones(1, H, W, 1), (0, 0, 0, across * w - W, 0, down * h - H))
@@ -98,40 +83,17 @@ def mean_attention(model, batches, block=1):
     return torch.cat([attention_map(model, images, block).cpu() for images in batches]).mean(0)
 
 
-@torch.no_grad()
-def _hooked(model, images, names, see):
-    """One pass in which see(name, output) is called for each of the named modules."""
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _, __, output, name=name: see(name, output)
-        )
-        for name in names
-    ]
-    try:
-        model.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def feature_maps(model, images, layers=1):
-    """The outputs of the first convolutions, in the order in which they run: a list of `layers`
-    pairs (name, (N, C, h, w)). Raises ValueError where there are fewer."""
-    found = []
-
-    def see(name, output):
-        if len(found) < layers:
-            found.append((name, output.clone()))  # activations may work in place
-
-    _hooked(model, images, [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)], see)
+    """[(name, (N, C, h, w)), ...] of the first convolutions that run. ValueError where fewer do."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    found = _outputs(model, images, names, torch.clone)  # activations may work in place
     if len(found) < layers:
         raise ValueError(f"has {len(found)} convolutions, not {layers}; is it a Transformer?")
-    return found
+    return found[:layers]
 
 
 def layer_names(model):
-    """The blocks of a timm model: the stages that its feature_info names, each taken apart where it
-    is a chain. Raises ValueError where timm names none."""
+    """The blocks of a timm model, those of all stages in its feature_info. Raises ValueError."""
     names = []
     for name in [info["module"] for info in getattr(model, "feature_info", ())]:
         if isinstance(getattr(model.get_submodule(name), "blocks", None), nn.Sequential):
@@ -145,25 +107,22 @@ def layer_names(model):
 
 
 def gram(features):
-    """(n, ...) -> (n, n) float64 on the CPU: inner products of the features less their mean, which
-    HSIC does not see. Zero where they vary by a millionth of their size or less: by rounding."""
+    """(n, ...) -> (n, n) float64 on the CPU: inner products of the centred features."""
     features = features.flatten(1).cpu().double()
     centred = features - features.mean(0)
-    return centred @ centred.T * (centred.norm() > 1e-6 * features.norm())
+    varies = centred.norm() > 1e-6 * features.norm()  # by more than rounding, or all is zero
+    return centred @ centred.T * varies
 
 
 def layer_grams(model, images, names):
     """gram() of the outputs of the named layers: (L, N, N)."""
-    grams = {}
-    _hooked(model, images, names, lambda name, output: grams.update({name: gram(output)}))
+    grams = dict(_outputs(model, images, names, gram))
     return torch.stack([grams[name] for name in names])
 
 
 def hsic(K, L):
-    """The unbiased estimator of HSIC (Nguyen et al., arXiv 2010.15327v2) for every pair.
-
-    K: (A, n, n), L: (B, n, n), symmetric. Returns (A, B). Raises ValueError for n below 4.
-    """
+    """Unbiased HSIC (Nguyen et al., arXiv 2010.15327v2) of every pair. K: (A, n, n), L: (B, n, n),
+    symmetric. Returns (A, B). Raises ValueError for n below 4."""
     n = K.shape[-1]
     if n < 4:
         raise ValueError(f"HSIC needs at least 4 images in a batch, not {n}")
@@ -177,9 +136,8 @@ def hsic(K, L):
 def minibatch_cka(batches):
     """Linear CKA between layers, over minibatches (Nguyen et al., arXiv 2010.15327v2).
 
-    batches: an iterable of pairs of gram() matrices, (A, n, n) and (B, n, n). Returns (A, B)
-    float64: 1 for features that are the same up to rotation and scale, 0 for unrelated ones; being
-    an estimate, it may lie a little outside. nan where a layer gives the same for every image.
+    batches: pairs of layer_grams(), (A, n, n) and (B, n, n). Returns (A, B) float64: 1 for equality
+    up to rotation and scale, about 0 for unrelated features, nan for a constant layer.
     """
     terms = [(hsic(K, L), hsic(K, K).diagonal(), hsic(L, L).diagonal()) for K, L in batches]
     between, of_k, of_l = (torch.stack(parts).mean(0) for parts in zip(*terms))

@@ -11,26 +11,16 @@ from PIL import Image, ImageDraw, ImageFont
 # values: from dark to light, so that lightness alone tells them apart
 SCALE = np.array([(27, 16, 68), (58, 74, 140), (42, 138, 140), (108, 192, 106), (251, 230, 77)])
 UNKNOWN = (225, 225, 225)
-# lines: of Okabe and Ito's palette, in pairs that the colour-blind tell apart best; the same thing
-# has the same colour in every picture
-COLOURS = {
-    "train": (0, 114, 178),
-    "val": (213, 94, 0),
-    "cnn": (86, 180, 233),
-    "vit": (230, 159, 0),
-    "": (0, 0, 0),
-}
-MORE = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0)]
+# lines: of Okabe and Ito's palette, in pairs that the colour-blind tell apart best
+COLOURS = {"train": "#0072b2", "val": "#d55e00", "cnn": "#56b4e9", "vit": "#e69f00", "": "black"}
+MORE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 GAP, LETTER, SMALL = 14, 15, 12  # pixels
 
-
-@functools.lru_cache
-def font(size):
-    return ImageFont.load_default(size)
+font = functools.lru_cache(ImageFont.load_default)
+blank = functools.partial(Image.new, "RGB", color="white")
 
 
 def width_of(string, size=LETTER):
-    """Pixels that a line of text takes."""
     return math.ceil(font(size).getlength(string.rstrip()))
 
 
@@ -53,23 +43,16 @@ def text(string, width=2000, size=LETTER):
                     lines.append("")
                 lines[-1] += piece
     step = round(size * 1.35)
-    image = Image.new(
-        "RGB", (1 + max(width_of(line, size) for line in lines), step * len(lines)), "white"
-    )
+    image = blank((1 + max(width_of(line, size) for line in lines), step * len(lines)))
     for i, line in enumerate(lines):
         ImageDraw.Draw(image).text((0, i * step), line, "black", font(size))
     return image
 
 
-def picture(pixels):
-    """(3, H, W) uint8 tensor -> a Pillow image."""
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
 def beside(*images, gap=GAP):
     """A row of pictures on one base line."""
-    width = sum(i.width for i in images) + gap * (len(images) - 1)
-    row, x = Image.new("RGB", (width, max(i.height for i in images)), "white"), 0
+    row = blank((sum(i.width + gap for i in images) - gap, max(i.height for i in images)))
+    x = 0
     for image in images:
         row.paste(image, (x, row.height - image.height))
         x += image.width + gap
@@ -77,13 +60,9 @@ def beside(*images, gap=GAP):
 
 
 def above(*images, gap=GAP // 2):
-    """A column of pictures, flush left."""
-    height = sum(i.height for i in images) + gap * (len(images) - 1)
-    column, y = Image.new("RGB", (max(i.width for i in images), height), "white"), 0
-    for image in images:
-        column.paste(image, (0, y))
-        y += image.height + gap
-    return column
+    """A column of pictures, flush left: a row that is turned, as are the pictures in it."""
+    row = beside(*(image.transpose(Image.Transpose.ROTATE_90) for image in images), gap=gap)
+    return row.transpose(Image.Transpose.ROTATE_270)
 
 
 def share(values, low, high):
@@ -94,7 +73,7 @@ def share(values, low, high):
 def colours(values, low, high):
     """Numbers of any shape -> (..., 3) uint8 of SCALE; UNKNOWN for nan."""
     values = np.asarray(values, np.float64)
-    at = np.clip(share(values, low, high), 0, 1) * (len(SCALE) - 1)
+    at = share(values, low, high) * (len(SCALE) - 1)
     rgb = np.stack([np.interp(at, range(len(SCALE)), channel) for channel in SCALE.T], -1)
     return np.where(np.isnan(values)[..., None], UNKNOWN, rgb.round()).astype(np.uint8)
 
@@ -112,36 +91,29 @@ def ticks(low, high):
 def colour_bar(low, high, height, label):
     """The colours from low to high, these numbers, and what they are."""
     marks = ticks(low, high)
-    bar = Image.new("RGB", (26 + max(width_of(mark) for _, mark in marks), height), "white")
+    bar = blank((26 + max(width_of(mark) for _, mark in marks), height))
     ramp = colours(np.linspace(high, low, height), low, high)
     bar.paste(Image.fromarray(np.repeat(ramp[:, None], 18, axis=1)))
     for value, mark in marks:
-        y = (1 - share(value, low, high)) * height
-        y = min(max(y, LETTER / 2), height - LETTER / 2)
+        y = np.clip((1 - share(value, low, high)) * height, LETTER / 2, height - LETTER / 2)
         ImageDraw.Draw(bar).text((24, y), mark, "black", font(LETTER), "lm")
     return beside(bar, text(label, height).rotate(90, expand=True), gap=4)
 
 
 def matrix(values, rows, columns, labels, low, high):
-    """Numbers (R, C) as coloured cells with labels in them; R and C names, above and to the left.
-    Returns the picture and the height of its cells."""
+    """Numbers (R, C) as cells with labels and R and C names -> a picture, the height of its cells."""
     cell = max(34, 10 + max(width_of(label, SMALL) for row in labels for label in row))
     rgb = colours(values, low, high)
     cells = Image.fromarray(np.kron(rgb, np.ones((cell, cell, 1), np.uint8)))
     for r, c in np.ndindex(*values.shape):
-        dark = rgb[r, c] @ (0.299, 0.587, 0.114) < 130
-        ImageDraw.Draw(cells).text(
-            ((c + 0.5) * cell, (r + 0.5) * cell),
-            labels[r][c],
-            "white" if dark else "black",
-            font(SMALL),
-            "mm",
-        )
+        ink = "white" if rgb[r, c] @ (0.299, 0.587, 0.114) < 130 else "black"
+        middle = ((c + 0.5) * cell, (r + 0.5) * cell)
+        ImageDraw.Draw(cells).text(middle, labels[r][c], ink, font(SMALL), "mm")
     heads, names = ([text(name, size=SMALL) for name in side] for side in (columns, rows))
     if max(head.width for head in heads) > cell - 4:
         heads = [head.rotate(90, expand=True) for head in heads]
     left, top = max(name.width for name in names) + 6, max(head.height for head in heads) + 6
-    table = Image.new("RGB", (left + cells.width, top + cells.height), "white")
+    table = blank((left + cells.width, top + cells.height))
     table.paste(cells, (left, top))
     for i, name in enumerate(names):
         table.paste(name, (left - 6 - name.width, top + int((i + 0.5) * cell - name.height / 2)))
@@ -151,18 +123,15 @@ def matrix(values, rows, columns, labels, low, high):
 
 
 def plot(title, lines, palette=COLOURS, width=300, height=150, edge=8):
-    """Lines {name of the palette: [(x, y), ...]} over axes that reach from the least to the greatest
-    number; drawn four times as large and reduced, which smooths them."""
+    """Lines {name of the palette: [(x, y), ...]} over axes from the least to the greatest number."""
     points = np.array([point for line in lines.values() for point in line], float)
     (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
 
     def place(x, y):
-        return (
-            edge + share(x, x0, x1) * (width - 2 * edge),
-            height - edge - share(y, y0, y1) * (height - 2 * edge),
-        )
+        up = share(y, y0, y1) * (height - 2 * edge)
+        return edge + share(x, x0, x1) * (width - 2 * edge), height - edge - up
 
-    area = Image.new("RGB", (4 * width, 4 * height), "white")
+    area = blank((4 * width, 4 * height))  # reduced below, which smooths the lines
     draw = ImageDraw.Draw(area)
     draw.line([(2, 0), (2, 4 * height - 3), (4 * width, 4 * height - 3)], "gray", 4)
     for name, line in lines.items():
@@ -172,22 +141,17 @@ def plot(title, lines, palette=COLOURS, width=300, height=150, edge=8):
             draw.ellipse((x - 11, y - 11, x + 11, y + 11), palette[name])
     marks = ticks(y0, y1)
     left = 8 + max(width_of(mark, SMALL) for _, mark in marks)
-    axes = Image.new("RGB", (left + width + 12, height + 22), "white")
+    axes = blank((left + width + 12, height + 22))
     axes.paste(area.resize((width, height), Image.Resampling.LANCZOS), (left, 0))
     draw = ImageDraw.Draw(axes)
     for y, mark in marks:
         draw.text((left - 5, place(x0, y)[1]), mark, "black", font(SMALL), "rm")
     for x in {x0, (x0 + x1) // 2, x1}:
         draw.text((left + place(x, y0)[0], height + 5), f"{x:g}", "black", font(SMALL), "mt")
-    return above(
-        beside(text(title), *legend(lines, palette)) if palette is COLOURS else text(title), axes
-    )
+    return above(beside(text(title), *(legend(lines, palette) if palette is COLOURS else ())), axes)
 
 
 def legend(names, palette):
     """A coloured square and the name of each line."""
-    return [
-        beside(Image.new("RGB", (14, 14), palette[name]), text(name), gap=4)
-        for name in names
-        if name
-    ]
+    squares = {name: blank((14, 14), color=palette[name]) for name in names if name}
+    return [beside(square, text(name), gap=4) for name, square in squares.items()]
