@@ -226,8 +226,8 @@ def main():
     run.announce(model, model, loader, args.epochs)
     if args.compile:
         model.compile()
-    schedule = (args.lr, args.min_lr, args.t_max, args.swa_start)
-    swa = train(model, loader, run, args.epochs, *schedule, sgd="sgd" in args.ablation)
+    schedule = (args.lr, args.min_lr, args.t_max, args.swa_start, "sgd" in args.ablation)
+    swa = train(model, loader, run, args.epochs, *schedule)
     if rank == 0:
         batches = data.EpochBatches(len(dataset), args.bs, args.seed)  # all, in this process
         batches.epoch = args.epochs
