@@ -16,8 +16,8 @@ COLLAPSED_SPREAD, COLLAPSED_AGREEMENT = 0.1, 0.25  # calibration: docs/collapse.
 
 
 def spread(x):
-    """Mean standard deviation of the L2-normalized rows times the root of D: 0 where all rows are one
-    vector, near 1 where they point everywhere."""
+    """Mean standard deviation of the L2-normalized rows times the root of D: 0 where all rows are
+    one vector, near 1 where they point everywhere."""
     return (F.normalize(x, dim=1).std(0).mean() * x.shape[1] ** 0.5).item()
 
 
@@ -29,10 +29,15 @@ def mean_cosine(x):
 
 def effective_rank(x):
     """RankMe (Garrido et al., arXiv 2210.02885): exp of the entropy of the singular values, 1 to
-    min(N, D). Differs from it: of the centred rows, since an offset common to all hides the rest."""
+    min(N, D). Differs from it: of centred rows, since an offset common to all hides the rest."""
     values = torch.linalg.svdvals(x - x.mean(0))
     p = values / values.sum().clamp(min=1e-30)
     return torch.exp(-(p * (p + 1e-30).log()).sum()).item()
+
+
+def measures(x, name):
+    """{name_MEASURE: number} of the three above."""
+    return {f"{name}_{f.__name__}": f(x) for f in (spread, mean_cosine, effective_rank)}
 
 
 def standardize(x):
@@ -52,31 +57,29 @@ def agreement(a, b):
 
 
 def knn(features, labels, queries, k=20, temperature=0.07):
-    """Weighted k-NN (Wu et al., arXiv 1805.01978, section 3.4): cosine similarity, weights exp(s / t).
+    """Weighted k-NN (Wu et al., arXiv 1805.01978, section 3.4): cosines s, weights exp(s / t).
 
     features: (N, D); labels: (N, C) float 0/1; queries: (M, D). Returns (M, C), 0 to 1.
     """
-    near = (F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T).topk(
-        min(k, len(features))
-    )
+    cosines = F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T
+    near = cosines.topk(min(k, len(features)))
     weights = F.softmax(near.values / temperature, dim=1)
     return (weights.unsqueeze(-1) * labels[near.indices]).sum(1)
 
 
 @torch.no_grad()
 def embed(model, batches):
-    """Features before the head (N, D) and logits (N, C) of a timm model in evaluation mode, float32.
-    batches: of (N, 3, H, W), normalized."""
+    """Features before the head (N, D) and logits (N, C) of a timm model in evaluation mode, in
+    float32. batches: of (N, 3, H, W), normalized."""
     was_training = model.training
     model.eval()
-    rows = []
+    features, logits = [], []
     for images in batches:
         maps = model.forward_features(images)
-        rows.append(
-            (model.forward_head(maps, pre_logits=True).float(), model.forward_head(maps).float())
-        )
+        features.append(model.forward_head(maps, pre_logits=True).float())
+        logits.append(model.forward_head(maps).float())
     model.train(was_training)
-    return tuple(torch.cat(part) for part in zip(*rows))
+    return torch.cat(features), torch.cat(logits)
 
 
 class Monitor:
@@ -84,8 +87,8 @@ class Monitor:
     from these on as many validation images.
 
     images: (N, 3, S, S) uint8 array; train, val: indices; labels: (N, C) 0/1 array or None.
-    Takes a fortieth of the training images, 32 to 512: under 2 % of an epoch from 1,300 images on, in
-    one process. Training sees nothing of it.
+    Takes a fortieth of the training images, 32 to 512: under 2 % of an epoch from 1,300 images on,
+    in one process. Training sees nothing of it.
     """
 
     def __init__(self, images, train, val, labels, multilabel, seed):
@@ -95,9 +98,9 @@ class Monitor:
         def some(index):
             return index[torch.randperm(len(index), generator=draw)[:n].sort().values.numpy()]
 
-        self.images, self.train, self.multilabel = images, some(train), multilabel
+        self.images, self.labels, self.multilabel = images, labels, multilabel
+        self.train = some(train)
         self.val = some(val) if labels is not None else val[:0]
-        self.labels = labels
 
     def __call__(self, arms, device):
         """arms: {name: timm model}. Returns {measure: number} for log.jsonl. In float32: bfloat16
@@ -105,23 +108,20 @@ class Monitor:
         result, logits = {}, {}
         for name, model in arms.items():
             features, logits[name] = embed(model, self._batches(self.train, device))
-            result |= {f"{name}_features_{m.__name__}": m(features) for m in MEASURES}
+            result |= measures(features, f"{name}_features")
             if len(self.val):
                 queries, _ = embed(model, self._batches(self.val, device))
-                result[f"{name}_knn_readout"] = self._accuracy(features, queries)
+                result[f"{name}_knn_readout"] = self._accuracy(features.cpu(), queries.cpu())
         if len(arms) == 2:
-            a, b = logits.values()
-            result["agreement"], result["agreement_others"], result["retrieval"] = agreement(a, b)
+            result |= zip(
+                ("agreement", "agreement_others", "retrieval"), agreement(*logits.values())
+            )
             for name, x in logits.items():
-                result |= {f"{name}_logits_{m.__name__}": m(x) for m in MEASURES}
-                result[f"{name}_logits_collapsed"] = (
-                    result[f"{name}_logits_spread"] < COLLAPSED_SPREAD
-                    and result["agreement"] < COLLAPSED_AGREEMENT
-                )
-        return {
-            key: value if isinstance(value, bool) else round(value, 5)
-            for key, value in result.items()
-        }
+                result |= measures(x, f"{name}_logits")
+                near = result[f"{name}_logits_spread"] < COLLAPSED_SPREAD
+                alone = result["agreement"] < COLLAPSED_AGREEMENT
+                result[f"{name}_logits_collapsed"] = near and alone
+        return {key: x if isinstance(x, bool) else round(x, 5) for key, x in result.items()}
 
     def _batches(self, index, device):
         for start in range(0, len(index), 64):
@@ -129,52 +129,37 @@ class Monitor:
             yield normalize(torch.from_numpy(part).to(device))
 
     def _accuracy(self, features, queries):
-        true = torch.from_numpy(self.labels[self.val]).float()
-        found = knn(
-            features.cpu(), torch.from_numpy(self.labels[self.train]).float(), queries.cpu()
-        )
+        known, true = (torch.from_numpy(self.labels[i]).float() for i in (self.train, self.val))
+        found = knn(features, known, queries)
+        right = found.argmax(1) == true.argmax(1)
         if self.multilabel:
-            return ((found >= 0.5) == true.bool()).float().mean().item()
-        return (found.argmax(1) == true.argmax(1)).float().mean().item()
-
-
-MEASURES = (spread, mean_cosine, effective_rank)
+            right = (found >= 0.5) == true.bool()
+        return right.float().mean().item()
 
 
 def in_brief(row):
     """What the progress line shows of a log row."""
-    parts = [
-        f"{arm} rank {row[f'{arm}_features_effective_rank']:.0f}" for arm in row["arms"].split("+")
-    ]
+    arms = row["arms"].split("+")
+    parts = [f"{arm} rank {row[f'{arm}_features_effective_rank']:.0f}" for arm in arms]
     if "agreement" in row:
         parts.append(f"agreement {row['agreement']:.2f}")
-    found = [
-        f"{arm} {row[key]:.2f}" for arm in ("cnn", "vit") if (key := f"{arm}_knn_readout") in row
-    ]
-    return ", " + ", ".join(parts) + (f", k-NN: {' '.join(found)}" if found else "")
-
-
-def warning(row, objective):
-    """One line where the logits of an arm have collapsed, else None."""
-    arms = [arm for arm in row["arms"].split("+") if row.get(f"{arm}_logits_collapsed")]
-    if not arms:
-        return None
-    return (
-        f"the logits of {' and '.join(arms)} have collapsed to nearly one vector (spread "
-        + ", ".join(f"{row[f'{arm}_logits_spread']:.2g}" for arm in arms)
-        + f"; agreement on images {row['agreement']:.2f}), which a low loss does not show"
-        + (
-            "; see docs/collapse.md, or try --objective vicreg --lr 3e-4"
-            if objective == "cosine"
-            else ""
-        )
-    )
+    if f"{arms[0]}_knn_readout" in row:
+        parts.append("k-NN: " + " ".join(f"{arm} {row[f'{arm}_knn_readout']:.2f}" for arm in arms))
+    return ", " + ", ".join(parts)
 
 
 def react(row, objective, fail):
-    """Warn of a collapse in a row of the log; raise FloatingPointError instead where `fail`."""
-    collapsed = warning(row, objective)
-    if collapsed and fail:
-        raise FloatingPointError(f"epoch {row['epoch']}: {collapsed} (--fail-on-collapse)")
-    if collapsed:
-        tqdm.write(f"epoch {row['epoch']}: {collapsed}", file=sys.stderr)
+    """Warn where the logits of an arm have collapsed in a row of the log; raise FloatingPointError
+    instead where `fail`."""
+    arms = [arm for arm in row["arms"].split("+") if row.get(f"{arm}_logits_collapsed")]
+    if not arms:
+        return
+    spreads = ", ".join(f"{row[f'{arm}_logits_spread']:.2g}" for arm in arms)
+    facts = f"spread {spreads}; agreement on images {row['agreement']:.2f}"
+    what = f"the logits of {' and '.join(arms)} have collapsed to nearly one vector ({facts})"
+    text = f"epoch {row['epoch']}: {what}, which a low loss does not show"
+    if objective == "cosine":
+        text += "; see docs/collapse.md, or try --objective vicreg --lr 3e-4"
+    if fail:
+        raise FloatingPointError(f"{text} (--fail-on-collapse)")
+    tqdm.write(text, file=sys.stderr)

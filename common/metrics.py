@@ -11,7 +11,7 @@ def predicted_labels(probabilities, multilabel):
 
 
 def confusion_matrix(true, predicted, num_classes):
-    """(N,) and (N,) class indices -> (C, C) counts: row the true class, column the predicted one."""
+    """(N,) and (N,) class indices -> (C, C) counts: rows the true classes, columns the predicted."""
     flat = np.bincount(np.asarray(true) * num_classes + predicted, minlength=num_classes**2)
     return flat.reshape(num_classes, num_classes)
 
@@ -42,28 +42,15 @@ def _mean(values):
 
 def _summary(tp, fp, fn, truth, probabilities, classes):
     """What multi-class and multi-label scores share: F1 and AUROC, per class and averaged."""
-    precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
+    precision, recall, support = _ratio(tp, tp + fp), _ratio(tp, tp + fn), tp + fn
     f1 = _ratio(2 * tp, 2 * tp + fp + fn)
     areas = [auroc(t, p) for t, p in zip(truth.T, probabilities.T)]
-    per_class = [
-        {
-            "class": c,
-            "support": int(tp[i] + fn[i]),
-            "precision": float(precision[i]),
-            "recall": float(recall[i]),
-            "f1": float(f1[i]),
-            "auroc": areas[i],
-        }
-        for i, c in enumerate(classes)
-    ]
+    keys = ("class", "support", "precision", "recall", "f1", "auroc")
+    columns = (x.tolist() for x in (support, precision, recall, f1))
+    per_class = [dict(zip(keys, row)) for row in zip(classes, *columns, areas)]
     micro = float(_ratio(2 * tp.sum(), (2 * tp + fp + fn).sum()))
-    return {
-        "n": len(truth),
-        "macro_f1": float(f1.mean()),
-        "micro_f1": micro,
-        "auroc": _mean(areas),
-        "per_class": per_class,
-    }
+    scores = {"n": len(truth), "macro_f1": float(f1.mean()), "micro_f1": micro}
+    return {**scores, "auroc": _mean(areas), "per_class": per_class}
 
 
 def multiclass_scores(true, probabilities, classes):
@@ -77,16 +64,11 @@ def multiclass_scores(true, probabilities, classes):
     true, C = np.asarray(true), len(classes)
     matrix = confusion_matrix(true, probabilities.argmax(1), C)
     tp = np.diag(matrix)
-    scores = _summary(
-        tp, matrix.sum(0) - tp, matrix.sum(1) - tp, np.eye(C)[true], probabilities, classes
-    )
+    fp, fn = matrix.sum(0) - tp, matrix.sum(1) - tp
+    scores = _summary(tp, fp, fn, np.eye(C)[true], probabilities, classes)
     recalls = [row["recall"] for row in scores["per_class"] if row["support"]]
-    return {
-        **scores,
-        "accuracy": float(_ratio(tp.sum(), len(true))),
-        "balanced_accuracy": _mean(recalls),
-        "confusion": matrix.tolist(),
-    }
+    scores["accuracy"] = float(_ratio(tp.sum(), len(true)))
+    return {**scores, "balanced_accuracy": _mean(recalls), "confusion": matrix.tolist()}
 
 
 def multilabel_scores(true, probabilities, classes):
@@ -98,12 +80,9 @@ def multilabel_scores(true, probabilities, classes):
     true, predicted = np.asarray(true, bool), probabilities >= 0.5
     tp, fp, fn = ((true & predicted).sum(0), (~true & predicted).sum(0), (true & ~predicted).sum(0))
     scores = _summary(tp, fp, fn, true, probabilities, classes)
+    scores["exact_match"] = float((true == predicted).all(1).mean()) if len(true) else None
     confusion = np.stack([tp, fp, fn, len(true) - tp - fp - fn], axis=1)
-    return {
-        **scores,
-        "exact_match": float((true == predicted).all(1).mean()) if len(true) else None,
-        "confusion": confusion.tolist(),
-    }
+    return {**scores, "confusion": confusion.tolist()}
 
 
 def score(labels, probabilities, classes, multilabel):
@@ -123,11 +102,8 @@ def summarize(results):
             values = [r[part][key] for r in results]
             if isinstance(value, float) and None not in values:
                 name = key if part == "test" else f"{key}_{part[5:]}"
-                summary[name] = {
-                    "mean": float(np.mean(values)),
-                    "std": float(np.std(values, ddof=1)),
-                    "values": values,
-                }
+                mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
+                summary[name] = {"mean": mean, "std": std, "values": values}
     return summary
 
 

@@ -33,52 +33,52 @@ def class_counts(data, mask):
 
 def print_report(data, split):
     """What the set holds, how it is split and what is odd about it."""
-    kind = "" if not data.multilabel else ", several or none per image"
-    print(
-        f"{data.path}: {len(data)} images, "
-        + (f"{len(data.classes)} classes{kind}" if data.classes else "no labels")
-        + ("" if data.groups is None else f", {len(np.unique(data.groups))} groups")
-    )
+
+    def groups(before, mask):
+        return "" if data.groups is None else f"{before} {len(np.unique(data.groups[mask]))} groups"
+
+    kind = ", several or none per image" if data.multilabel else ""
+    labels = f"{len(data.classes)} classes{kind}" if data.classes else "no labels"
+    print(f"{data.path}: {len(data)} images, {labels}{groups(',', slice(None))}")
     for name in ("train", "val", "test"):
         mask = split == name
         if mask.any():
             counts = ", ".join(f"{c} {n}" for c, n in class_counts(data, mask).items())
-            groups = (
-                "" if data.groups is None else f" in {len(np.unique(data.groups[mask]))} groups"
-            )
-            print(f"  {name:5} {mask.sum():6}{groups}  {counts}")
+            print(f"  {name:5} {mask.sum():6}{groups(' in', mask)}  {counts}")
     _print_pixels(data, split)
-    same = duplicates(data)
-    if same:
-        print(
-            f"  {sum(map(len, same))} images are exact duplicates of another; "
-            f"{cross_split_duplicates(data, split).sum()} of them of one in an earlier split "
-            f"(train, val, test)"
-        )
-    contradicting = [g for g in same if (data.labels[g] != data.labels[g[0]]).any()]
-    if contradicting:
-        pairs = preview(" = ".join(data.names[i] for i in group[:2]) for group in contradicting)
-        print(f"  {len(contradicting)} sets of exact duplicates have different labels: {pairs}")
+    _print_duplicates(data, split)
     for note in data.notes:
         print(f"  {note}")
 
 
 def _print_pixels(data, split):
     """Sizes and modes of the files; mean and standard deviation of some training images."""
-    table = data.table
-    modes = ", ".join(f"{mode} {n}" for mode, n in Counter(table["mode"].tolist()).most_common())
-    print(
-        f"  widths {table['width'].min()} to {table['width'].max()}, heights "
-        f"{table['height'].min()} to {table['height'].max()} pixels; modes {modes}"
+
+    def text(values):
+        return " ".join(f"{x:.3f}" for x in values)
+
+    width, height, mode = (data.table[key] for key in ("width", "height", "mode"))
+    sizes = (
+        f"widths {width.min()} to {width.max()}, heights {height.min()} to {height.max()} pixels"
     )
+    modes = ", ".join(f"{name} {n}" for name, n in Counter(mode.tolist()).most_common())
+    print(f"  {sizes}; modes {modes}")
     train = np.flatnonzero(split == "train")
     sample = [data.images[i] / np.float32(255) for i in train[:: len(train) // 100 + 1]]
     mean = np.mean([x.mean((1, 2)) for x in sample], axis=0)
     std = np.sqrt(np.mean([(x**2).mean((1, 2)) for x in sample], axis=0) - mean**2)
-    print(
-        "  mean "
-        + " ".join(f"{x:.3f}" for x in mean)
-        + ", standard deviation "
-        + " ".join(f"{x:.3f}" for x in std)
-        + " (ImageNet: 0.485 0.456 0.406, 0.229 0.224 0.225)"
-    )
+    imagenet = "0.485 0.456 0.406, 0.229 0.224 0.225"
+    print(f"  mean {text(mean)}, standard deviation {text(std)} (ImageNet: {imagenet})")
+
+
+def _print_duplicates(data, split):
+    """How many images are exact duplicates, across splits too, and which of them disagree."""
+    same = duplicates(data)
+    if same:
+        n, later = sum(map(len, same)), cross_split_duplicates(data, split).sum()
+        where = "an earlier split (train, val, test)"
+        print(f"  {n} images are exact duplicates of another; {later} of them of one in {where}")
+    odd = [group for group in same if (data.labels[group] != data.labels[group[0]]).any()]
+    if odd:
+        pairs = preview(" = ".join(data.names[i] for i in group[:2]) for group in odd)
+        print(f"  {len(odd)} sets of exact duplicates have different labels: {pairs}")

@@ -14,17 +14,9 @@ from common.cli import progress
 
 CLASSES = ("granular", "ringed", "spiky", "striped")
 PER_CLASS, SIZE = 300, 48
-DEFAULTS = {  # of pretrain.py --demo; equation 1 would collapse from random weights
-    "cnn": "resnet18",
-    "vit": "vit_tiny_patch16_224",
-    "vit_kwargs": {"patch_size": 8},
-    "init": "random",
-    "img_size": 48,
-    "epochs": 3,
-    "swa_start": 0.5,
-    "objective": "vicreg",
-    "lr": 3e-4,
-}
+DEFAULTS = {"cnn": "resnet18", "vit": "vit_tiny_patch16_224", "vit_kwargs": {"patch_size": 8}}
+DEFAULTS |= {"init": "random", "img_size": 48, "epochs": 3, "swa_start": 0.5}  # of --demo
+DEFAULTS |= {"objective": "vicreg", "lr": 3e-4}  # equation 1 would collapse from random weights
 
 
 def cells(kind, rng):

@@ -429,7 +429,7 @@ def test_bad_input_gives_one_line_and_status_2(pretrained, folder, tmp_path, scr
         (["curves", "mine.png"], "log.jsonl: Not a directory"),
         (["curves", "empty"], "holds no finished epoch"),
         (["curves", "odd"], "log.jsonl: is not as"),
-        (["curves", pretrained, "--only", "beauty"], "nothing there is called beauty"),
+        (["curves", pretrained, "--only", "beauty"], "nothing is called beauty"),
         (["curves", "list"], "log.jsonl: is not as"),
         (["confusion", pretrained], "confusion.csv: No such file"),
         (["confusion", "empty"], "confusion.csv: is not as"),

@@ -7,6 +7,7 @@ import math
 
 import torch
 from timm.models.swin_transformer import window_partition, window_reverse
+from timm.utils import AttentionExtract
 from torch import nn
 from torch.nn.functional import pad
 from torch.nn.modules.module import register_module_forward_hook
@@ -32,6 +33,7 @@ def attention_names(model):
     return [name.rpartition(".")[0] for name in names]
 
 
+@torch.no_grad()
 def attention(model, images, block=1):
     """The softmax of one block's attention, the first is 1: (N, heads, T, T), or in windows
     (N * windows, heads, T, T). A row, for the token that looks, sums to one. Raises ValueError."""
@@ -40,10 +42,13 @@ def attention(model, images, block=1):
         raise ValueError(f"has no attention block {block}; there are {len(names)} (in a CNN, none)")
     name = names[block - 1]
     model.get_submodule(name).fused_attn = False  # for good: fused, it never shows its softmax
-    found = _outputs(model, images, [f"{name}.attn_drop"], torch.clone)
-    if not found:
+    extract = AttentionExtract(model, [f"{name}.attn_drop"], method="hook")
+    found = extract(images).get(f"{name}.attn_drop")
+    for handle in extract.hooks._handles:  # timm would leave them on the model
+        handle.remove()
+    if found is None:
         raise ValueError(f"never shows the softmax of block {block}")
-    return found[-1][1]
+    return found
 
 
 def attention_map(model, images, block=1):

@@ -1,7 +1,6 @@
 """Pictures of numbers and words with Pillow, laid beside and above each other: none overlap."""
 
 import functools
-import math
 import re
 import unicodedata
 
@@ -11,17 +10,15 @@ from PIL import Image, ImageDraw, ImageFont
 # values: from dark to light, so that lightness alone tells them apart
 SCALE = np.array([(27, 16, 68), (58, 74, 140), (42, 138, 140), (108, 192, 106), (251, 230, 77)])
 UNKNOWN = (225, 225, 225)
-# lines: of Okabe and Ito's palette, in pairs that the colour-blind tell apart best
 COLOURS = {"train": "#0072b2", "val": "#d55e00", "cnn": "#56b4e9", "vit": "#e69f00", "": "black"}
-MORE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
+MORE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]  # Okabe and Ito's
 GAP, LETTER, SMALL = 14, 15, 12  # pixels
-
 font = functools.lru_cache(ImageFont.load_default)
 blank = functools.partial(Image.new, "RGB", color="white")
 
 
 def width_of(string, size=LETTER):
-    return math.ceil(font(size).getlength(string.rstrip()))
+    return int(np.ceil(font(size).getlength(string.rstrip())))
 
 
 def plain(string):
@@ -51,8 +48,7 @@ def text(string, width=2000, size=LETTER):
 
 def beside(*images, gap=GAP):
     """A row of pictures on one base line."""
-    row = blank((sum(i.width + gap for i in images) - gap, max(i.height for i in images)))
-    x = 0
+    row, x = blank((sum(i.width + gap for i in images) - gap, max(i.height for i in images))), 0
     for image in images:
         row.paste(image, (x, row.height - image.height))
         x += image.width + gap
@@ -81,11 +77,9 @@ def colours(values, low, high):
 def ticks(low, high):
     """Low, middle and high, with as many digits as tell them apart: a list of (number, text)."""
     values = np.linspace(low, high, 3 if high > low else 1).tolist()
-    for digits in range(3, 18):
-        labels = [f"{value:.{digits}g}" for value in values]
-        if len(set(labels)) == len(labels):
-            break
-    return list(zip(values, labels))
+    enough = (d for d in range(3, 17) if len({f"{v:.{d}g}" for v in values}) == len(values))
+    digits = next(enough, 17)
+    return [(value, f"{value:.{digits}g}") for value in values]
 
 
 def colour_bar(low, high, height, label):
@@ -101,14 +95,14 @@ def colour_bar(low, high, height, label):
 
 
 def matrix(values, rows, columns, labels, low, high):
-    """Numbers (R, C) as cells with labels and R and C names -> a picture, the height of its cells."""
+    """Numbers (R, C) as labelled cells, R and C names -> the picture, the height of its cells."""
     cell = max(34, 10 + max(width_of(label, SMALL) for row in labels for label in row))
     rgb = colours(values, low, high)
     cells = Image.fromarray(np.kron(rgb, np.ones((cell, cell, 1), np.uint8)))
     for r, c in np.ndindex(*values.shape):
         ink = "white" if rgb[r, c] @ (0.299, 0.587, 0.114) < 130 else "black"
-        middle = ((c + 0.5) * cell, (r + 0.5) * cell)
-        ImageDraw.Draw(cells).text(middle, labels[r][c], ink, font(SMALL), "mm")
+        at = ((c + 0.5) * cell, (r + 0.5) * cell)
+        ImageDraw.Draw(cells).text(at, labels[r][c], ink, font(SMALL), "mm")
     heads, names = ([text(name, size=SMALL) for name in side] for side in (columns, rows))
     if max(head.width for head in heads) > cell - 4:
         heads = [head.rotate(90, expand=True) for head in heads]
@@ -123,7 +117,7 @@ def matrix(values, rows, columns, labels, low, high):
 
 
 def plot(title, lines, palette=COLOURS, width=300, height=150, edge=8):
-    """Lines {name of the palette: [(x, y), ...]} over axes from the least to the greatest number."""
+    """Lines {name in palette: [(x, y), ...]} over axes from the least to the greatest number."""
     points = np.array([point for line in lines.values() for point in line], float)
     (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
 
@@ -153,5 +147,4 @@ def plot(title, lines, palette=COLOURS, width=300, height=150, edge=8):
 
 def legend(names, palette):
     """A coloured square and the name of each line."""
-    squares = {name: blank((14, 14), color=palette[name]) for name in names if name}
-    return [beside(square, text(name), gap=4) for name, square in squares.items()]
+    return [beside(blank((14, 14), color=palette[n]), text(n), gap=4) for n in names if n]

@@ -1,21 +1,18 @@
-"""The paper's figures (v6) from any of our weights files (cnn.pt, vit.pt, best.pt), as PNG.
+"""The paper's figures (v6) from any of our weights files, and curves of a run, as PNG (--out).
 
-    python -m tools.visualize attention --ckpt vit.pt --compare supervised/best.pt  (Figures 7, 9, 12, 13)
-    python -m tools.visualize attention --ckpt vit.pt --image FILE --block 1        (Figure 3)
-    python -m tools.visualize features --ckpt cnn.pt --compare supervised/best.pt   (Figure 4)
-    python -m tools.visualize features --ckpt cnn.pt --image FILE --layers 5        (Figure 6)
-    python -m tools.visualize cka --cnn cnn.pt --vit vit.pt         (how alike the layers of the arms are)
-    python -m tools.visualize curves RUN_FOLDER ...                 (log.jsonl of either script)
-    python -m tools.visualize confusion RUN_FOLDER                  (confusion.csv of finetune.py)
+    python -m tools.visualize attention --ckpt vit.pt --compare best.pt  (Figures 3, 7, 9, 12, 13)
+    python -m tools.visualize features --ckpt cnn.pt --layers 5          (Figures 4, 6)
+    python -m tools.visualize cka --cnn cnn.pt --vit vit.pt              (how alike the layers are)
+    python -m tools.visualize curves RUN_FOLDER ...                      (log.jsonl)
+    python -m tools.visualize confusion RUN_FOLDER                       (confusion.csv)
 
-Each writes one PNG (--out). Images come from the test split of the checkpoint's data, as
-finetune.py makes it, unless --image or the data flags say otherwise; --help after WHAT lists the
-flags. What is shown is computed in introspect.py.
+Images come from the test split of the checkpoint's data, or are named by --image and data flags.
 """
 
 import contextlib
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import data
@@ -35,132 +33,59 @@ from common.readers import read
 from common.report import class_counts
 from common.splits import stratified_order
 from common.starts import fill_in, from_checkpoint, seen_in_pretraining
-from tools.introspect import (
-    attention_map,
-    attention_names,
-    feature_maps,
-    has_class_token,
-    layer_grams,
-    layer_names,
-    mean_attention,
-    minibatch_cka,
-)
-from tools.plotting import (
-    COLOURS,
-    GAP,
-    MORE,
-    above,
-    beside,
-    colour_bar,
-    colours,
-    legend,
-    matrix,
-    picture,
-    plot,
-    text,
-)
+from tools import introspect
+from tools import plotting as draw
 
 SIDE = 240  # pixels of an image with attention
 
 
-def subparser(prog, **_):
-    """For argparse, which makes the parsers of the subcommands itself."""
-    parser = cli.Parser(None)
-    parser.prog = prog
-    return parser
-
-
 def parse_arguments():
-    """The arguments of one subcommand; `draw` is the function that makes its figure."""
+    """The flags of one figure; args.figure is the function that draws it."""
     parser = cli.Parser(__doc__)
-    commands = parser.add_subparsers(
-        dest="what",
-        metavar="WHAT",
-        required=True,
-        parser_class=subparser,
-        help="attention, features, cka, curves or confusion",
-    )
-
-    def command(name, draw):
-        sub = commands.add_parser(name)
-        sub.set_defaults(draw=draw, image=None)
-        sub.add_argument(
-            "--out",
-            default=f"{name}.png",
-            metavar="FILE",
-            help="PNG to write (default: %(default)s)",
-        )
-        if name in ("curves", "confusion"):
-            sub.add_argument(
-                "run",
-                metavar="RUN_FOLDER",
-                help="what a run wrote",
-                nargs="+" if name == "curves" else None,
-            )
-        else:
-            data.add_arguments(sub)
-            sub.add_argument("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
-        return sub.add_argument
-
-    for name, draw in (("attention", draw_attention), ("features", draw_features)):
-        add = command(name, draw)
-        add("--ckpt", required=True, metavar="FILE", help="cnn.pt, vit.pt or best.pt")
-        add("--compare", metavar="FILE", help="another, beside it on the same colour scale")
-        add("--image", metavar="FILE", help="this image instead of those of the data")
-        if name == "attention":
-            add(
-                "--n",
-                type=cli.positive,
-                help="average over so many test images (default: 30, or "
-                "100 where 30 would hardly hold every class; E.3.4)",
-            )
-            add("--block", type=cli.positive, default=1, help="attention block, the first is 1")
-        else:
-            add(
-                "--layers",
-                type=cli.positive,
-                default=1,
-                help="how many convolutions: 1 as in Figure 4, 5 as in Figure 6",
-            )
-    add = command("cka", draw_cka)
+    commands, add = parser.add_subparsers(dest="WHAT", required=True), {}
+    for figure in (attention, features, cka, curves, confusion):
+        command = commands.add_parser(figure.__name__, doc=None)
+        command.set_defaults(figure=figure, image=None)
+        add[figure], png = command.add_argument, f"{figure.__name__}.png"
+        add[figure]("--out", default=png, metavar="FILE", help=f"PNG to write (default: {png})")
+        if figure in (attention, features, cka):
+            data.add_arguments(command)
+            add[figure]("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
+    for figure in (attention, features):
+        add[figure]("--ckpt", required=True, metavar="FILE", help="cnn.pt, vit.pt or best.pt")
+        add[figure]("--compare", metavar="FILE", help="another, on the same colour scale")
+        add[figure]("--image", metavar="FILE", help="this image instead of those of the data")
+    n = "test images to average (default: 30, or 100 if a class is rare; E.3.4)"
+    add[attention]("--n", type=cli.positive, help=n)
+    add[attention]("--block", type=cli.positive, default=1, help="attention block, the first is 1")
+    add[features]("--layers", type=cli.positive, default=1, help="convolutions; Figure 6 shows 5")
+    before = "its weights before training: imagenet, random or FILE (default: as the file says)"
     for arm in ("cnn", "vit"):
-        add(f"--{arm}", required=True, metavar="FILE", help=f"weights file, such as {arm}.pt")
-        add(
-            f"--before-{arm}",
-            metavar="WHAT",
-            help="its weights before training: imagenet, random "
-            "or a weights file (default: what the file says that it began with)",
-        )
-    add("--n", type=cli.positive, default=128, help="test images (default: %(default)s)")
-    add("--bs", type=cli.positive, default=32, help="of them in a minibatch, at least 4")
-    command("curves", draw_curves)(
-        "--only", nargs="+", metavar="TEXT", help="only what is called so, such as: spread rank"
-    )
-    command("confusion", draw_confusion)
+        add[cka](f"--{arm}", required=True, metavar="FILE", help=f"weights file, as {arm}.pt")
+        add[cka](f"--before-{arm}", metavar="WHAT", help=before)
+    add[cka]("--n", type=cli.positive, default=128, help="test images (default: %(default)s)")
+    add[cka]("--bs", type=cli.positive, default=32, help="images per minibatch, at least 4")
+    add[curves]("run", metavar="RUN_FOLDER", nargs="+", help="what a run wrote")
+    add[curves]("--only", nargs="+", metavar="TEXT", help="panels with such names, as: spread rank")
+    add[confusion]("run", metavar="RUN_FOLDER", help="what a run wrote")
     return parser.parse_args()
 
 
-def load(args, path):
-    """A weights file to look into: its model on the device, its metadata and its label. Where the data
-    flags in args name no data, they become the file's."""
+def load(args, path, check=lambda model, images: None):
+    """A weights file: model, metadata and label. Its data and seed fill in args, unless they are
+    there. check(model, images) raises ValueError where the model cannot be drawn."""
     start = from_checkpoint(path)
     fill_in(args, start.data)
-    args.seed = start.seed
+    args.seed = getattr(args, "seed", start.seed)
     start.device = cli.pick_device(args.device)
     start.model = start.make().to(start.device).eval()
     start.path, start.size = path, start.metadata["img_size"]
     start.label = f"{short(path)}: {start.metadata['arch']}"
+    try:
+        check(start.model, torch.zeros(1, 3, start.size, start.size, device=start.device))
+    except ValueError as error:
+        raise UserError(f"{path}: {start.metadata['arch']} {error}") from error
     return start
-
-
-def load_all(args, look):
-    """--ckpt and --compare. look(model, images) is tried on each, before any image is read."""
-    compared = [load(SimpleNamespace(**vars(args)), args.compare)] if args.compare else []
-    starts = [load(args, args.ckpt), *compared]
-    for start in starts:
-        with naming(start):
-            look(start.model, torch.zeros(1, 3, start.size, start.size, device=start.device))
-    return starts
 
 
 def short(path):
@@ -168,46 +93,28 @@ def short(path):
     return "/".join(Path(path).resolve().parts[-2:])
 
 
-@contextlib.contextmanager
-def naming(start):
-    """What cannot be done with a model, in a line that names its file."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{start.path}: {start.metadata['arch']} {error}") from error
-
-
 def choose(args, starts, n):
-    """--image, or n images of the test split that no model has seen, the same ones for the same
-    seed; n None: 30, or 100 where 30 would hardly hold every class. Returns their sources, and what
-    they are in words."""
+    """--image, or n images of the test split, if possible none that a model has seen (n None: 30,
+    or 100 where 30 would hardly hold every class). Returns their sources, and them in words."""
     if args.image:
         return [args.image], short(args.image)
     images = read(args.data, **data.options(args))
     images.decode(starts[0].size, data.cache_dir(args.cache), args.skip_bad)
-    split = data.split_and_report(
-        images, args.seed, args.dedup, seen_in_pretraining(starts[0].seen, images), allow_seen=True
-    )
+    seen = seen_in_pretraining(starts[0].seen, images)
+    split = data.split_and_report(images, args.seed, args.dedup, seen, allow_seen=True)
     part = "test" if (split == "test").any() else "train"
-    of_part = split == part
-    seen = np.any(
-        [seen_in_pretraining(start.seen, images) for start in starts if start.seen is not None]
-        or [~of_part],
-        axis=0,
-    )
-    index = np.flatnonzero(of_part & ~seen if (of_part & ~seen).any() else of_part)
+    seen = torch.cat([s.seen for s in starts if s.seen is not None] or [torch.zeros(0)])
+    unseen = (split == part) & ~seen_in_pretraining(seen, images)
+    index = np.flatnonzero(unseen if unseen.any() else split == part)
     rarest = images.labels[index].sum(0).min(initial=len(index))
     n = n or (30 if 30 * rarest >= len(index) else 100)
     index = index[sample(images.labels[index], n, args.seed)]
+    several = len(index) > 1
+    classes = [f"{c} {k}" if several else c for c, k in class_counts(images, index).items() if k]
+    what = f"{len(index)} images" if several else images.names[index[0]]
     origin = "test split" if part == "test" else "training split, for want of a test split"
-    classes = [
-        c if len(index) == 1 else f"{c} {k}" for c, k in class_counts(images, index).items() if k
-    ]
-    what = f"{len(index)} images" if len(index) > 1 else images.names[index[0]]
-    return (
-        [images.sources[i] for i in index],
-        f"{what} of the {origin}" + (f": {cli.preview(classes, 8)}" if classes else ""),
-    )
+    what += f" of the {origin}" + (f": {cli.preview(classes, 8)}" if classes else "")
+    return [images.sources[i] for i in index], what
 
 
 def sample(labels, n, seed):
@@ -219,61 +126,44 @@ def sample(labels, n, seed):
 def pixels(sources, size):
     """Image files or arrays -> (N, 3, size, size) uint8. Raises UserError."""
     try:
-        return torch.from_numpy(np.stack([decode(source, size)[0] for source in sources]))
+        with cli.progress(sources) as bar:
+            return torch.from_numpy(np.stack([decode(source, size)[0] for source in bar]))
     except ValueError as error:
         raise UserError(f"{cli.preview(sources)}: cannot be read ({error})") from error
 
 
-def batches(starts, sources, batch_size=16):
-    """The same images as each model wants them: tuples of (n, 3, S, S) normalized."""
-    with cli.progress(total=len(sources)) as bar:
-        for part in np.array_split(np.arange(len(sources)), max(1, len(sources) // batch_size)):
-            chosen = [sources[i] for i in part]
-            yield tuple(
-                normalize(
-                    pixels(chosen, start.size).to(start.device),
-                    start.metadata["mean"],
-                    start.metadata["std"],
-                )
-                for start in starts
-            )
-            bar.update(len(part))
+def batches(start, sources, batch_size=16):
+    """Images as a model wants them: (n, 3, S, S) float, normalized, on its device."""
+    n = max(1, len(sources) // batch_size)
+    for images in pixels(sources, start.size).tensor_split(n):
+        yield normalize(images.to(start.device), start.metadata["mean"], start.metadata["std"])
 
 
-def draw_attention(args):
-    """Figures 3, 7, 9, 12 and 13: the attention of one or two Transformers for one image or, as the
-    mean over several, beside their mean image; laid over it, and by itself below."""
-    starts = load_all(args, lambda model, images: attention_map(model, images, args.block))
+def attention(args):
+    """Figures 3, 7, 9, 12 and 13: attention of one or two Transformers to an image, or a mean."""
+    check = partial(introspect.attention_map, block=args.block)
+    starts = [load(args, path, check) for path in (args.ckpt, args.compare) if path]
     sources, what = choose(args, starts, args.n)
-    maps = []
-    for start in starts:
-        images = (images for (images,) in batches([start], sources))
-        maps.append(mean_attention(start.model, images, args.block))
+    maps = [introspect.mean_attention(s.model, batches(s, sources), args.block) for s in starts]
     maps = [m * m.numel() for m in maps]  # 1 is an equal share, whatever the number of patches
-    low, high = min(m.min().item() for m in maps), max(m.max().item() for m in maps)
+    low, high = min(m.min() for m in maps).item(), max(m.max() for m in maps).item()
     mean = pixels(sources, starts[0].size).double().mean(0).round().byte()
-    image = picture(mean).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    note = (
-        f"The image: {what}.\nAttention: mean over the heads."
-        if len(sources) == 1
-        else f"Mean of {what}.\nAttention: mean over heads and images."
-    )
-    note = text(note, SIDE)
-    caption = Image.new("RGB", (SIDE, max(SIDE, note.height)), "white")
-    caption.paste(note)
-    panels = [above(image, caption)]
-    for start, m in zip(starts, maps):
-        kind = (
-            "class token"
-            if has_class_token(start.model)
-            else "no class token: mean attention that each patch receives"
-        )
-        title = f"{start.label}\nblock {args.block} of {len(attention_names(start.model))}, {kind}"
-        rgb = colours(resized(m, SIDE), low, high)
+    image = to_pil_image(mean).resize((SIDE, SIDE))
+    over = "heads and images" if len(sources) > 1 else "the heads"
+    what = f"Mean of {what}" if len(sources) > 1 else f"The image: {what}"
+    note = draw.text(f"{what}.\nAttention: mean over {over}.", SIDE)
+    border = (0, 0, SIDE - note.width, max(SIDE - note.height, 0))
+    panels = [draw.above(image, ImageOps.expand(note, border, "white"))]
+    for start, values in zip(starts, maps):
+        kind = "no class token: mean attention that each patch receives"
+        kind = kind if getattr(start.model, "cls_token", None) is None else "class token"
+        blocks = len(introspect.attention_names(start.model))
+        title = f"{start.label}\nblock {args.block} of {blocks}, {kind}"
+        rgb = draw.colours(resized(values, SIDE), low, high)
         over = 0.4 * np.asarray(image.convert("L"))[..., None] + 0.6 * rgb
-        over = Image.fromarray(over.round().astype(np.uint8))
-        panels.append(above(text(title, SIDE), over, Image.fromarray(rgb)))
-    return beside(*panels, colour_bar(low, high, SIDE, "attention (1: an equal share)"))
+        pictures = [Image.fromarray(x.round().astype(np.uint8)) for x in (over, rgb)]
+        panels.append(draw.above(draw.text(title, SIDE), *pictures))
+    return draw.beside(*panels, draw.colour_bar(low, high, SIDE, "attention (1: an equal share)"))
 
 
 def resized(values, size):
@@ -281,153 +171,115 @@ def resized(values, size):
     return interpolate(values[None, None], (size, size), mode="bilinear")[0, 0]
 
 
-def draw_features(args):
+def features(args):
     """Figures 4 and 6: channels of the first convolutions of one or two CNNs, for one image."""
-    starts = load_all(args, lambda model, images: feature_maps(model, images, args.layers))
+    check = partial(introspect.feature_maps, layers=args.layers)
+    starts = [load(args, path, check) for path in (args.ckpt, args.compare) if path]
     sources, what = choose(args, starts, 1)
-    found = [
-        feature_maps(start.model, images, args.layers)
-        for start in starts
-        for (images,) in batches([start], sources)
-    ]
-    shown, rows = 64 if args.layers == 1 else 16, []
+    found = [check(s.model, images) for s in starts for images in batches(s, sources)]
+    n, rows = 64 if args.layers == 1 else 16, []
     for layer in zip(*found):  # the same convolution of each model
-        channels = [maps[0, :shown].float().cpu() for _, maps in layer]
-        low, high = min(c.min().item() for c in channels), max(c.max().item() for c in channels)
-        tile = min(max(channels[0].shape[-1], 44), 96)
+        shown = [maps[0, :n].float().cpu() for _, maps in layer]
+        low, high = min(c.min() for c in shown).item(), max(c.max() for c in shown).item()
+        tile = min(max(shown[0].shape[-1], 44), 96)
         grids = []
-        for start, (name, maps), c in zip(starts, layer, channels):
-            tiles = torch.from_numpy(colours(c, low, high)).permute(0, 3, 1, 2).float()
-            mode = "area" if c.shape[-1] > tile else "nearest"
-            tiles = interpolate(tiles, (tile, tile), mode=mode).round().byte()
-            grid = picture(make_grid(tiles, nrow=8, padding=2, pad_value=255))
-            title = f"{name}: {len(c)} of {maps.shape[1]} channels, {c.shape[-2]} x {c.shape[-1]}"
-            title = title if rows else f"{start.label}\n{title}"
-            grids.append(above(text(title, grid.width), grid))
-        rows.append(beside(*grids, colour_bar(low, high, grid.height, "output")))
-    image = picture(pixels(sources, starts[0].size)[0]).resize((160, 160), Image.Resampling.BICUBIC)
-    return above(beside(image, text(what, rows[0].width - 160 - GAP)), *rows, gap=GAP)
+        for start, (name, maps), channels in zip(starts, layer, shown):
+            c, h, w = channels.shape
+            title = "" if rows else f"{start.label}\n"
+            title += f"{name}: {c} of {maps.shape[1]} channels, {h} x {w}"
+            tiles = torch.from_numpy(draw.colours(channels, low, high)).permute(0, 3, 1, 2).float()
+            tiles = interpolate(tiles, (tile, tile), mode="area" if w > tile else "nearest")
+            grid = to_pil_image(make_grid(tiles.round().byte(), pad_value=255))
+            grids.append(draw.above(draw.text(title, grid.width), grid))
+        rows.append(draw.beside(*grids, draw.colour_bar(low, high, grid.height, "output")))
+    image = to_pil_image(pixels(sources, starts[0].size)[0]).resize((160, 160))
+    what = draw.text(what, rows[0].width - 160 - draw.GAP)
+    return draw.above(draw.beside(image, what), *rows, gap=draw.GAP)
 
 
 def before_training(args, arm, start):
-    """`start` with the weights that training began with, or those of --before-cnn and --before-vit,
-    and what these are."""
+    """`start` with what training began with, or --before-cnn or --before-vit, and what that is."""
     config = load_weights(start.path).get("config", {})
-    what = getattr(args, f"before_{arm}") or next(
-        (config[key] for key in (f"init_{arm}", "init", "ckpt") if config.get(key)), "random"
-    )
+    began = [config[key] for key in (f"init_{arm}", "init", "ckpt") if config.get(key)]
+    flag, what = f"--before-{arm}", getattr(args, f"before_{arm}") or [*began, "random"][0]
     kwargs = {key: v for key, v in start.metadata["model_kwargs"].items() if key != "img_size"}
     torch.manual_seed(args.seed)
     try:
-        model = make_arm(f"--before-{arm}", start.metadata["arch"], what, start.size, **kwargs)
+        model = make_arm(flag, start.metadata["arch"], what, start.size, **kwargs)
     except UserError as error:
-        raise UserError(
-            f"{start.path}: what it began with, {what}, cannot be had here; name other "
-            f"weights with --before-{arm} FILE, or --before-{arm} random"
-        ) from error
-    before = SimpleNamespace(**{**vars(start), "model": model.to(start.device).eval()})
+        raise UserError(f"{what}: cannot be loaded; give {flag} FILE, or {flag} random") from error
+    before = SimpleNamespace(**vars(start) | {"model": model.to(start.device).eval()})
     return before, what if what in ("random", "imagenet") else short(what)
 
 
-def draw_cka(args):
-    """CKA between the blocks of the two arms, before and after training. The paper's premise (3.1),
-    after Raghu et al. (arXiv 2108.08810), is that a CNN and a Transformer see differently."""
-    vit, cnn = load(SimpleNamespace(**vars(args)), args.vit), load(args, args.cnn)
-    names = []
-    for start in (cnn, vit):
-        with naming(start):
-            names.append(layer_names(start.model))
+def cka(args):
+    """CKA between the blocks of both arms, before and after training: the paper's premise (3.1) is
+    that a CNN and a Transformer see differently, after Raghu et al. (arXiv 2108.08810)."""
+    files = (args.cnn, args.vit)
+    after = [load(args, path, lambda model, _: introspect.layer_names(model)) for path in files]
+    cnn, vit = after
     cnn_before, cnn_from = before_training(args, "cnn", cnn)
     vit_before, vit_from = before_training(args, "vit", vit)
-    sources, what = choose(args, (cnn, vit), args.n)
+    sources, what = choose(args, after, args.n)
     if min(len(sources), args.bs) < 4:
         raise UserError(f"{len(sources)} images, --bs {args.bs}: CKA needs 4 images in a minibatch")
     origin = cnn_from if cnn_from == vit_from else f"{cnn_from} (rows), {vit_from} (columns)"
+    names = [introspect.layer_names(start.model) for start in after]
+    pairs = {f"before training: {origin}": (cnn_before, vit_before), "after training": after}
     panels, note = [], ""
-    for pair, title in (
-        ((cnn_before, vit_before), f"before training: {origin}"),
-        ((cnn, vit), "after training"),
-    ):
-        values = minibatch_cka(
-            [
-                layer_grams(start.model, batch, layers)
-                for start, batch, layers in zip(pair, both, names)
-            ]
-            for both in batches(pair, sources, args.bs)
-        ).numpy()
+    for title, pair in pairs.items():
+        grams = []
+        for start, layers in zip(pair, names):
+            look = partial(introspect.layer_grams, start.model, names=layers)
+            grams.append(list(map(look, batches(start, sources, args.bs))))
+        values = introspect.minibatch_cka(zip(*grams)).numpy()
         labels = [["-" if np.isnan(v) else f"{v:.2f}" for v in row] for row in values]
-        table, height = matrix(values, *names, labels, 0, 1)
-        panels.append(above(text(title, table.width), table))
+        table, height = draw.matrix(values, *names, labels, 0, 1)
+        panels.append(draw.above(draw.text(title, table.width), table))
         if np.isnan(values).any():
             note = "\nGrey: a layer that gives the same for every image."
-    figure = beside(*panels, colour_bar(0, 1, height, "linear CKA"), gap=2 * GAP)
+    figure = draw.beside(*panels, draw.colour_bar(0, 1, height, "linear CKA"), gap=2 * draw.GAP)
     note = f"Rows: {cnn.label}. Columns: {vit.label}.\n{what}{note}"
-    return above(figure, text(note, figure.width))
+    return draw.above(figure, draw.text(note, figure.width))
 
 
-def draw_curves(args):
+def curves(args):
     """The numbers in a run's log.jsonl over the epochs; of several runs, a colour for each."""
-    found = {}
-    for run in args.run:
-        file = Path(run) / "log.jsonl"
-        with reading(file):
-            rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-            found[short(run)] = series(rows, parted=len(args.run) > 1)
-    panels, palette = next(iter(found.values())), COLOURS
-    if len(found) > 1:
-        if len(found) > len(MORE):
-            raise UserError(
-                f"{len(found)} runs are too many for one picture; {len(MORE)} can be told apart"
-            )
-        palette = dict(zip(found, MORE))
-        titles = dict.fromkeys(title for of_run in found.values() for title in of_run)
-        panels = {
-            title: {run: of_run[title][""] for run, of_run in found.items() if title in of_run}
-            for title in titles
-        }
-    panels = {
-        title: lines
-        for title, lines in panels.items()
-        if not args.only or any(word in title for word in args.only)
-    }
+    runs, panels = [short(run) for run in args.run], {}
+    several = len(runs) > 1
+    if len(runs) > len(draw.MORE):
+        raise UserError(f"{len(runs)} runs: only {len(draw.MORE)} can be told apart in one picture")
+    for run, path in zip(runs, args.run):
+        with lines_of(path, "log.jsonl") as lines:
+            for title, found in series(map(json.loads, lines), several).items():
+                panels.setdefault(title, {}).update({run: found[""]} if several else found)
+    only = args.only or [""]
+    panels = {title: panels[title] for title in panels if any(word in title for word in only)}
     if not panels:
-        raise UserError(
-            f"{cli.preview(args.run)}/log.jsonl: "
-            + (
-                f"nothing there is called {' or '.join(args.only)} (--only)"
-                if args.only
-                else "holds no finished epoch"
-            )
-        )
-    plots = [plot(title, lines, palette) for title, lines in panels.items()]
+        none = f"nothing is called {' or '.join(only)}" if args.only else "holds no finished epoch"
+        raise UserError(f"{cli.preview(args.run)}/log.jsonl: {none}")
+    palette = dict(zip(runs, draw.MORE)) if several else draw.COLOURS
+    plots = [draw.plot(title, lines, palette) for title, lines in panels.items()]
     width = max(p.width for p in plots)
     plots = [ImageOps.expand(p, (0, 0, width - p.width, 0), "white") for p in plots]
-    rows = [beside(*plots[i : i + 3], gap=2 * GAP) for i in range(0, len(plots), 3)]
-    head = (
-        [text(f"{short(args.run[0])}, by epoch")]
-        if len(found) == 1
-        else [text("by epoch:"), *legend(found, palette)]
-    )
-    return above(beside(*head), *rows, gap=GAP)
+    rows = [draw.beside(*plots[i : i + 3], gap=2 * draw.GAP) for i in range(0, len(plots), 3)]
+    head = [draw.text("by epoch:" if several else f"{runs[0]}, by epoch")]
+    head += draw.legend(runs, palette) if several else []
+    return draw.above(draw.beside(*head), *rows, gap=draw.GAP)
 
 
 def series(rows, parted=False):
-    """Rows of a log -> {panel: {name of COLOURS: [(epoch, number), ...]}}: train_loss and val_loss
-    are lines of one panel, and so are the arms, unless parted. Of DINO, which trains one arm after
-    the other, every number belongs to one of them."""
+    """Rows of a log -> {panel: {name of COLOURS: [(epoch, number), ...]}}. The losses of train and
+    val share a panel, and so do the arms, unless parted; a row of DINO's log is of one arm."""
     panels = {}
     for i, row in enumerate(rows, 1):
-        inner = {
-            f"{key}_{k}": v
-            for key, value in row.items()
-            if isinstance(value, dict)
-            for k, v in value.items()
-        }
-        alone = row["arms"] if row.get("arms") in COLOURS else ""
-        for key, value in {**row, **inner}.items():
+        nested = [(key, value) for key, value in row.items() if isinstance(value, dict)]
+        inner = {f"{key}_{k}": v for key, value in nested for k, v in value.items()}
+        alone = row["arms"] if row.get("arms") in draw.COLOURS else ""
+        for key, value in (row | inner).items():
             if isinstance(value, (int, float)) and key not in ("epoch", "iteration"):
                 parts = key.split("_")
-                line = next((part for part in parts if part in COLOURS), alone)
+                line = next((part for part in parts if part in draw.COLOURS), alone)
                 panel = "_".join(part for part in parts if part != line) or key
                 if parted and line:
                     line, panel = "", f"{line}_{panel}"
@@ -436,39 +288,33 @@ def series(rows, parted=False):
     return panels
 
 
-def draw_confusion(args):
+def confusion(args):
     """A fine-tuned run's confusion.csv: counts in the cells, coloured by their share of the row."""
-    file = Path(args.run) / "confusion.csv"
-    with reading(file), open(file, encoding="utf-8", newline="") as opened:
-        (_, *columns), *rows = csv.reader(opened)
+    with lines_of(args.run, "confusion.csv") as lines:
+        (_, *columns), *rows = csv.reader(lines)
         counts = np.array([row[1:] for row in rows], int).reshape(len(rows), len(columns))
         shares = counts / np.where(counts.any(1), counts.sum(1), np.nan)[:, None]
-        names = [row[0] for row in rows]
-        table, height = matrix(shares, names, columns, counts.astype(str).tolist(), 0, 1)
-    figure = beside(table, colour_bar(0, 1, height, "share of row"))
+        names, labels = [row[0] for row in rows], counts.astype(str).tolist()
+        table, height = draw.matrix(shares, names, columns, labels, 0, 1)
+    grey = "" if counts.any(1).all() else "; grey: no such image"
+    note = f"{counts.sum()} test images; rows: true classes; columns: predicted ones{grey}"
     if columns == ["tp", "fp", "fn", "tn"]:
-        note = (
-            f"{counts[0].sum()} test images; rows: labels; tp, fp: given rightly, wrongly; "
-            f"tn, fn: withheld rightly, wrongly"
-        )
-    else:
-        note = (
-            f"{counts.sum()} test images; rows: true classes; columns: predicted ones"
-            + "; grey: no such image" * (not counts.any(1).all())
-        )
-    return above(text(short(args.run)), figure, text(note, max(figure.width, SIDE)))
+        note = f"{counts[0].sum()} test images; rows: labels; tp, fp: given rightly, wrongly"
+        note += "; tn, fn: withheld rightly, wrongly"
+    figure = draw.beside(table, draw.colour_bar(0, 1, height, "share of row"))
+    note = draw.text(note, max(figure.width, SIDE))
+    return draw.above(draw.text(short(args.run)), figure, note)
 
 
 @contextlib.contextmanager
-def reading(file):
-    """A file of a run folder that is not there, or is no such file, in one line."""
+def lines_of(run, name):
+    """An open file of a run folder. Missing or of another kind, it gives a one-line error."""
+    file = Path(run) / name
     try:
-        yield
+        with open(file, encoding="utf-8", newline="") as lines:
+            yield lines
     except OSError as error:
-        raise UserError(
-            f"{file}: {error.strerror}; give the folder of one run (of several seeds, "
-            f"one of seed0, ...)"
-        ) from error
+        raise UserError(f"{file}: {error.strerror}; give the folder of one run") from error
     except (ValueError, AttributeError, csv.Error) as error:
         raise UserError(f"{file}: is not as pretrain.py or finetune.py writes it") from error
 
@@ -481,7 +327,7 @@ def main():
         raise UserError(f"{out}: is no name for a .png file (--out)")
     if args.image and out.exists() and Path(args.image).exists() and out.samefile(args.image):
         raise UserError(f"{out}: is the image to look at; write elsewhere with --out")
-    figure = ImageOps.expand(args.draw(args), GAP, "white")
+    figure = ImageOps.expand(args.figure(args), draw.GAP, "white")
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_open(out, "wb") as file:
         figure.save(file, "PNG", optimize=True)

@@ -1,0 +1,115 @@
+"""Every command of the README, of docs/ and of the docstrings, run at a tiny size."""
+
+import csv
+import importlib
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+from conftest import ARMS, ROOT, draw_classes
+
+import finetune
+import pretrain
+from common import cli, toy_data
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+MODULES = [p for folder in ("", "common/", "tools/") for p in ROOT.glob(f"{folder}*.py")]
+OURS = r"(?:[a-z]+\.py|-m tools\.[a-z]+)"
+ELSEWHERE = ("-m pytest", "tests/", "torchrun")  # the suite itself; test_distributed.py
+
+
+def commands():
+    """The command lines of ours in code blocks and inline code, each once."""
+    found = []
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        found += re.findall(r"```[a-z]*\n(.*?)```", text, re.S) + re.findall(r"`([^`\n]+)`", text)
+    found += [path.read_text().split('"""')[1] for path in MODULES if path.stat().st_size]
+    lines = [line for text in found for line in re.split(r"\n|&&", text)]
+    lines = (re.sub(r"  +\(.*|  +#.*|[\[\]]| \.\.\.", "", line).strip() for line in lines)
+    return sorted({x for x in lines if re.match(rf"python {OURS} .", x)})
+
+
+def tiny(words):
+    """The flags that make a command quick, put behind its own: the last one counts."""
+    name, more = words[0], []
+    if name == "pretrain.py" and "--demo" not in words and "--resume" not in words:
+        more = [*ARMS, "--cnn-kwargs", "--vit-kwargs", "--epochs", "1"]
+    elif name == "tools.dino" and "--resume" not in words:
+        more = [*ARMS, "--cnn-kwargs", "--vit-kwargs", "--epochs", "1", "--outputs", "16"]
+    elif name == "finetune.py" and "--resume" not in words:
+        arch = ["--arch", "test_resnet", "--img-size", "32", "--init", "random"]
+        more = ["--epochs", "1", *(arch if "--arch" in words else ())]
+    elif name == "tools.experiments":
+        more = ["--scale", "small", "--dry-run", "--seeds", "0"]
+    elif name == "tools.trials":
+        more = ["--epochs", "1", "--img-size", "32", "--only", "cosine"]
+    elif name == "tools.benchmark":
+        more = ["--preset", "small", "--img-size", "32", "--steps", "1", "--rounds", "1"]
+    return [*words, *more]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with all that the commands name."""
+    place = tmp_path_factory.mktemp("workplace")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("CASS_CACHE", str(place / "cache"))
+    images = draw_classes(place / "images", {"a": 150, "b": 150, "c": 150})
+    files = sorted(p.relative_to(images) for p in images.glob("*/*.png"))
+    for name in ("metadata.csv",):
+        with open(place / name, "w", newline="") as file:
+            rows = [(str(p), p.parts[0], i // 2) for i, p in enumerate(files)]
+            csv.writer(file).writerows([("image_id", "dx", "lesion_id"), *rows])
+    shutil.copy(images / files[0], place / "scan.png")
+    assert not run(pretrain, ["--data", images, *ARMS, "--epochs", 1, "--out", place], patch)
+    for arm, frac in (("cnn", 0.1), ("cnn", 0.01), ("vit", 0.1)):
+        assert not run(
+            finetune, ["--ckpt", place / f"{arm}.pt", "--epochs", 1, "--frac", frac], patch
+        )
+    made = {name: place / f"finetune_{name}_0.1" for name in ("cnn", "vit")}
+    for name in ("supervised", "CNN_RUN"):
+        shutil.copytree(made["cnn"], place / name)
+    for name in ("finetune_vit_1", "VIT_RUN"):
+        shutil.copytree(made["vit"], place / name)
+    shutil.copy(made["cnn"] / "best.pt", place)
+    for name in ("laptop", "small", "gpu", "DIR", "demo"):
+        (place / name).mkdir()
+        for file in (*place.glob("*.pt"), *place.glob("*.json*"), *place.glob("*s*.csv")):
+            shutil.copy(file, place / name)
+    yield place
+    patch.undo()
+
+
+def run(module, arguments, patch):
+    """Run a command in this process; its exit status."""
+    patch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+    try:
+        cli.run(module.main)
+    except SystemExit as leave:
+        return leave.code or 0
+    return 0
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command(line, workplace, monkeypatch, tmp_path, capsys):
+    if any(word in line for word in ELSEWHERE):
+        pytest.skip("run elsewhere")
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("CASS_CACHE", str(workplace / "cache"))
+    monkeypatch.setattr(toy_data, "PER_CLASS", 8)
+    for word in ("/path", "brain_mri", "new_images/", "FOLDER", "photos", "PATH"):
+        line = re.sub(rf"(?<=[ =]){word}(?= |$)", str(workplace / "images"), line)
+    line = line.replace(" images ", f" {workplace / 'images'} ").replace("FILE", "scan.png")
+    line = line.replace("RUN_FOLDER", "finetune_cnn_0.1").replace("NAME", "x")
+    words = shlex.split(line.removeprefix("python ").removeprefix("-m "))
+    module = importlib.import_module(words[0].removesuffix(".py"))
+    words = tiny(words)
+    if "--out" in words and "--resume" not in words:
+        words[words.index("--out") + 1] += "_again"
+    elif words[0] in ("pretrain.py", "finetune.py", "tools.dino") and "--resume" not in words:
+        words += ["--out", str(tmp_path / "out")]
+    status = run(module, words[1:], monkeypatch)
+    assert status == 0, capsys.readouterr().err
