@@ -19,6 +19,9 @@ import torch
 
 from common.cli import UserError
 
+KEYS = {"state_dict", "arch", "num_classes", "model_kwargs", "img_size", "arm", "seed", "data"}
+TEXT = {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
+
 
 @contextlib.contextmanager
 def atomic_open(path, mode="w"):
@@ -26,10 +29,7 @@ def atomic_open(path, mode="w"):
     path = Path(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        text = (
-            {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
-        )
-        with open(beside, mode, **text) as file:
+        with open(beside, mode, **({} if "b" in mode else TEXT)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -44,11 +44,9 @@ def start_folder(folder, names, fresh=()):
     """Make the folder, and clear it of what killed writers left of the files `names`, and of the
     files `fresh`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        for left in folder.glob(f".{name}.*.tmp"):
-            left.unlink(missing_ok=True)
-    for name in fresh:
-        (folder / name).unlink(missing_ok=True)
+    left = [path for name in names for path in folder.glob(f".{name}.*.tmp")]
+    for path in (*left, *(folder / name for name in fresh)):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -77,33 +75,30 @@ def save(path, value):
     with atomic_open(path, "wb") as file:
         try:
             torch.save(value, file)
-        except RuntimeError as error:  # torch's own on top of what went wrong
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+        except RuntimeError as error:  # torch's own, on top of what went wrong
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def weights_file(model, **metadata):
-    """The dict of a weights file: the state dict of a timm model, and what it takes to rebuild it."""
-    state_dict = {
-        key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()
-    }
+    """The dict of a weights file: a timm model's state dict, and what it takes to rebuild it."""
+    state_dict = {key: x.cpu().contiguous() for key, x in model.state_dict().items()}
     return {"state_dict": state_dict, "num_classes": model.num_classes, **metadata}
 
 
 def load(path):
-    """torch.load of plain data alone, on the CPU. Raises UserError, and runs nothing in the file."""
+    """torch.load of plain data alone, on the CPU: nothing in the file is run. Raises UserError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: there is no such file") from error
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: refused, since it holds more than tensors and plain data "
-            f"or is no checkpoint at all; nothing in it was run"
-        ) from error
+        reason = "it holds more than tensors and plain data, or is no checkpoint at all"
+        raise UserError(f"{path}: refused, since {reason}; nothing in it was run") from error
     except Exception as error:  # torch raises all kinds on bytes that are no checkpoint
-        raise UserError(
-            f"{path}: cannot be read as a checkpoint; it may be cut short or of another kind"
-        ) from error
+        reason = "it may be cut short or of another kind"
+        raise UserError(f"{path}: cannot be read as a checkpoint; {reason}") from error
 
 
 def random_state():
@@ -132,49 +127,30 @@ def load_training(path, script):
     if not isinstance(state, dict) or state.get("script") != script:
         raise UserError(f"{path}: holds no training state of {script} to resume from (--resume)")
     if not isinstance(state.get("loss"), list):
-        raise UserError(
-            f"{path}: was made by an earlier version of {script}; finish the run with that "
-            f"version, or start a new one with --overwrite"
-        )
+        problem = f"was made by an earlier version of {script}"
+        raise UserError(f"{path}: {problem}; finish it with that one, or give --overwrite")
     return state
 
 
-def load_weights(
-    path,
-    way_out="; to start from other weights, name the model with --arch and the file with --init",
-):
+def load_weights(path, way_out="; for other weights, give --arch NAME --init FILE"):
     """The dict of a weights file that pretrain.py or finetune.py wrote. Raises UserError."""
     weights = load(path)
-    needed = {
-        "state_dict",
-        "arch",
-        "num_classes",
-        "model_kwargs",
-        "img_size",
-        "arm",
-        "seed",
-        "data",
-    }
-    if not isinstance(weights, dict) or not needed <= weights.keys():
+    if not isinstance(weights, dict) or not KEYS <= weights.keys():
         raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py{way_out}")
     return weights
 
 
 def build(weights, path):
-    """The timm model that the dict of a weights file describes. Raises UserError, naming the path,
-    where it does not fit."""
+    """The timm model of a weights file's dict. Raises UserError where it does not fit."""
     import timm  # here, since data.py does without
 
+    arch, kwargs = weights["arch"], weights["model_kwargs"]
     try:
-        model = timm.create_model(
-            weights["arch"], num_classes=weights["num_classes"], **weights["model_kwargs"]
-        )
+        model = timm.create_model(arch, num_classes=weights["num_classes"], **kwargs)
         model.load_state_dict(weights["state_dict"])
     except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{path}: its weights do not fit {weights['arch']} in this version of timm "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its weights do not fit {arch} of this timm ({reason})") from error
     return model
 
 
@@ -186,7 +162,7 @@ def seen_by(path):
 
 
 def load_state_dict(path):
-    """The state dict in a weights file, ours or any other that keeps timm's keys. Raises UserError."""
+    """The state dict in a weights file, ours or another with timm's keys. Raises UserError."""
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file  # comes with timm
 

@@ -40,17 +40,17 @@ def measures(x, name):
     return {f"{name}_{f.__name__}": f(x) for f in (spread, mean_cosine, effective_rank)}
 
 
-def standardize(x):
-    """Columns of mean 0 and standard deviation 1; a constant column becomes 0."""
-    x = x - x.mean(0)
-    return x / x.std(0).clamp(min=1e-12)
-
-
 def agreement(a, b):
-    """Mean cosine of the standardized rows of both arms: (same image, different images), and how
-    often an image's row in `a` is nearest to its own row in `b` (chance: 1 / N)."""
-    cosines = F.normalize(standardize(a), dim=1) @ F.normalize(standardize(b), dim=1).T
-    same, n = cosines.diagonal().mean(), len(a)
+    """Mean cosine of the rows of both arms, columns standardized (a constant one becomes 0): (same
+    image, different images), and how often an image's row in `a` is nearest to its own row in `b`
+    (chance: 1 / N)."""
+
+    def unit(x):
+        x = x - x.mean(0)
+        return F.normalize(x / x.std(0).clamp(min=1e-12), dim=1)
+
+    cosines, n = unit(a) @ unit(b).T, len(a)
+    same = cosines.diagonal().mean()
     others = (cosines.sum() - cosines.trace()) / (n * (n - 1))
     own = cosines.argmax(1) == torch.arange(n, device=cosines.device)
     return same.item(), others.item(), own.float().mean().item()
@@ -113,14 +113,12 @@ class Monitor:
                 queries, _ = embed(model, self._batches(self.val, device))
                 result[f"{name}_knn_readout"] = self._accuracy(features.cpu(), queries.cpu())
         if len(arms) == 2:
-            result |= zip(
-                ("agreement", "agreement_others", "retrieval"), agreement(*logits.values())
-            )
+            numbers = agreement(*logits.values())
+            result |= zip(("agreement", "agreement_others", "retrieval"), numbers)
             for name, x in logits.items():
                 result |= measures(x, f"{name}_logits")
-                near = result[f"{name}_logits_spread"] < COLLAPSED_SPREAD
-                alone = result["agreement"] < COLLAPSED_AGREEMENT
-                result[f"{name}_logits_collapsed"] = near and alone
+                narrow = result[f"{name}_logits_spread"] < COLLAPSED_SPREAD
+                result[f"{name}_logits_collapsed"] = narrow and numbers[0] < COLLAPSED_AGREEMENT
         return {key: x if isinstance(x, bool) else round(x, 5) for key, x in result.items()}
 
     def _batches(self, index, device):
@@ -131,10 +129,9 @@ class Monitor:
     def _accuracy(self, features, queries):
         known, true = (torch.from_numpy(self.labels[i]).float() for i in (self.train, self.val))
         found = knn(features, known, queries)
-        right = found.argmax(1) == true.argmax(1)
         if self.multilabel:
-            right = (found >= 0.5) == true.bool()
-        return right.float().mean().item()
+            return ((found >= 0.5) == true.bool()).float().mean().item()
+        return (found.argmax(1) == true.argmax(1)).float().mean().item()
 
 
 def in_brief(row):

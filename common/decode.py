@@ -25,16 +25,8 @@ from common.cli import UserError, progress
 VERSION = 1  # of decode(); another number, another file
 MAX_PIXELS = 200_000_000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ROW = np.dtype(
-    [
-        ("key", "u8"),
-        ("hash", "u8"),
-        ("width", "i4"),
-        ("height", "i4"),
-        ("frames", "i4"),
-        ("mode", "U8"),
-    ]
-)
+FIELDS = {"key": "u8", "hash": "u8", "width": "i4", "height": "i4", "frames": "i4", "mode": "U8"}
+ROW = np.dtype(list(FIELDS.items()))
 
 
 def default_dir():
@@ -106,11 +98,8 @@ def decode(source, size):
         raise ValueError(error.strerror or str(error)) from None
     except Exception as error:  # decoders raise all kinds on broken files
         raise ValueError(f"broken image file ({error})") from None
-    metadata |= {
-        "width": rgb.width,
-        "height": rgb.height,
-        "hash": digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb)),
-    }
+    metadata |= {"width": rgb.width, "height": rgb.height}
+    metadata["hash"] = digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb))
     return square(rgb, size), metadata
 
 
@@ -118,9 +107,10 @@ class DecodedImages:
     """The decoded images by number, as (3, S, S) uint8 arrays: from the map, or from the files."""
 
     def __init__(self, sources, size, file=None):
-        self.sources, self.size, self.file = None if file else list(sources), size, file
-        self.rows = np.arange(len(sources))
-        self.map = None if file is None else _open(file, size)[1]
+        rows = np.arange(len(sources))
+        self.__setstate__(
+            {"sources": file is None and list(sources), "rows": rows, "size": size, "file": file}
+        )
 
     def keep(self, mask):
         """Leave out the images where the (N,) bool mask is False."""
@@ -142,13 +132,14 @@ class DecodedImages:
 
 
 def _open(file, size):
+    """(table, pixels) of a map. Raises OSError, ValueError or EOFError where it is broken."""
     with open(file, "rb") as f:
         table = np.load(f)
         return table, np.memmap(f, np.uint8, "r", f.tell(), (len(table), 3, size, size))
 
 
 def _key(source):
-    """8 bytes that stand for a file's path, size and modification time, or for an array's pixels."""
+    """8 bytes for a file's path, size and modification time, or for an array's pixels."""
     if not isinstance(source, str):
         return digest(f"{source.shape}", np.ascontiguousarray(source))
     with contextlib.suppress(OSError):  # decode() will name the reason
@@ -178,34 +169,47 @@ def decode_all(sources, size, name, directory):
         table[i] = (table["key"][i], *(metadata[k] for k in ROW.names[1:]))
         return array
 
-    def in_order(function):
-        with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's on odd EXIF and palettes
-            for start in range(0, len(sources), 64):  # bounded, whatever the disk's pace
-                yield from pool.map(function, range(start, min(start + 64, len(sources))))
-
-    def bar(function):
-        return progress(in_order(function), desc="checking images", total=len(sources))
-
     if directory is None:
-        for _ in bar(pixels):
+        for _ in _in_order(pixels, len(sources)):
             pass
         return table, DecodedImages(sources, size), bad
-
     stem = f"{digest(name):016x}-{size}-v{VERSION}-"
     file = Path(directory) / f"{stem}{digest(table['key'].tobytes()):016x}.map"
-    known = {}  # key -> (row of the table, pixels) of all that was decoded before
-    for earlier in file.parent.glob(f"{stem}*.map"):
+    try:
+        _update(file, f"{stem}*.map", size, table, pixels)
+    except OSError as error:
+        space = f"{error.strerror}; the decoded images need {table.size * 3 * size**2 / 1e9:.2g} GB"
+        raise UserError(f"{file.parent}: {space}: use --cache DIR or --no-cache") from error
+    return table, DecodedImages(sources, size, file), bad
+
+
+def _in_order(function, n):
+    """function(i) for i below n, in order, from threads, under a progress bar."""
+
+    def results():
+        with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's on odd EXIF and palettes
+            for start in range(0, n, 64):  # bounded, whatever the disk's pace
+                yield from pool.map(function, range(start, min(start + 64, n)))
+
+    return progress(results(), desc="checking images", total=n)
+
+
+def _update(file, pattern, size, table, pixels):
+    """Fill the table, and write the map unless it is there: what the maps of this pattern hold is
+    copied, the rest comes from pixels(i), which also fills row i."""
+    maps, known = {}, {}  # known: key -> (row, pixels) of all that was decoded before
+    for earlier in file.parent.glob(pattern):
         with contextlib.suppress(OSError, ValueError, EOFError):  # not ours: decode again
-            old, old_pixels = _open(earlier, size)
-            known |= {
-                int(old["key"][i]): (old[i], old_pixels[i]) for i in np.flatnonzero(old["width"])
-            }
-            if earlier == file:
-                for i in np.flatnonzero(old["width"] == 0):  # unreadable then: still so?
-                    pixels(i)
-                if not table["width"].any():
-                    return old, DecodedImages(sources, size, file), bad
+            maps[earlier] = _open(earlier, size)
+    if file in maps:
+        for i in np.flatnonzero(maps[file][0]["width"] == 0):  # unreadable then: still so?
+            pixels(i)
+        if not table["width"].any():
+            table[:] = maps[file][0]
+            return
+    for old, old_pixels in maps.values():
+        known |= {int(old["key"][i]): (old[i], old_pixels[i]) for i in np.flatnonzero(old["width"])}
 
     def known_pixels(i):
         if int(table["key"][i]) not in known:
@@ -213,24 +217,16 @@ def decode_all(sources, size, name, directory):
         table[i], array = known[int(table["key"][i])]
         return array
 
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        for left in file.parent.glob(".*.map.*.tmp"):  # by runs that were killed
-            with contextlib.suppress(FileNotFoundError):  # or that are done just now
-                if time.time() - left.stat().st_mtime > 600:
-                    left.unlink()
-        with atomic_open(file, "wb") as f:
-            np.save(f, table)
-            for array in bar(known_pixels):
-                f.write(array.data)
-            f.seek(0)
-            np.save(f, table)
-        for earlier in set(file.parent.glob(f"{stem}*.map")) - {file}:
-            earlier.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{file.parent}: {error.strerror}; the decoded images need "
-            f"{len(sources) * 3 * size**2 / 1e9:.2g} GB: name another folder with "
-            f"--cache DIR, or do without by --no-cache"
-        ) from error
-    return table, DecodedImages(sources, size, file), bad
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for left in file.parent.glob(".*.map.*.tmp"):  # by runs that were killed
+        with contextlib.suppress(FileNotFoundError):  # or that are done just now
+            if time.time() - left.stat().st_mtime > 600:
+                left.unlink()
+    with atomic_open(file, "wb") as f:
+        np.save(f, table)
+        for array in _in_order(known_pixels, len(table)):
+            f.write(array.data)
+        f.seek(0)
+        np.save(f, table)
+    for earlier in set(file.parent.glob(pattern)) - {file}:
+        earlier.unlink(missing_ok=True)

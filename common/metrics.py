@@ -11,7 +11,7 @@ def predicted_labels(probabilities, multilabel):
 
 
 def confusion_matrix(true, predicted, num_classes):
-    """(N,) and (N,) class indices -> (C, C) counts: rows the true classes, columns the predicted."""
+    """(N,) and (N,) class indices -> (C, C) counts: rows are true classes, columns predicted."""
     flat = np.bincount(np.asarray(true) * num_classes + predicted, minlength=num_classes**2)
     return flat.reshape(num_classes, num_classes)
 

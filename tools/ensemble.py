@@ -4,11 +4,9 @@
 
 averages the probabilities that two or more runs of finetune.py gave for the same test images, and
 scores each run and the mean; nothing is trained or chosen. Of runs with several --seeds, equal
-seeds are averaged, and the table shows mean ± standard deviation (n - 1) over them. An image that
-is a duplicate, or was seen, for one of the runs is left out of all scores without such images.
-Writes to --out (default: ensemble_NAME_NAME beside the first run) ensemble.json and
-ensemble_predictions.csv, the latter in a folder for each of several seeds. For new images:
-predict.py --ckpt with the best.pt of each run.
+seeds are averaged, and the table shows mean ± standard deviation (n - 1). An image that one of the
+runs counts as a duplicate, or as seen, is left out of all scores without such images. Writes to
+--out ensemble.json and, in a folder for each of several seeds, ensemble_predictions.csv.
 """
 
 import csv
@@ -22,6 +20,7 @@ import numpy as np
 from common import cli, metrics
 from common.checkpoint import write_csv, write_json
 from common.cli import UserError
+from common.metrics import label_text, prediction_table, summarize
 
 PARTS = {
     "test": "",
@@ -29,8 +28,8 @@ PARTS = {
     "test_without_seen": " without those that pre-training saw",
 }
 SHOWN = ("macro_f1", "micro_f1", "balanced_accuracy", "exact_match", "auroc")
-EQUAL = {"classes": "classes", "multilabel": "kinds of labels", "names": "test images"}
-EQUAL |= {"true": "true labels"}  # what tests of runs that can be averaged have in common
+EQUAL = ("classes", "multilabel", "names", "true")  # what runs that can be averaged share, as
+NAMED = ("classes", "kinds of labels", "test images", "true labels")  # error messages call it
 
 
 def folders_of(run):
@@ -44,24 +43,25 @@ def folders_of(run):
 
 
 def read_run(folder):
-    """What finetune.py wrote of the N test images: facts (metrics.json), classes, multilabel, names,
-    true (as text), labels (N, C) bool, probabilities (N, C) float32, copied, seen (N,) bool. Raises
-    ValueError or another error where the two files do not fit each other."""
+    """What finetune.py wrote of N test images: facts (metrics.json), classes, multilabel, names,
+    true (text), labels (N, C) bool, probabilities (N, C) float32, copied, seen (N,) bool."""
     facts = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     how = {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
     with open(folder / "predictions.csv", **how) as file:
         rows = list(csv.DictReader(file))
-    classes, multilabel = facts["classes"], facts["multilabel"]
-    names, true = ([row[key] for row in rows] for key in ("path", "true"))
-    has = [text.split("|") if multilabel else [text] for text in true]
-    labels = np.array([[c in texts for c in classes] for texts in has])
-    each = np.array([[row[f"prob_{c}"] for c in classes] for row in rows], np.float32)
-    copied, seen = (np.array([r.get(key) == "1" for r in rows]) for key in ("duplicate", "seen"))
+    test = SimpleNamespace(facts=facts, classes=facts["classes"], multilabel=facts["multilabel"])
+    test.names, test.true = ([row[key] for row in rows] for key in ("path", "true"))
+    has = [text.split("|") if test.multilabel else [text] for text in test.true]
+    test.labels = np.array([[c in texts for c in test.classes] for texts in has])
+    probabilities = [[row[f"prob_{c}"] for c in test.classes] for row in rows]
+    test.probabilities = np.array(probabilities, np.float32)
+    test.copied = np.array([row.get("duplicate") == "1" for row in rows])
+    test.seen = np.array([row.get("seen") == "1" for row in rows])
     counts = [facts[key] for key in ("n_test", "n_test_duplicates", "n_test_seen")]
-    texts = [metrics.label_text(classes, row) for row in labels]
-    if counts != [len(rows), copied.sum(), seen.sum()] or texts != true:
-        raise ValueError("predictions.csv does not fit metrics.json")
-    ...
+    texts = [label_text(test.classes, row) for row in test.labels]
+    if counts != [len(rows), test.copied.sum(), test.seen.sum()] or texts != test.true:
+        raise ValueError("predictions.csv and metrics.json are of different runs")
+    return test
 
 
 def read_equal(folders, runs):
@@ -74,8 +74,93 @@ def read_equal(folders, runs):
             fix = f"delete it, and finetune.py --resume --out {run} writes it anew"
             problem = "is missing or does not fit the metrics.json beside it"
             raise UserError(f"{folder / 'predictions.csv'}: {problem}; {fix}") from error
-        for key, what in EQUAL.items():
+        for key, what in zip(EQUAL, NAMED):
             if getattr(tests[-1], key) != getattr(tests[0], key):
                 fix = "fine-tune both on the same data and split"
                 raise UserError(f"{run}: its {what} are not those of {runs[0]}; {fix}")
     return tests
+
+
+def score(tests):
+    """[{part of the test split: scores}] of each run and, last, of their mean; the mean (N, C); and
+    (N,) bool: the images that are copied, or seen, for any of the runs."""
+    copied, seen = (np.any([getattr(t, key) for t in tests], axis=0) for key in ("copied", "seen"))
+    each, labels = [t.probabilities for t in tests], tests[0].labels
+    mean, what = np.mean(each, axis=0), (tests[0].classes, tests[0].multilabel)
+    masks = dict(zip(PARTS, (np.ones(len(mean), bool), ~copied, ~seen)))
+
+    def scores(p, mask):
+        return metrics.score(labels[mask], p[mask], *what) if mask.any() else None
+
+    results = [{part: scores(p, mask) for part, mask in masks.items()} for p in (*each, mean)]
+    return results, mean, copied, seen
+
+
+def print_table(results):
+    """results: {name: [{part: scores} of each seed]}."""
+    width, first = max(map(len, results)), next(iter(results.values()))
+    whole, several = first[0], len(first) > 1
+    number = "{:.4f} ± {:.4f}" if several else "{:.4f}"
+    for part, note in PARTS.items():
+        if whole[part] is None or part != "test" and whole[part]["n"] == whole["test"]["n"]:
+            continue
+        shown = [key for key in SHOWN if whole[part].get(key) is not None]
+        print(f"test, {whole[part]['n']} images{note}{f', {len(first)} seeds' * several}")
+        print(f"  {'':{width}}" + "".join(f"{key:>19}" for key in shown))
+        for name, of_seeds in results.items():
+            values = [[scores[part][key] for scores in of_seeds] for key in shown]
+            cells = [number.format(np.mean(v), np.std(v, ddof=int(several))) for v in values]
+            print(f"  {name:{width}}" + "".join(f"{cell:>19}" for cell in cells))
+
+
+def entry(results):
+    """Scores of each seed and, of several, their summary, for ensemble.json."""
+    return {"results": results} | ({"summary": summarize(results)} if len(results) > 1 else {})
+
+
+def parse_arguments():
+    parser = cli.Parser(__doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="output folder of finetune.py")
+    out = "output folder (default: ensemble_NAME_NAME beside the first run)"
+    parser.add_argument("--out", metavar="DIR", help=out)
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier ensemble")
+    args = parser.parse_args()
+    if len({os.path.realpath(run) for run in args.runs}) < max(2, len(args.runs)):
+        parser.error("give two or more runs, each once")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    runs = [Path(os.path.abspath(run)) for run in args.runs]
+    name = "_".join(["ensemble", *(run.name.removeprefix("finetune_") for run in runs)])
+    out = Path(args.out or runs[0].parent / name)
+    cli.refuse_overwrite(out, ("ensemble.json",), args.overwrite)
+    folders = [folders_of(run) for run in runs]
+    if any(f.keys() != folders[0].keys() for f in folders):
+        held = [f"{r} has {', '.join(f) or 'one seed'}" for r, f in zip(args.runs, folders)]
+        raise UserError(f"{'; '.join(held)}: fine-tune all with the same --seeds")
+    tests = {seed: read_equal([f[seed] for f in folders], args.runs) for seed in folders[0]}
+    by_seed = []
+    for seed, (first, *others) in tests.items():
+        results, mean, *flags = score([first, *others])
+        by_seed.append(results)
+        (out / seed).mkdir(parents=True, exist_ok=True)
+        what = (first.classes, first.multilabel, first.labels, *flags)
+        table = prediction_table(first.names, mean, *what)
+        write_csv(out / seed / "ensemble_predictions.csv", *table)
+    copied, seen = (int(flag.sum()) for flag in flags)
+    facts = {"classes": first.classes, "multilabel": first.multilabel, "n_test": len(mean)}
+    facts |= {"n_test_duplicates": copied, "n_test_seen": seen, "runs": []}
+    by_run = list(zip(*by_seed))
+    for run, of_seeds, results in zip(args.runs, zip(*tests.values()), by_run):
+        described = {key: of_seeds[0].facts[key] for key in ("arch", "frac")}
+        described["seeds"] = [test.facts["seed"] for test in of_seeds]
+        facts["runs"].append({"run": run, **described, **entry(results)})
+    write_json(out / "ensemble.json", {**facts, "mean": entry(by_run[-1])})
+    print_table(dict(zip([*args.runs, f"mean of the {len(runs)}"], by_run)))
+    print(f"wrote {out / 'ensemble.json'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
