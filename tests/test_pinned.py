@@ -269,16 +269,20 @@ def test_every_epoch_has_another_order_and_other_augmentations(folder, tmp_path,
 
 
 def test_augmentations_come_at_the_expected_rate():
-    """Four steps with p = 0.3 each leave 0.7^4 = 24 % of the images as they were."""
+    """Four steps with p = 0.3 each leave 0.7^4 = 24 % of the images as they were, and change
+    0.7^3 0.3 = 10 % by one flip alone."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (300, 3, 24, 24), dtype=np.uint8)
+    images = rng.integers(0, 256, (600, 3, 24, 24), dtype=np.uint8)
     views = data.AugmentedImages
-    views = views(images, np.arange(300), data.augmentation(24), seed=1)
-    epochs = [torch.stack([views[epoch, i] for i in range(300)]) for epoch in (0, 1)]
+    views = views(images, np.arange(600), data.augmentation(24), seed=1)
+    epochs = [torch.stack([views[epoch, i] for i in range(600)]) for epoch in (0, 1)]
     plain = torch.from_numpy(images)
     for epoch in epochs:
         changed = (epoch != plain).flatten(1).any(1).float().mean().item()
-        assert abs(changed - (1 - 0.7**4)) < 4 * math.sqrt(0.24 * 0.76 / 300)
+        assert abs(changed - (1 - 0.7**4)) < 4 * math.sqrt(0.24 * 0.76 / 600)
+    for axis in (-1, -2):
+        flipped = torch.stack([(e == plain.flip(axis)).flatten(1).all(1) for e in epochs])
+        assert abs(flipped.float().mean().item() - 0.103) < 4 * math.sqrt(0.103 * 0.897 / 1200)
     differ = (epochs[0] != epochs[1]).flatten(1).any(1).float().mean().item()
     assert differ > 0.8
     assert torch.equal(views[1, 7], epochs[1][7])  # the same item again
@@ -295,6 +299,19 @@ def test_batches_are_shuffled_anew_in_every_epoch():
         batches.epoch = epoch
         orders.append([i for batch in batches for _, i in batch])
     assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(40)) != orders[1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_no_process_gets_a_single_image_and_no_other_is_lost(world_size):
+    for n in range(2 * world_size, 60):
+        shares = [
+            list(data.EpochBatches(n, 4, 0, rank=rank, world_size=world_size))
+            for rank in range(world_size)
+        ]
+        sizes = [len(batch) for share in shares for batch in share]
+        assert min(sizes) > 1 and len({len(share) for share in shares}) == 1
+        assert n - sum(sizes) < 2 * world_size
+        assert len({i for share in shares for batch in share for i in batch}) == sum(sizes)
 
 
 # fine-tuning
