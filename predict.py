@@ -10,12 +10,7 @@ Several files are averaged in probability: nobody knows beforehand which arm to 
 gets the features before the head: `embeddings`, (N, D) float32, and `paths`, (N,) str; of several
 files `embeddings_1`, `embeddings_2`, ... in the order of `files`. Labels are never looked at.
 
-In Python:
-
-    arm = predict.load("best.pt")
-    image = arm.transform(PIL.Image.open("scan.png"))
-    with torch.no_grad():
-        print(dict(zip(arm.class_names, arm.model(image[None]).sigmoid()[0].tolist())))
+From Python: load("best.pt") returns `model`, `transform` and `class_names` (docs/outputs.md).
 """
 
 import functools
@@ -45,16 +40,11 @@ def load(path):
     """
     weights = checkpoint.load_weights(path, way_out="")
     size, mean, std = weights["img_size"], weights["mean"], weights["std"]
-    return SimpleNamespace(
-        model=checkpoint.build(weights, path).eval(),
-        class_names=weights.get("class_names"),
-        transform=functools.partial(transform, size=size, mean=mean, std=std),
-        multilabel=weights.get("multilabel", False),
-        img_size=size,
-        mean=mean,
-        std=std,
-        path=str(path),
-    )
+    arm = SimpleNamespace(path=str(path), img_size=size, mean=mean, std=std)
+    arm.class_names, arm.multilabel = weights.get("class_names"), weights.get("multilabel", False)
+    arm.transform = functools.partial(transform, size=size, mean=mean, std=std)
+    arm.model = checkpoint.build(weights, path).eval()
+    return arm
 
 
 def transform(image, size, mean, std):
@@ -76,27 +66,12 @@ def parse_arguments():
     add("--skip-bad", action="store_true", help="leave unreadable images out")
     add("--overwrite", action="store_true", help="replace --out and --embeddings where they exist")
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
-    add(
-        "--amp",
-        default="off",
-        choices=["off", "auto", "bf16", "fp16"],
-        help="autocast precision; off: float32, so that a prediction does not depend on the batch "
-        "that it came in; auto: faster, as finetune.py has it",
-    )
-    add(
-        "--workers",
-        type=cli.count,
-        metavar="N",
-        help="loader processes (default: 0 on a CPU, up to 8 beside a GPU)",
-    )
+    amp = "autocast; off: float32, where predictions do not depend on their batch; auto: faster"
+    add("--amp", default="off", choices=["off", "auto", "bf16", "fp16"], help=amp)
+    add("--workers", type=cli.count, metavar="N", help="loader processes (CPU: 0; GPU: up to 8)")
     add("--cache", metavar="DIR", help=f"folder of the decoded images (default: {default_dir()})")
-    add(
-        "--no-cache",
-        dest="cache",
-        action="store_const",
-        const="none",
-        help="keep nothing there: every image is decoded twice, to check and to predict it",
-    )
+    no_cache = {"action": "store_const", "const": "none", "help": "decode every image twice"}
+    add("--no-cache", dest="cache", **no_cache)
     args = parser.parse_args()
     if not args.out and not args.embeddings:
         parser.error("give --out FILE, --embeddings FILE or both")
@@ -109,11 +84,8 @@ def prepare_file(path, flag, overwrite):
     """Make the folder of an output file. Raises UserError where it may not be written."""
     path = Path(path)
     if path.is_dir() or path.exists() and not overwrite:
-        raise UserError(
-            f"{path}: "
-            + ("is a folder" if path.is_dir() else "is there already")
-            + f"; name another file with {flag}, or replace a file with --overwrite"
-        )
+        there = "is a folder" if path.is_dir() else "is there already"
+        raise UserError(f"{path}: {there}; name another file with {flag}, or give --overwrite")
     try:
         checkpoint.start_folder(path.parent, (path.name,))
     except (FileExistsError, NotADirectoryError) as error:
@@ -125,57 +97,67 @@ def refuse_unequal(arms):
     first = arms[0]
     for arm in arms:
         if arm.class_names is None:
-            raise UserError(
-                f"{arm.path}: has no classes to predict, since it comes from "
-                f"pretrain.py; fine-tune it (finetune.py --ckpt {arm.path}), or leave "
-                f"out --out and write its features with --embeddings FILE"
-            )
+            what = f"{arm.path}: has no classes to predict, since it comes from pretrain.py"
+            raise UserError(f"{what}; fine-tune it, or write its --embeddings without --out")
         if arm.class_names != first.class_names:
-            raise UserError(
-                f"{arm.path}: has the classes {preview(arm.class_names, 9)}, but "
-                f"{first.path} has {preview(first.class_names, 9)}; only files with the "
-                f"same classes in the same order can be averaged (--ckpt)"
-            )
+            names, others = preview(arm.class_names, 9), preview(first.class_names, 9)
+            what = f"{arm.path}: has the classes {names}, but {first.path} has {others}"
+            raise UserError(f"{what}; only equal classes in equal order can be averaged (--ckpt)")
         if arm.multilabel != first.multilabel:
             several, one = (arm, first) if arm.multilabel else (first, arm)
-            raise UserError(
-                f"{several.path}: predicts several labels to an image, but {one.path} "
-                f"exactly one; they cannot be averaged (--ckpt)"
-            )
+            what = f"{several.path}: predicts several labels to an image, but {one.path} one"
+            raise UserError(f"{what}; they cannot be averaged (--ckpt)")
 
 
 @torch.inference_mode()
 def forward(arm, pixels, device, amp, with_features):
-    """Probabilities (n, C) and, if asked for, features (n, D), float32 in numpy, of pixels
-    (n, 3, S, S) uint8."""
+    """[probabilities (n, C)] and, if asked for, features (n, D) behind them, float32 in numpy.
+
+    pixels: (n, 3, S, S) uint8.
+    """
     (images,) = on_device([pixels], device, arm.mean, arm.std)
-    features = None
     with torch.autocast(device.type, amp, enabled=amp is not None):
+        hidden = arm.model.forward_features(images)
+        outputs = [arm.model.forward_head(hidden).float().sigmoid()]
         if with_features:
-            hidden = arm.model.forward_features(images)
-            features = arm.model.forward_head(hidden, pre_logits=True).flatten(1)
-            features = features.float().cpu().numpy()
-            logits = arm.model.forward_head(hidden)
-        else:
-            logits = arm.model(images)
-    return logits.float().sigmoid().cpu().numpy(), features
+            features = arm.model.forward_head(hidden, pre_logits=True)
+            outputs.append(features.flatten(1).float())
+    return [output.cpu().numpy() for output in outputs]
 
 
-def forward_all(arms, pixels, bs, workers, device, amp, with_features):
-    """For each batch a list of what forward() gives for each arm. pixels: {size: DecodedImages}."""
-    n = len(next(iter(pixels.values())))
+def forward_all(arms, pixels, bs, workers, device, amp, features):
+    """For each arm what forward() gives of all N images. pixels: {size: DecodedImages}."""
+    n, outputs = len(pixels[arms[0].img_size]), []
     batches = data.EpochBatches(n, bs, drop_single=False)
-    loaders = [
-        data.loader(data.AugmentedImages(decoded, np.arange(n)), batches, device, workers)
-        for decoded in pixels.values()
-    ]
+    datasets = [data.AugmentedImages(decoded, np.arange(n)) for decoded in pixels.values()]
+    loaders = [data.loader(dataset, batches, device, workers) for dataset in datasets]
     with cli.Signals() as signals, cli.progress(total=n, desc="predicting") as bar:
         for batch in zip(*loaders):
-            batch = dict(zip(pixels, batch))
-            yield [forward(arm, batch[arm.img_size], device, amp, with_features) for arm in arms]
-            bar.update(len(next(iter(batch.values()))))
+            of = dict(zip(pixels, batch))  # size -> images
+            outputs.append([forward(arm, of[arm.img_size], device, amp, features) for arm in arms])
+            bar.update(len(batch[0]))
             if signals.number:
                 signals.leave("nothing was written")
+    return [[np.concatenate(parts) for parts in zip(*of_arm)] for of_arm in zip(*outputs)]
+
+
+def write_predictions(path, names, probabilities, classes, multilabel):
+    """A row per image: path, predicted, a probability per class. probabilities: (N, C)."""
+    header = ["path", "predicted", *(f"prob_{c}" for c in classes)]
+    table = zip(names, predicted_labels(probabilities, multilabel), probabilities)
+    rows = ([name, label_text(classes, has), *map(str, p)] for name, has, p in table)
+    checkpoint.write_csv(path, header, rows)
+
+
+def write_embeddings(path, names, features, files):
+    """A .npz file of the features (N, D) that each of the weights files gives."""
+    if len(files) == 1:
+        arrays = {"embeddings": features[0]}
+    else:
+        arrays = {f"embeddings_{i}": array for i, array in enumerate(features, 1)}
+        arrays["files"] = np.array([os.path.abspath(file) for file in files])
+    with checkpoint.atomic_open(path, "wb") as file:
+        np.savez(file, **arrays, paths=np.array(names))
 
 
 def main():
@@ -191,7 +173,7 @@ def main():
     arms = [load(path) for path in args.ckpt]
     if args.out:
         refuse_unequal(arms)
-    images, pixels = read(args.data, args.images, args.image_col, label_col=["none"]), {}
+    images, pixels = read(args.data, ["none"], images=args.images, image_col=args.image_col), {}
     for size in {arm.img_size for arm in arms}:
         images.decode(size, data.cache_dir(args.cache), args.skip_bad)
         pixels[size] = images.images
@@ -199,48 +181,16 @@ def main():
         print(note)
     for arm in arms:
         arm.model.to(device, memory_format=torch.channels_last)
-    classes, multilabel = arms[0].class_names, arms[0].multilabel
-    features, done = [None] * len(arms), 0
-
-    def rows():
-        """Rows of --out, as the batches come; fills `features`."""
-        nonlocal done
-        for outputs in forward_all(
-            arms, pixels, args.bs, args.workers, device, amp, bool(args.embeddings)
-        ):
-            part = slice(done, done + len(outputs[0][0]))
-            done = part.stop
-            for i, (_, feature) in enumerate(outputs if args.embeddings else ()):
-                if features[i] is None:
-                    features[i] = np.empty((len(images), feature.shape[1]), np.float32)
-                features[i][part] = feature
-            if args.out:
-                mean = np.mean([p for p, _ in outputs], axis=0)
-                for name, has, p in zip(
-                    images.names[part], predicted_labels(mean, multilabel), mean
-                ):
-                    yield [name, label_text(classes, has), *map(str, p)]
-
+    outputs = forward_all(arms, pixels, args.bs, args.workers, device, amp, bool(args.embeddings))
+    print(f"{len(images)} images" + f", the mean of {len(arms)} files" * (len(arms) > 1))
     if args.out:
-        header = ["path", "predicted", *(f"prob_{c}" for c in classes)]
-        checkpoint.write_csv(args.out, header, rows())
-        print(
-            f"wrote {args.out}: {len(images)} images"
-            + f", the mean of {len(arms)} files" * (len(arms) > 1)
-        )
-    else:
-        list(rows())  # none: it fills `features`
+        mean = np.mean([probabilities for probabilities, *_ in outputs], axis=0)
+        write_predictions(args.out, images.names, mean, arms[0].class_names, arms[0].multilabel)
+        print(f"wrote {args.out}")
     if args.embeddings:
-        arrays = {
-            "embeddings" if len(arms) == 1 else f"embeddings_{i}": feature
-            for i, feature in enumerate(features, 1)
-        }
-        shapes = ", ".join(f"{name} {f.shape[0]} x {f.shape[1]}" for name, f in arrays.items())
-        if len(arms) > 1:
-            arrays["files"] = np.array([os.path.abspath(arm.path) for arm in arms])
-        with checkpoint.atomic_open(args.embeddings, "wb") as file:
-            np.savez(file, **arrays, paths=np.array(images.names))
-        print(f"wrote {args.embeddings}: {shapes}")
+        features = [features for _, features in outputs]
+        write_embeddings(args.embeddings, images.names, features, args.ckpt)
+        print(f"wrote {args.embeddings}")
 
 
 if __name__ == "__main__":

@@ -79,9 +79,8 @@ def check_pair(cnn, vit, img_size):
 
 
 def enable_grad_checkpointing(model, name):
-    """Recompute activations in the backward pass. Batch-norm must not count that second forward
-    pass: without the hooks its running statistics would be updated twice per step. Raises
-    UserError."""
+    """Recompute activations in the backward pass; the hooks keep batch-norm from counting that
+    second forward pass in its running statistics. Raises UserError."""
     try:
         model.set_grad_checkpointing()
     except (AssertionError, AttributeError) as error:

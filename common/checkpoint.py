@@ -11,11 +11,11 @@ import contextlib
 import csv
 import json
 import os
-import pickle
 import uuid
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file  # comes with timm
 
 from common.cli import UserError
 
@@ -88,17 +88,17 @@ def weights_file(model, **metadata):
 
 
 def load(path):
-    """torch.load of plain data alone, on the CPU: nothing in the file is run. Raises UserError."""
+    """What a file of torch.save or safetensors holds, if that is plain data, on the CPU: nothing in
+    it is run. Raises UserError."""
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: there is no such file") from error
-    except pickle.UnpicklingError as error:
-        reason = "it holds more than tensors and plain data, or is no checkpoint at all"
-        raise UserError(f"{path}: refused, since {reason}; nothing in it was run") from error
-    except Exception as error:  # torch raises all kinds on bytes that are no checkpoint
-        reason = "it may be cut short or of another kind"
-        raise UserError(f"{path}: cannot be read as a checkpoint; {reason}") from error
+    except Exception as error:  # both raise errors of many kinds
+        problem = "is no checkpoint, is cut short, or holds more than tensors and plain data"
+        raise UserError(f"{path}: {problem}; nothing in it was run") from error
 
 
 def random_state():
@@ -156,24 +156,17 @@ def build(weights, path):
 
 def seen_by(path):
     """The hashes of the images that one of our weights files has seen; none for other files."""
-    weights = {} if Path(path).suffix == ".safetensors" else load(path)
+    weights = load(path)
     seen = weights.get("seen") if isinstance(weights, dict) else None
     return torch.zeros(0, dtype=torch.int64) if seen is None else seen
 
 
 def load_state_dict(path):
     """The state dict in a weights file, ours or another with timm's keys. Raises UserError."""
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file  # comes with timm
-
-        try:
-            return load_file(path)
-        except Exception as error:  # safetensors raises its own kinds
-            raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     weights = load(path)
     for key in ("state_dict", "model"):
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
-    if not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
         raise UserError(f"{path}: holds no state dict")
     return weights

@@ -77,11 +77,10 @@ def square(rgb, size):
 
 def decode(source, size):
     """Read one image: a file (the first frame of several, EXIF orientation applied) or an array,
-    (H, W) or (H, W, 3) uint8.
+    (H, W) or (H, W, 3) uint8. Raises ValueError with the reason in one line.
 
-    Returns (pixels, metadata): pixels (3, size, size) uint8, RGB, of square(); metadata a dict with
-    "hash" (of the full-size RGB pixels), "width", "height", "frames", "mode" as in the file. Raises
-    ValueError with the reason in one line.
+    Returns square() of its RGB pixels, and {"hash": of the full-size RGB pixels, "width", "height",
+    "frames", "mode": as in the file}.
     """
     open_image = Image.open if isinstance(source, str) else Image.fromarray
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
@@ -106,11 +105,13 @@ def decode(source, size):
 class DecodedImages:
     """The decoded images by number, as (3, S, S) uint8 arrays: from the map, or from the files."""
 
-    def __init__(self, sources, size, file=None):
-        rows = np.arange(len(sources))
-        self.__setstate__(
-            {"sources": file is None and list(sources), "rows": rows, "size": size, "file": file}
-        )
+    def __init__(self, sources, size, file=None, rows=None):
+        self.sources, self.size, self.file = sources if file is None else None, size, file
+        self.rows = np.arange(len(sources)) if rows is None else rows
+        self.map = None if file is None else _open(file, size)[1]
+
+    def __reduce__(self):  # for spawned workers: a map would travel as pixels
+        return DecodedImages, (self.sources, self.size, self.file, self.rows)
 
     def keep(self, mask):
         """Leave out the images where the (N,) bool mask is False."""
@@ -122,13 +123,6 @@ class DecodedImages:
     def __getitem__(self, i):
         row = self.rows[i]
         return decode(self.sources[row], self.size)[0] if self.file is None else self.map[row]
-
-    def __getstate__(self):  # for spawned workers: a map would travel as pixels
-        return {**self.__dict__, "map": None}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self.map = None if self.file is None else _open(self.file, self.size)[1]
 
 
 def _open(file, size):
@@ -185,14 +179,13 @@ def decode_all(sources, size, name, directory):
 
 def _in_order(function, n):
     """function(i) for i below n, in order, from threads, under a progress bar."""
-
-    def results():
-        with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's on odd EXIF and palettes
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's on odd EXIF and palettes
+        with progress(desc="checking images", total=n) as bar:
             for start in range(0, n, 64):  # bounded, whatever the disk's pace
-                yield from pool.map(function, range(start, min(start + 64, n)))
-
-    return progress(results(), desc="checking images", total=n)
+                for result in pool.map(function, range(start, min(start + 64, n))):
+                    yield result
+                    bar.update()
 
 
 def _update(file, pattern, size, table, pixels):

@@ -17,18 +17,15 @@ def confusion_matrix(true, predicted, num_classes):
 
 
 def auroc(positive, score):
-    """Area under the ROC curve of one class, ties counted as half; None where a side is empty.
-
-    positive: (N,) 0/1; score: (N,) numbers. The probability that a positive outranks a negative.
-    """
-    positive = np.asarray(positive, bool)
-    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
-    if not n_pos or not n_neg:
+    """Area under the ROC curve of one class, the probability that a positive outranks a negative,
+    ties counted as half; None where a side is empty. positive: (N,) 0/1; score: (N,) numbers."""
+    positive, score = np.asarray(positive, bool), np.asarray(score)
+    positives, negatives = score[positive], np.sort(score[~positive])
+    if not len(positives) or not len(negatives):
         return None
-    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)  # a tie shares the mean of its ranks
-    rank = ((last - counts + 1 + last) / 2)[inverse]
-    return float((rank[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+    below, up_to = (np.searchsorted(negatives, positives, side) for side in ("left", "right"))
+    wins = (below + up_to).sum() / 2
+    return float(wins / (len(positives) * len(negatives)))
 
 
 def _ratio(a, b):

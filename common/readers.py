@@ -1,8 +1,6 @@
 """Images and labels as people have them on disk -> one table, an ImageSet. Nothing is decoded here.
 
-A folder of images at any depth (no labels); one folder per class, CLASS/a.png; the splits above the
-classes, train/CLASS/a.png; a CSV file of image names with one label, a list of labels, or a 0/1
-column per label; a MedMNIST .npz file. What cannot be told is an error, never a guess.
+data.py lists the layouts. What cannot be told from the files is an error, never a guess.
 """
 
 import os
@@ -15,16 +13,9 @@ import numpy as np
 from common.cli import UserError, preview
 from common.decode import DecodedImages, decode_all
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+SPLITS = {"train": "train", "val": "val", "test": "test"}
+SPLITS |= {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
 @dataclass
@@ -34,14 +25,14 @@ class ImageSet:
 
     path: str
     names: list
-    sources: list  # what cache.decode takes: paths or arrays
+    sources: list  # what decode() of common.decode takes: paths or arrays
     labels: np.ndarray
     classes: list
     given: np.ndarray
     groups: np.ndarray = None  # (N,) str, of --group-col
     multilabel: bool = None  # unless told: some image has another number of labels than one
     notes: list = field(default_factory=list)
-    table: np.ndarray = None  # (N,) of cache.ROW, and
+    table: np.ndarray = None  # (N,) of common.decode.ROW, and
     images: DecodedImages = None  # the pixels: both from decode()
 
     def __len__(self):
@@ -52,21 +43,16 @@ class ImageSet:
             self.multilabel = bool(self.classes) and bool((self.labels.sum(1) != 1).any())
 
     def decode(self, img_size, cache, skip_bad=False):
-        """Check and decode all images to squares of img_size pixels (decode_all); sets table and
-        images. cache: folder, or None. Raises UserError naming every unreadable image, unless they
-        are to be left out."""
-        self.table, self.images, bad = decode_all(
-            self.sources, img_size, os.path.abspath(self.path), cache
-        )
+        """Decode all images to squares of img_size pixels: sets table and images. cache: folder or
+        None. Raises UserError naming all that cannot be read, unless they are to be left out."""
+        root = os.path.abspath(self.path)
+        self.table, self.images, bad = decode_all(self.sources, img_size, root, cache)
         if bad:
-            listed = [f"{self.names[i]} ({reason})" for i, reason in sorted(bad.items())]
+            reasons = preview([f"{self.names[i]} ({bad[i]})" for i in sorted(bad)], 100)
             if not skip_bad or len(bad) == len(self):
-                raise UserError(
-                    f"{self.path}: {len(bad)} of {len(self)} images cannot be read: "
-                    f"{preview(listed, 100)}; fix them, or leave them out with "
-                    f"--skip-bad"
-                )
-            self.notes.append(f"left out because they cannot be read: {preview(listed, 100)}")
+                what = f"{self.path}: {len(bad)} of {len(self)} images cannot be read: {reasons}"
+                raise UserError(f"{what}; fix them, or leave them out with --skip-bad")
+            self.notes.append(f"left out because they cannot be read: {reasons}")
             self.keep(~np.isin(np.arange(len(self)), list(bad)))
         several = [name for name, n in zip(self.names, self.table["frames"]) if n > 1]
         if several:
@@ -103,51 +89,42 @@ def list_files(root):
     return sorted(found)
 
 
-def is_image(path):
-    """By its ending."""
-    return os.path.splitext(path)[1].lower() in EXTENSIONS
+def one_hot(labels, classes):
+    """N collections of class names -> (N, C) bool."""
+    column = {c: i for i, c in enumerate(classes)}
+    has = np.zeros((len(labels), len(classes)), bool)
+    for row, names in zip(has, labels):
+        row[[column[name] for name in names]] = True
+    return has
 
 
 def read_folder(root, unlabelled=False):
     """Images below a folder. Classes are the folders directly below it (or below train, test, ...)
     where every image lies directly in one of at least two; otherwise there are no labels."""
     files = list_files(root)
-    names = [f for f in files if is_image(f)]
-    others = Counter(
-        os.path.splitext(f)[1].lower() or "no ending" for f in files if not is_image(f)
-    )
-    others = preview(f"{n} {ending}" for ending, n in others.most_common())
+    names = [f for f in files if f.lower().endswith(EXTENSIONS)]
+    endings = Counter(Path(f).suffix.lower() or "no ending" for f in files)
+    others = preview(f"{n} {e}" for e, n in endings.most_common() if e not in EXTENSIONS)
     if not names:
-        raise UserError(
-            f"{root}: holds no images ({', '.join(sorted(EXTENSIONS))})"
-            + (f", but {others}" if others else "")
-        )
+        held = f"{others or 'nothing'}, but no images ({', '.join(EXTENSIONS)})"
+        raise UserError(f"{root}: holds {held}")
     parts = [name.split("/") for name in names]
     given = [SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts]
     if len(set(given) - {""}) > 1:
         outside = [name for name, split in zip(names, given) if not split]
         if outside and not unlabelled:
-            raise UserError(
-                f"{root}: has images beside its train and test folders: {preview(outside)};"
-                f" move them away, or name the split of each with --split FILE"
-            )
+            beside = f"{root}: has images beside its train and test folders: {preview(outside)}"
+            raise UserError(f"{beside}; move them, or name the split of each with --split FILE")
         parts = [p[1:] for p in parts]
     else:
         given = [""] * len(names)
     folders = sorted({p[0] for p in parts if len(p) == 2})
     labelled = all(len(p) == 2 for p in parts) and len(folders) > 1 and not unlabelled
     classes = folders if labelled else []
-    labels = np.array([[p[0] == c for c in classes] for p in parts], bool)
+    labels = one_hot([p[:1] if labelled else [] for p in parts], classes)
     notes = [f"not read: {others}"] if others else []
-    return ImageSet(
-        str(root),
-        names,
-        [os.path.join(root, n) for n in names],
-        labels,
-        classes,
-        np.array(given),
-        notes=notes,
-    )
+    sources = [os.path.join(root, name) for name in names]
+    return ImageSet(str(root), names, sources, labels, classes, np.array(given), notes=notes)
 
 
 def read_npz(file, unlabelled=False):
@@ -159,20 +136,17 @@ def read_npz(file, unlabelled=False):
     except Exception as error:  # zip files and arrays break in many ways
         raise UserError(f"{file}: is no .npz file of plain arrays") from error
     splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
-    if unlabelled:
-        arrays |= {f"{s}_labels": np.zeros((len(arrays[f"{s}_images"]), 0)) for s in splits}
-    if not splits or not all(f"{s}_labels" in arrays for s in splits):
-        raise UserError(
-            f"{file}: needs the arrays train_images and train_labels (and val_, test_), "
-            f"but holds {preview(arrays, 9) or 'none'}"
-        )
-    sizes = {s: (len(arrays[f"{s}_images"]), len(arrays[f"{s}_labels"])) for s in splits}
-    if any(a != b for a, b in sizes.values()):
-        raise UserError(f"{file}: has another number of labels than of images: {sizes}")
-    images = [a for s in splits for a in arrays[f"{s}_images"]]
-    labels = np.concatenate(
-        [arrays[f"{s}_labels"].reshape(len(arrays[f"{s}_images"]), -1) for s in splits]
-    )
+    if not splits or not (unlabelled or all(f"{s}_labels" in arrays for s in splits)):
+        needed, held = "train_images and train_labels (and val_, test_)", preview(arrays, 9)
+        raise UserError(f"{file}: needs the arrays {needed}, but holds {held or 'none'}")
+    sizes = [len(arrays[f"{s}_images"]) for s in splits]
+    images = [image for s in splits for image in arrays[f"{s}_images"]]
+    labels = [np.zeros((n, 0)) for n in sizes]
+    if not unlabelled:
+        labels = [arrays[f"{s}_labels"] for s in splits]
+    if [len(x) for x in labels] != sizes:
+        raise UserError(f"{file}: a split has another number of labels than of images")
+    labels = np.concatenate([x.reshape(len(x), -1) for x in labels])
     if any(a.dtype != np.uint8 or a.shape[2:] not in ((), (3,)) for a in images):
         raise UserError(f"{file}: the images must be uint8 of shape (N, H, W) or (N, H, W, 3)")
     if labels.shape[1] == 1:
@@ -180,43 +154,26 @@ def read_npz(file, unlabelled=False):
         labels, classes = labels == values, [str(v) for v in values]
     else:
         labels, classes = labels.astype(bool), [str(c) for c in range(labels.shape[1])]
-    names = [f"{s}/{i}" for s in splits for i in range(len(arrays[f"{s}_images"]))]
-    given = np.array([name.split("/")[0] for name in names])
-    if splits == ["train"]:
-        given[:] = ""
+    names = [f"{s}/{i}" for s, n in zip(splits, sizes) for i in range(n)]
+    given = np.repeat(splits if splits != ["train"] else [""], sizes)
     return ImageSet(str(file), names, images, labels, classes, given)
 
 
-def read(
-    path,
-    images=None,
-    image_col=None,
-    label_col=None,
-    label_sep=None,
-    multilabel=False,
-    group_col=None,
-    split=None,
-):
-    """The ImageSet at `path`; the arguments are the data flags. Nothing is decoded yet.
+def read(path, label_col=None, multilabel=False, split=None, **table):
+    """The ImageSet at `path`; the arguments are the data flags, `table` those of read_csv alone.
 
-    label_col: ["none"] for no labels, whatever the folders or columns look like; split: a CSV file
-    (read_split). Raises UserError.
+    label_col: ["none"] for no labels, whatever there is; split: file of read_split. Raises
+    UserError.
     """
+    from common import tables  # which imports this module
+
     path, unlabelled = Path(path), label_col == ["none"]
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder (--data)")
-    csv_flags = {
-        "--images": images,
-        "--image-col": image_col,
-        "--label-sep": label_sep,
-        "--label-col": None if unlabelled else label_col,
-        "--group-col": group_col,
-    }
-    unused = [flag for flag, value in csv_flags.items() if value]
+    told = {**table, "label_col": None if unlabelled else label_col}
+    unused = [f"--{key.replace('_', '-')}" for key, value in told.items() if value]
     if path.suffix.lower() in (".csv", ".tsv", ".txt") and path.is_file():
-        from common.tables import read_csv  # CSV files are a third of the reading code
-
-        data = read_csv(path, images, image_col, label_col, label_sep, group_col)
+        data = tables.read_csv(path, label_col=label_col, **table)
     elif unused:
         raise UserError(f"{path}: {preview(unused, 9)} need a CSV file as --data")
     elif path.is_dir():
@@ -225,19 +182,11 @@ def read(
         data = read_npz(path, unlabelled)
     else:
         raise UserError(f"{path}: is neither a folder nor a .csv or .npz file (--data)")
-    if unlabelled:
-        data.labels, data.classes = data.labels[:, :0], []
-    if multilabel:
-        data.multilabel = True
+    data.multilabel |= multilabel
     if split:
-        from common.tables import read_split
-
-        data.given = read_split(split, data.names)
-        named = data.given != ""
-        if not named.all():
-            data.notes.append(
-                f"left out because {split} does not name them: "
-                f"{preview(np.array(data.names)[~named])}"
-            )
-            data.keep(named)
+        data.given = tables.read_split(split, data.names)
+        unnamed = [name for name, part in zip(data.names, data.given) if not part]
+        if unnamed:
+            data.notes.append(f"left out because {split} does not name them: {preview(unnamed)}")
+            data.keep(data.given != "")
     return data

@@ -53,10 +53,6 @@ def print_report(data, split):
 
 def _print_pixels(data, split):
     """Sizes and modes of the files; mean and standard deviation of some training images."""
-
-    def text(values):
-        return " ".join(f"{x:.3f}" for x in values)
-
     width, height, mode = (data.table[key] for key in ("width", "height", "mode"))
     sizes = (
         f"widths {width.min()} to {width.max()}, heights {height.min()} to {height.max()} pixels"
@@ -67,8 +63,9 @@ def _print_pixels(data, split):
     sample = [data.images[i] / np.float32(255) for i in train[:: len(train) // 100 + 1]]
     mean = np.mean([x.mean((1, 2)) for x in sample], axis=0)
     std = np.sqrt(np.mean([(x**2).mean((1, 2)) for x in sample], axis=0) - mean**2)
+    mean, std = (" ".join(f"{x:.3f}" for x in values) for values in (mean, std))
     imagenet = "0.485 0.456 0.406, 0.229 0.224 0.225"
-    print(f"  mean {text(mean)}, standard deviation {text(std)} (ImageNet: {imagenet})")
+    print(f"  mean {mean}, standard deviation {std} (ImageNet: {imagenet})")
 
 
 def _print_duplicates(data, split):

@@ -1,8 +1,7 @@
-"""Splits and label fractions that a score can rest on: stratified, nested, seeded, and never with
-one patient, or one picture, on two sides."""
+"""Splits and label fractions: stratified, nested, seeded, no patient or picture on two sides."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 
@@ -20,7 +19,7 @@ def duplicates(data):
 
 
 def cross_split_duplicates(data, split):
-    """(N,) bool: images with an exact duplicate in an earlier split (train, then val, then test)."""
+    """(N,) bool: images with an exact duplicate in an earlier split of train, val, test."""
     rank = np.array([("train", "val", "test").index(s) for s in split])
     copy = np.zeros(len(data), bool)
     for group in duplicates(data):
@@ -29,7 +28,7 @@ def cross_split_duplicates(data, split):
 
 
 def indivisible_units(data):
-    """(N,) int: images that must not be parted, since they share a group or are exact duplicates."""
+    """(N,) int: images that must not be parted, sharing a group or being exact duplicates."""
     parent = list(range(len(data)))
 
     def root(i):
@@ -70,7 +69,7 @@ def stratified_order(labels, unit, rng):
     cover, covered = [], np.zeros(C, bool)
     for c in rarest_first:
         if counts[c] and not covered[c]:
-            cover.append(next(u for u in shuffled if has[u, c]))
+            cover.append(shuffled[has[shuffled, c].argmax()])
             covered |= has[cover[-1]]
     position[cover] = np.arange(len(cover)) - C - 1
     return shuffled[np.argsort(position[shuffled], kind="stable")], len(cover)
@@ -80,39 +79,32 @@ def make_split(data, seed, seen=None, allow_seen=False):
     """(N,) "train", "val" or "test".
 
     A given test (or validation) split stays; what is not given is drawn, 70/10/20 of a whole, by
-    indivisible_units() and stratified_order(). Images without labels and without a given split are all for
+    indivisible_units() and stratified_order(). Without labels and a given split, all is for
     training (F.2.1). seen: (N,) bool, the images that pre-training saw: validation and test are
     drawn from the others; the split that pre-training drew stays as it was. Raises UserError where
     that leaves no test image, unless allow_seen.
     """
-    split = data.given.copy().astype("U5")
+    split = data.given.astype("U5")
     drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
-    pool = (split == "") | (split == "train")
-    split[pool] = "train"
+    split[split == ""] = "train"
+    pool = split == "train"
     if not pool.any():
         raise UserError(f"{data.path}: the given split leaves no image for training")
     _refuse_parted_groups(data, split)
     if not drawn or not data.classes:
         return split
     unit = np.unique(indivisible_units(data)[pool], return_inverse=True)[1]
-    labels, size = data.labels[pool], np.bincount(unit)
-    order, _ = stratified_order(labels, unit, np.random.default_rng([seed, 0]))
-    which = _cut(order, size, drawn)
-    saw = np.zeros(len(order), bool)
-    if seen is not None:
-        np.logical_or.at(saw, unit, seen[pool])
-        if saw.all() and "test" in drawn and not allow_seen:
-            raise UserError(
-                f"{data.path}: pre-training saw every image, so that none is left for a "
-                f"leak-free test; add others, or give --allow-seen"
-            )
-        if saw.all():
-            data.notes.append(
-                f"pre-training saw every image: {' and '.join(drawn)} hold such images"
-            )
-        elif (which[saw] != "train").any():  # another split than pre-training's: seen images first
-            order = np.concatenate([order[saw[order]], order[~saw[order]]])
-            which = _cut(order, size, drawn, size[saw].sum())
+    order, _ = stratified_order(data.labels[pool], unit, np.random.default_rng([seed, 0]))
+    size, seen = np.bincount(unit), np.zeros(len(data), bool) if seen is None else seen
+    which, saw = _cut(order, size, drawn), np.bincount(unit, seen[pool]) > 0
+    if saw.all():
+        if "test" in drawn and not allow_seen:
+            what = "pre-training saw every image, which leaves none for a leak-free test"
+            raise UserError(f"{data.path}: {what}; add others, or give --allow-seen")
+        data.notes.append(f"pre-training saw every image: {' and '.join(drawn)} hold such images")
+    elif (which[saw] != "train").any():  # another split than pre-training's: seen images first
+        order = order[np.argsort(~saw[order], kind="stable")]
+        which = _cut(order, size, drawn, size[saw].sum())
     split[pool] = which[unit]
     return split
 
@@ -133,16 +125,12 @@ def _cut(order, size, drawn, n_train=0):
 
 def _refuse_parted_groups(data, split):
     """Raise UserError where a split that was given puts a group on two sides."""
-    if data.groups is not None:
-        sides = defaultdict(set)
-        for group, side in zip(data.groups, split):
-            sides[group].add(side)
-        parted = [group for group, names in sides.items() if len(names) > 1]
-        if parted:
-            raise UserError(
-                f"{data.path}: the given split parts {len(parted)} of {len(sides)} groups "
-                f"({preview(parted)}); give another, or leave out --group-col"
-            )
+    groups = [] if data.groups is None else data.groups.tolist()
+    sides = Counter(group for group, _ in dict.fromkeys(zip(groups, split.tolist())))
+    parted = [group for group, n in sides.items() if n > 1]
+    if parted:
+        what = f"the given split parts {len(parted)} of {len(sides)} groups ({preview(parted)})"
+        raise UserError(f"{data.path}: {what}; give another, or leave out --group-col")
 
 
 def label_fraction(data, train, frac, seed):
@@ -162,11 +150,9 @@ def label_fraction(data, train, frac, seed):
     wanted = math.floor(frac * len(index) + 0.5)
     if wanted < end[n_cover - 1]:
         smallest = math.ceil((end[n_cover - 1] - 0.5) / len(index) * 1e5) / 1e5
-        raise UserError(
-            f"--frac {frac:g} of {len(index)} training images is {wanted}, too few to "
-            f"hold each of the {len(data.classes)} classes; the smallest fraction that "
-            f"can is {smallest:g}"
-        )
+        share = f"--frac {frac:g} of {len(index)} training images is {wanted}"
+        few = f"too few to hold each of the {len(data.classes)} classes"
+        raise UserError(f"{share}, {few}; the smallest fraction that can is {smallest:g}")
     used = np.zeros(len(data), bool)
     used[index[np.isin(unit, order[end <= wanted])]] = True
     return used

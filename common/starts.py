@@ -42,9 +42,8 @@ def fill_in(args, saved):
     otherwise."""
     if args.data is None:
         unlabelled = saved.get("unlabelled") and not args.label_col  # a flag of earlier versions
-        for key, value in saved.items():
-            if hasattr(args, key):
-                setattr(args, key, getattr(args, key) or value)
+        given = vars(args)
+        given |= {key: given[key] or value for key, value in saved.items() if key in given}
         if unlabelled:
             args.label_col = ["none"]
 

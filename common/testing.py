@@ -13,11 +13,9 @@ SHOWN = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
 
 def refuse_unlabelled(images):
     """Raise UserError where there is nothing to tell apart."""
-    if not images.classes:
+    if len(images.classes) < (1 if images.multilabel else 2):
         fix = "give each class a folder directly below, or use --data labels.csv --images DIR"
         raise UserError(f"{images.path}: has no labels, or one class only; {fix}")
-    if len(images.classes) == 1 and not images.multilabel:
-        raise UserError(f"{images.path}: has one class only ({images.classes[0]})")
 
 
 def refuse_untestable(images, split, seen, allow_seen):

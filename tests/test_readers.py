@@ -86,7 +86,7 @@ def test_images_beside_the_split_folders_are_refused(tmp_path):
 def test_a_folder_without_images_says_what_is_there(tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d/scan.dcm").write_text("")
-    with pytest.raises(UserError, match="no images.*1 .dcm"):
+    with pytest.raises(UserError, match="1 .dcm, but no images"):
         read(**flags(tmp_path / "d"))
     with pytest.raises(UserError, match="no such"):
         read(**flags(tmp_path / "nothing"))
@@ -148,7 +148,7 @@ def test_one_label_column(table, text):
 def test_absolute_names_below_the_folder(table, tmp_path):
     text = "".join(f"{tmp_path}/t/i{i}.png,{'aba'[i]}\n" for i in range(3))
     assert labels_of(read(**table("image,label\n" + text))) == LABELS
-    with pytest.raises(UserError, match="1 of 1 rows.*else/x.png .0 images"):
+    with pytest.raises(UserError, match="1 of 1 rows.*else/x.png, 0 images"):
         read(**table(f"image,label\n{tmp_path}/else/x.png,a\n"))
 
 
@@ -212,7 +212,7 @@ def test_multilabel_as_told(folder):
     "text, message, more",
     [
         ("image,label\ni0,a\nlost,b\ngone,a\n", "2 of 3 rows.*line 3: lost.*line 4: gone", {}),
-        ("image,label\ni0,a\n../../etc/x.png,b\n", "line 3: ../../etc/x.png .0 images", {}),
+        ("image,label\ni0,a\n../../etc/x.png,b\n", "line 3: ../../etc/x.png, 0 images", {}),
         ("image,label\ni0,a\ni1,\n", "no label.*line 3", {}),
         ("image,label\ni0,a\ni1\n", "line 3: 1", {}),
         ("image,label\ni0,a\ni0.png,b\n", "lines 2 and 3 contradict", {}),
@@ -225,7 +225,7 @@ def test_multilabel_as_told(folder):
         ("one,two\ni0,i1\ni1,i0\n", "--image-col", {}),
         ("one,two\nq,r\ns,t\n", "--image-col.*--images", {}),
         ("image,image\ni0,i1\n", "twice: image", {}),
-        ("image,label\n", "no rows", {}),
+        ("image,label\n", "rows below", {}),
         ("", "column names", {}),
         (b"image,label\ni0,\xff\xfe\n", "UTF-8", {}),
         ('image,label\ni0,"a\n', "CSV", {}),
@@ -239,7 +239,7 @@ def test_bad_tables_are_refused(table, text, message, more):
 
 
 def test_a_name_that_fits_two_files_is_refused(table):
-    with pytest.raises(UserError, match="several images.*line 2: same .2 images"):
+    with pytest.raises(UserError, match="or several.*line 2: same, 2 images"):
         read(**table("image,label\nsame,a\n", ("x/same.png", "y/same.png")))
 
 

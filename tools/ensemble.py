@@ -113,25 +113,15 @@ def print_table(results):
             print(f"  {name:{width}}" + "".join(f"{cell:>19}" for cell in cells))
 
 
-def entry(results):
-    """Scores of each seed and, of several, their summary, for ensemble.json."""
-    return {"results": results} | ({"summary": summarize(results)} if len(results) > 1 else {})
-
-
-def parse_arguments():
+def main():
     parser = cli.Parser(__doc__)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="output folder of finetune.py")
-    out = "output folder (default: ensemble_NAME_NAME beside the first run)"
-    parser.add_argument("--out", metavar="DIR", help=out)
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier ensemble")
+    add, default = parser.add_argument, "default: ensemble_NAME_NAME beside the first run"
+    add("runs", metavar="RUN", nargs="+", help="output folder of finetune.py")
+    add("--out", metavar="DIR", help=f"output folder ({default})")
+    add("--overwrite", action="store_true", help="replace an earlier ensemble")
     args = parser.parse_args()
     if len({os.path.realpath(run) for run in args.runs}) < max(2, len(args.runs)):
         parser.error("give two or more runs, each once")
-    return args
-
-
-def main():
-    args = parse_arguments()
     runs = [Path(os.path.abspath(run)) for run in args.runs]
     name = "_".join(["ensemble", *(run.name.removeprefix("finetune_") for run in runs)])
     out = Path(args.out or runs[0].parent / name)
@@ -142,22 +132,23 @@ def main():
         raise UserError(f"{'; '.join(held)}: fine-tune all with the same --seeds")
     tests = {seed: read_equal([f[seed] for f in folders], args.runs) for seed in folders[0]}
     by_seed = []
-    for seed, (first, *others) in tests.items():
-        results, mean, *flags = score([first, *others])
+    for seed, of_runs in tests.items():
+        results, mean, copied, seen = score(of_runs)
         by_seed.append(results)
+        first = of_runs[0]
+        what = (first.classes, first.multilabel, first.labels, copied, seen)
         (out / seed).mkdir(parents=True, exist_ok=True)
-        what = (first.classes, first.multilabel, first.labels, *flags)
         table = prediction_table(first.names, mean, *what)
         write_csv(out / seed / "ensemble_predictions.csv", *table)
-    copied, seen = (int(flag.sum()) for flag in flags)
-    facts = {"classes": first.classes, "multilabel": first.multilabel, "n_test": len(mean)}
-    facts |= {"n_test_duplicates": copied, "n_test_seen": seen, "runs": []}
     by_run = list(zip(*by_seed))
-    for run, of_seeds, results in zip(args.runs, zip(*tests.values()), by_run):
-        described = {key: of_seeds[0].facts[key] for key in ("arch", "frac")}
+    entries = [{"results": r} | ({"summary": summarize(r)} if len(r) > 1 else {}) for r in by_run]
+    facts = {"classes": first.classes, "multilabel": first.multilabel, "n_test": len(mean)}
+    facts |= {"n_test_duplicates": int(copied.sum()), "n_test_seen": int(seen.sum()), "runs": []}
+    for run, of_seeds, entry in zip(args.runs, zip(*tests.values()), entries):
+        described = {"run": run} | {key: of_seeds[0].facts[key] for key in ("arch", "frac")}
         described["seeds"] = [test.facts["seed"] for test in of_seeds]
-        facts["runs"].append({"run": run, **described, **entry(results)})
-    write_json(out / "ensemble.json", {**facts, "mean": entry(by_run[-1])})
+        facts["runs"].append(described | entry)
+    write_json(out / "ensemble.json", facts | {"mean": entries[-1]})
     print_table(dict(zip([*args.runs, f"mean of the {len(runs)}"], by_run)))
     print(f"wrote {out / 'ensemble.json'}")
 

@@ -34,7 +34,6 @@ import data
 from cass import build_arm
 from common import cli
 from common.checkpoint import atomic_open, load_weights, write_csv, write_json
-from common.cli import UserError
 from common.decode import digest
 from common.readers import read
 from common.run import seconds_per_step
@@ -139,8 +138,7 @@ def add_arguments(parser):
     add("--epochs", type=cli.positive, help="of pre-training, instead of the scale's")
     seeds = {"type": cli.count, "nargs": "+", "default": [0, 1, 2, 3, 4], "metavar": "N"}
     add("--seeds", **seeds, help="each is a pre-training and a fine-tuning of its own")
-    fracs = {"type": cli.fraction, "nargs": "+", "metavar": "F"}
-    add("--fracs", **fracs, help="only these label fractions of the table")
+    add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
     metric = "in table.md (default: macro_f1; Table 5: balanced_accuracy); table.csv has all"
     add("--metric", choices=SCORES, help=metric)
@@ -214,7 +212,8 @@ def epochs_of(args, row):
 
 
 def commands(args, row, seed):
-    """(pre-training or None, {(arm, frac): fine-tuning}), each a list of words and its folder."""
+    """([pre-training], {(arm, frac): fine-tuning}) of a row, each a list of words and its folder;
+    the first list is empty for supervised training."""
     size, _, flags = SCALES[args.scale]
     flags, warm = [*flags, *row.flags], args.warm  # of two settings of one flag the last counts
     device = ["--device", args.device] if args.device != "auto" else []
@@ -230,7 +229,7 @@ def commands(args, row, seed):
             words += ["--init", warm[arm == "vit"]] if warm else flags
             words += f"--img-size {size} --frac {frac:g}".split() + common
             tunings[arm, frac] = with_folder(words)
-        return None, tunings
+        return [], tunings
     words = ["tools.dino" if row.method == "dino" else "pretrain.py"]
     words += model_flags(args, row, "cnn", "cnn") + model_flags(args, row, "vit", "vit")
     words += f"--img-size {size} --epochs {epochs_of(args, row)}".split() + flags
@@ -241,14 +240,13 @@ def commands(args, row, seed):
     for arm, frac in product(row.arms, row.fracs):
         tuning = ["finetune.py", "--ckpt", str(folder / f"{arm}.pt"), "--frac", f"{frac:g}"]
         tunings[arm, frac] = tuning + cache + device, folder / f"finetune_{arm}_{frac:g}"
-    return (words, folder), tunings
+    return [(words, folder)], tunings
 
 
 def jobs_of(args, rows):
     """(row, seed, arm, frac, its runs) of each cell, a run being a command and its folder."""
     for seed, row in product(args.seeds, rows):
-        pretraining, tunings = commands(args, row, seed)
-        before = [pretraining] if pretraining else []
+        before, tunings = commands(args, row, seed)
         for (arm, frac), tuning in tunings.items():
             yield row, seed, arm, frac, [*before, tuning]
         if not tunings:
@@ -306,7 +304,7 @@ def call(words, folder, failed):
 
 
 def hardware(device):
-    """In words."""
+    """The name of the GPU, or of the CPU and how many threads it runs."""
     if cli.pick_device(device).type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -368,11 +366,9 @@ def summarize(cells, metric):
 
 def gain(means, frac, over):
     """Points that CASS gains over `over` on one data set (G.0.3): summed over both arms."""
-    keys = [f"{row}|{arm}|{frac}" for row in ("CASS", over) for arm in ("cnn", "vit")]
-    if not all(key in means for key in keys):
-        return None
-    a, b, c, d = (means[key] for key in keys)
-    return 100 * (a + b - c - d)
+    rows = product(("CASS", over), ("cnn", "vit"))
+    a, b, c, d = (means.get(f"{row}|{arm}|{frac}") for row, arm in rows)
+    return None if None in (a, b, c, d) else 100 * (a + b - c - d)
 
 
 def gain_lines(args, table, paper):
@@ -388,19 +384,16 @@ def gain_lines(args, table, paper):
                 ours[n] = other["means"]
     yield (
         "\nGain in points (G.0.3: summed over both arms, mean over data sets). The paper's own "
-        "figures do not give the +3.8 and +5.9 of its abstract.\n"
+        "figures do not give the +3.8 and +5.9 of its abstract.\n\n| | paper, this table | paper, "
+        "Tables 2–5 | this code, this table | this code, Tables 2–5 |\n|---|---|---|---|---|"
     )
-    columns = (
-        "paper, this table | paper, Tables 2–5 | this code, this table | this code, Tables 2–5"
-    )
-    yield f"| | {columns} |\n|---|---|---|---|---|"
     for over, frac in product(("DINO", "Supervised"), ("0.01", "0.1", "1")):
         texts = []
         for means, tables in product((printed, ours), (args.table, "2345")):
             gains = [gain(means.get(n, {}), frac, over) for n in tables]
-            gains = [g for g in gains if g is not None]
-            text = f"{np.mean(gains):+.1f} ({len(gains)} data sets)" if gains else "not run"
-            texts.append(text)
+            gains = [points for points in gains if points is not None]
+            sets = f" ({len(gains)} data sets)"
+            texts.append(f"{np.mean(gains):+.1f}{sets}" if gains else "not run")
         yield f"| CASS over {over}, {float(frac):.0%} | {' | '.join(texts)} |"
 
 
@@ -428,70 +421,60 @@ def paired_lines(rows, summary):
 
 def minutes(text):
     """Of "1 Hour 13 Mins"."""
-    found = re.findall(r"(\d+) ([hm])", text.lower())
-    return sum(int(n) * (60 if unit == "h" else 1) for n, unit in found)
+    hours, rest = [0, *map(int, re.findall(r"\d+", text))][-2:]
+    return 60 * hours + rest
 
 
-def time_lines(args, cells, paper):
+def time_lines(args, done, paper):
     """Table 1: seconds per epoch of both methods, the median over epochs, arms summed."""
-    small = " At this scale with 4,096 outputs and 4 local crops." if args.scale == "small" else ""
+    small = " At this scale with 4,096 outputs and 4 local crops." * (args.scale == "small")
     yield (
         "DINO trains one arm after the other, CASS both at once. The paper took DINO from another "
         "implementation with other settings (student temperature 0.9, 65,336 outputs, two "
         "full-size local views); here it is the original's for Transformers, for both arms."
         f"{small}\n\n| data set | DINO | CASS | CASS / DINO |\n|---|---|---|---|"
     )
-    ratios = []
+    ratios, seconds = [], {"DINO": {}, "CASS": {}}
     for name, times in paper["1"]["times"].items():
         ratios.append(minutes(times["CASS"]) / minutes(times["DINO"]))
         yield f"| paper, {name} | {times['DINO']} | {times['CASS']} | {ratios[-1]:.2f} |"
     what = 'paper, mean of the ratios (its "69 % less time" would be 0.31)'
     yield f"| {what} | | | {np.mean(ratios):.2f} |"
-    seconds = {"DINO": {}, "CASS": {}}
-    for cell in cells:
-        if cell["status"] == "done":
-            arms = {}
-            for row in cell["log"]:
-                arms.setdefault(row["arms"], []).append(row["seconds"])
-            seconds[cell["row"]][cell["seed"]] = sum(map(np.median, arms.values()))
-    both = sorted(seconds["DINO"].keys() & seconds["CASS"])
-    if both:
+    for cell in done:
+        arms = {}
+        for line in cell["log"]:
+            arms.setdefault(line["arms"], []).append(line["seconds"])
+        seconds[cell["row"]][cell["seed"]] = sum(map(np.median, arms.values()))
+    if both := sorted(seconds["DINO"].keys() & seconds["CASS"]):
         dino, ours = (np.array([seconds[m][s] for s in both]) for m in ("DINO", "CASS"))
         means = f"{dino.mean():.1f} | {ours.mean():.1f} | {np.mean(ours / dino):.3f}"
         yield f"| **this code**, seconds per epoch, n = {len(both)} | {means} |"
 
 
-def score_line(args, cells, values, printed, row, arm, frac):
-    """One line of table.md. cells: those that are done; values: scores of the seeds."""
-    seconds, ours = [], "not run"
-    these = [c for c in cells if (c["row"], c["arm"], c["frac"]) == (row.label, arm, frac)]
-    for part in ("pretrain_seconds", "finetune_seconds"):
-        times = [c[part] for c in these if part in c]
-        seconds.append(f"{np.mean(times):.0f} s" if times else "–")
-    if values:
-        std = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-        ours = f"{np.mean(values):.4f}{std} (n = {len(values)})"
-    name = "mean of both" if arm == "mean" else model_of(args, row, arm)[0]
-    label = row.label + f" (here {epochs_of(args, row)})" * (args.table in ("7", "15"))
-    return f"| {label} | {name} | {frac:.0%} | {printed} | {ours} | {', '.join(seconds)} |"
-
-
 def score_lines(args, rows, done, summary, about, metric):
-    """The scores of both arms and of their mean, beside the paper's."""
+    """The scores of both arms and of their mean, beside the paper's. done: finished cells."""
     theirs = f" (paper: {about['metric']})" if about["metric"] else ""
     yield (
         f"Score: {metric.replace('_', ' ')} on the test split{theirs}; mean ± standard deviation "
         "(n − 1) over seeds. *Mean of both*: the probabilities of both arms averaged, which the "
-        "paper does not do.\n\n"
-        "| | arm | labels | paper | this code | time: pre-training, fine-tuning |\n"
-        "|---|---|---|---|---|---|"
+        "paper does not do.\n\n| | arm | labels | paper | this code | "
+        "time: pre-training, fine-tuning |\n|---|---|---|---|---|---|"
     )
     for row in rows:
         arms = (*row.arms, "mean") if len(row.arms) == 2 else row.arms
+        label = row.label + f" (here {epochs_of(args, row)})" * (args.table in ("7", "15"))
         for frac, arm in product(row.fracs, arms):
-            key = f"{row.label}|{arm}|{frac:g}"
-            values, printed = [*summary.get(key, {}).values()], about["cells"].get(key, "–")
-            yield score_line(args, done, values, printed, row, arm, frac)
+            key, seconds, ours = f"{row.label}|{arm}|{frac:g}", [], "not run"
+            these = [c for c in done if (c["row"], c["arm"], c["frac"]) == (row.label, arm, frac)]
+            for part in ("pretrain_seconds", "finetune_seconds"):
+                times = [cell[part] for cell in these if part in cell]
+                seconds.append(f"{np.mean(times):.0f} s" if times else "–")
+            if values := [*summary.get(key, {}).values()]:
+                std = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+                ours = f"{np.mean(values):.4f}{std} (n = {len(values)})"
+            name = "mean of both" if arm == "mean" else model_of(args, row, arm)[0]
+            figures = f"{about['cells'].get(key, '–')} | {ours} | {', '.join(seconds)}"
+            yield f"| {label} | {name} | {frac:.0%} | {figures} |"
 
 
 def heading(args, about, done):
@@ -533,8 +516,8 @@ def write_table(args, paper, metric):
     write_scores(args.out / "table.csv", cells)
     summary, done = summarize(cells, metric), [c for c in cells if c["status"] == "done"]
     table = {"scale": args.scale, "epochs": args.epochs, "warm": bool(args.warm), "metric": metric}
-    table["means"] = {k: float(np.mean([*v.values()])) for k, v in summary.items()}
-    table["values"] = {k: {str(s): x for s, x in v.items()} for k, v in summary.items()}
+    table["means"] = {key: float(np.mean([*seeds.values()])) for key, seeds in summary.items()}
+    table["values"] = summary
     write_json(args.out / "table.json", table)
 
     ours = {"title": "Objectives beside equation 1", "section": "not in it"}
@@ -548,59 +531,52 @@ def write_table(args, paper, metric):
         lines += gain_lines(args, table, paper)
     if {"CASS", "Supervised"} <= order.keys():
         lines += paired_lines(rows, summary)
-    lines.append("")
-    for c in cells:
-        if c["status"] == "failed":
-            cell = f"{c['row']}, {c['arm']}, {c['frac']:g}, seed {c['seed']}"
-            lines.append(f"Failed: {cell}: {c['error']}")
+    failed = "Failed: {row}, {arm}, {frac:g}, seed {seed}: {error}"
+    lines += ["", *(failed.format(**c) for c in cells if c["status"] == "failed")]
     text = "\n".join(lines).rstrip() + "\n"
     with atomic_open(args.out / "table.md") as file:
         file.write(text)
     return text
 
 
-def seconds_per_image(name, kwargs, size, device, n):
-    """Of a step of one arm, in batches of n images."""
+def seconds_per_image(args, name, kwargs):
+    """Of a training step of one arm."""
+    size, device = SCALES[args.scale][0], cli.pick_device(args.device)
+    n = 16 if args.scale == "small" or device.type == "cuda" else 2
     model, amp = build_arm(name, size, **kwargs).to(device), cli.pick_amp("auto", device)
     images = torch.randn(n, 3, size, size, device=device)
-    step = lambda images: model(images).float().square().mean()  # noqa
+
+    def step(images):
+        return model(images).float().square().mean()
+
     return seconds_per_step(step, images, model, device, amp) / n
 
 
 def estimate(args, rows, images):
     """Print every command, and about how long they take: a step of each arm is timed, and a
     fine-tuning counted with all of its 50 epochs."""
-    n, known, seen, total = len(images), {}, set(), 0.0
+    n, seen, total = len(images), set(), 0.0
     n_test = int((images.given == "test").sum()) or round(0.2 * n)
     n_val = int((images.given == "val").sum()) or round((n - n_test) / 8)
     n_train = n - n_test - n_val
-    size, small, device = SCALES[args.scale][0], args.scale == "small", cli.pick_device(args.device)
-    batch = 16 if small or device.type == "cuda" else 2
-    crops = 2 + (4 if small else 8) * (96 / 224) ** 2 + 2 / 3  # DINO's teacher goes forward only
-
-    def per_image(row, arm):
-        name, kwargs = model_of(args, row, arm)
-        key = f"{name} {kwargs}"
-        if key not in known:
-            known[key] = seconds_per_image(name, kwargs, size, device, batch)
-        return known[key]
-
+    small_crops = (4 if args.scale == "small" else 8) * (96 / 224) ** 2
+    crops = 2 + small_crops + 2 / 3  # of DINO; its teacher goes forward only
+    models = [model_of(args, row, arm) for row in rows for arm in row.arms]
+    timed = {key: seconds_per_image(args, *m) for key, m in {str(m): m for m in models}.items()}
     for row, _, arm, frac, runs in jobs_of(args, rows):
         for words, folder in runs:
             if folder in seen:
                 continue
-            if words[0] == "finetune.py":
-                epochs = 50 * (max(frac * n_train, 1) + n_val / 3) + n_test / 3
-                seconds = epochs * per_image(row, arm)
-            else:
-                seconds = sum(per_image(row, arm) for arm in ("cnn", "vit"))
-                seconds *= n_train * epochs_of(args, row) * (crops if row.method == "dino" else 1)
-            state = f"~ {seconds / 60:.1f} min"
-            if (folder / "finished").exists():
-                seconds, state = 0, "finished"
-            print(f"{shown(words, folder)}    # {state}")
-            total += seconds
             seen.add(folder)
+            passes = n_train * epochs_of(args, row) * (crops if row.method == "dino" else 1)
+            arms = row.arms
+            if words[0] == "finetune.py":
+                arms, passes = [arm], 50 * (max(frac * n_train, 1) + n_val / 3) + n_test / 3
+            seconds = passes * sum(timed[str(model_of(args, row, a))] for a in arms)
+            finished = (folder / "finished").exists()
+            total += 0 if finished else seconds
+            state = "finished" if finished else f"~ {seconds / 60:.1f} min"
+            print(f"{shown(words, folder)}    # {state}")
     note = "fine-tuning stops early, and is counted with all its epochs"
     print(f"{len(seen)} runs, about {total / 3600:.1f} hours here; {note}")
 
@@ -616,7 +592,7 @@ def refuse_other_configuration(args, images):
     config["warm"] = [digest(*(tensor.numpy() for tensor in tensors)) for tensors in weights]
     file = args.out / "config.json"
     if file.exists() and json.loads(file.read_text()) != config:
-        raise UserError(f"{file}: results of another configuration; name another folder with --out")
+        raise cli.UserError(f"{file}: is of another configuration; give another folder with --out")
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
     write_json(file, config)
 
@@ -625,12 +601,13 @@ def pick_metric(args, images):
     """The score of table.md. Raises UserError where these images have none."""
     if not images.classes or len(images.classes) == 1 and not images.multilabel:
         fix = "give each class a folder of its own, or a CSV file"
-        raise UserError(f"{images.path}: has no labels, which the tables need; {fix}")
+        raise cli.UserError(f"{images.path}: has no labels, which the tables need; {fix}")
     if images.multilabel and args.metric in ("balanced_accuracy", "accuracy"):
         fix = "several labels per image: take macro_f1, micro_f1 or auroc"
-        raise UserError(f"--metric {args.metric}: {images.path} has {fix}")
-    isic = args.table == "5" and not images.multilabel
-    return args.metric or ("balanced_accuracy" if isic else "macro_f1")
+        raise cli.UserError(f"--metric {args.metric}: {images.path} has {fix}")
+    if args.table == "5" and not images.multilabel:  # ISIC's own
+        return args.metric or "balanced_accuracy"
+    return args.metric or "macro_f1"
 
 
 def main():
@@ -645,9 +622,7 @@ def main():
     paper = json.loads((ROOT / "tools/paper.json").read_text())["tables"]
     print(write_table(args, paper, metric))
     if errors:
-        way_out = "the same command tries them again"
-        print(f"error: {errors} of {len(jobs)} cells failed; {way_out}", file=sys.stderr)
-        sys.exit(1)
+        raise cli.Stopped(1, f"{errors} of {len(jobs)} cells failed; run it again to retry them")
 
 
 if __name__ == "__main__":

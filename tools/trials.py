@@ -7,6 +7,7 @@ k-NN accuracy, and the balanced accuracy of a ridge probe on 1 % and 10 % of the
 VICReg earned its place in losses.py; the rest stays here. 64 px and less: bfloat16 on a CPU.
 """
 
+import math
 import sys
 import tempfile
 import time
@@ -23,11 +24,13 @@ from cass import CASS, build_arm
 from common import cli, collapse
 from common.checkpoint import write_json
 from common.decode import normalize
+from common.metrics import multiclass_scores
 from common.readers import read
 from common.run import Run, on_device
 from losses import cosine_loss, vicreg
 
 ARMS = {"cnn": ("resnet10t", {}), "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 6})}
+CPU = torch.device("cpu")
 
 
 def standardize(x):
@@ -46,110 +49,95 @@ def infonce(R, T, temperature=0.1):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def centred_cosine(R, T):
-    return cosine_loss(R - R.mean(0), T - T.mean(0))
+def centred(objective):
+    return lambda R, T: objective(R - R.mean(0), T - T.mean(0))
 
 
 def standardized_cosine(R, T):
     return cosine_loss(standardize(R), standardize(T))
 
 
-def centred_infonce(R, T):
-    return infonce(R - R.mean(0), T - T.mean(0))
-
-
 class Alternating:
     """Equation 1, the gradient into one arm at a time."""
 
-    def __init__(self):
-        self.step = 0
+    step = 0
 
     def __call__(self, R, T):
         self.step += 1
         return cosine_loss(R.detach(), T) if self.step % 2 else cosine_loss(R, T.detach())
 
 
-class OnFeatures(nn.Module):
+class OnFeatures(CASS):
     """The features before the heads, through a projector each, instead of the logits."""
 
     def __init__(self, cnn, vit, objective, width=512):
-        super().__init__()
-        self.cnn, self.vit, self.objective = cnn, vit, objective
-        for arm, model in self.arms.items():
-            model.projector = nn.Sequential(
-                nn.Linear(model.num_features, width),
-                nn.BatchNorm1d(width),
-                nn.ReLU(),
-                nn.Linear(width, width),
-            )
-
-    @property
-    def arms(self):
-        return {"cnn": self.cnn, "vit": self.vit}
+        super().__init__(cnn, vit, objective=objective)
+        for model in (cnn, vit):
+            layers = nn.Linear(model.num_features, width), nn.BatchNorm1d(width), nn.ReLU()
+            model.projector = nn.Sequential(*layers, nn.Linear(width, width))
 
     def forward(self, images):
-        R, T = (
-            m.projector(m.forward_head(m.forward_features(images), pre_logits=True)).float()
-            for m in self.arms.values()
-        )
-        return self.objective(R, T)
+        outputs = []
+        for model in self.arms.values():
+            features = model.forward_head(model.forward_features(images), pre_logits=True)
+            outputs.append(model.projector(features).float())
+        return self.objective(*outputs)
 
 
-OBJECTIVES = {
-    "cosine": cosine_loss,
-    "barlow": barlow,
-    "vicreg": vicreg,
-    "infonce": infonce,
-    "centred_infonce": centred_infonce,
-    "centred_cosine": centred_cosine,
-    "standardized_cosine": standardized_cosine,
-    "alternating": Alternating(),
-    "barlow_projector": barlow,
-    "vicreg_projector": vicreg,
-    "infonce_projector": infonce,
-}
+OBJECTIVES = {"cosine": cosine_loss, "barlow": barlow, "vicreg": vicreg, "infonce": infonce}
+OBJECTIVES |= {"centred_infonce": centred(infonce), "centred_cosine": centred(cosine_loss)}
+OBJECTIVES |= {"standardized_cosine": standardized_cosine, "alternating": Alternating()}
+OBJECTIVES |= {f"{name}_projector": OBJECTIVES[name] for name in ("barlow", "vicreg", "infonce")}
+
+
+def pretrained(name, images, train, seed, args):
+    """{arm: model} after pre-training with this objective; untrained for a name that is none."""
+    torch.manual_seed(seed)
+    arms = [build_arm(arch, args.img_size, **kwargs) for arch, kwargs in ARMS.values()]
+    method = (OnFeatures if "projector" in name else CASS)(*arms, objective=OBJECTIVES.get(name))
+    method.to(memory_format=torch.channels_last)
+    if name not in OBJECTIVES:
+        return method.arms
+    views = data.AugmentedImages(images, train, data.augmentation(args.img_size), seed=seed)
+    loader = data.loader(views, data.EpochBatches(len(views), 16, seed), CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), CPU, torch.bfloat16, {})
+        swa = pretrain.train(method, loader, run, args.epochs, lr=args.lr)
+    return swa.finish(lambda: on_device(loader, CPU))
 
 
 def embed(model, images, index):
-    return collapse.embed(
-        model,
-        (
-            normalize(torch.from_numpy(np.stack([images[i] for i in part])))
-            for part in index.split(256)
-        ),
-    )[0]
+    """Features (N, D) of the images at these N indices."""
+    parts = (torch.from_numpy(np.stack([images[i] for i in part])) for part in index.split(256))
+    return collapse.embed(model, map(normalize, parts))[0]
 
 
-def balanced(predicted, true, classes):
-    return (
-        torch.stack(
-            [
-                (predicted[true == c] == c).float().mean()
-                for c in range(classes)
-                if (true == c).any()
-            ]
-        )
-        .mean()
-        .item()
-    )
+def probe(train, y, val, frac, draw):
+    """Ridge regression on a share of the labels, at least one per class: scores (M, C).
 
-
-def probe(train, y, val, y_val, frac, draw, classes):
-    g = torch.Generator().manual_seed(draw)
-    mine = torch.cat(
-        [
-            (i := (y == c).nonzero()[:, 0])[
-                torch.randperm(len(i), generator=g)[: max(1, round(frac * len(i)))]
-            ]
-            for c in range(classes)
-        ]
-    )
-    mean, std = train.mean(0), train.std(0) + 1e-6
+    train: (N, D); y: (N, C) float 0/1; val: (M, D).
+    """
+    g, mine = torch.Generator().manual_seed(draw), []
+    for has in y.T:
+        i = has.nonzero()[:, 0]
+        mine.append(i[torch.randperm(len(i), generator=g)[: max(1, round(frac * len(i)))]])
+    mine, mean, std = torch.cat(mine), train.mean(0), train.std(0) + 1e-6
     X, V = (train[mine] - mean) / std, (val - mean) / std
-    Y = F.one_hot(y[mine], classes).float()
-    bias = Y.mean(0)
-    W = torch.linalg.solve(X.T @ X + len(X) * torch.eye(X.shape[1]), X.T @ (Y - bias))
-    return balanced((V @ W + bias).argmax(1), y_val, classes)
+    bias = y[mine].mean(0)
+    W = torch.linalg.solve(X.T @ X + len(X) * torch.eye(X.shape[1]), X.T @ (y[mine] - bias))
+    return V @ W + bias
+
+
+def readouts(train, y, val, true, classes):
+    """{measure: balanced accuracy} on the features of one arm. true: (M,) class indices."""
+    votes = collapse.knn(train, y, val, temperature=math.inf)  # the 20 neighbours count alike
+    scores, row = {"knn": [votes.round(decimals=2)]}, {}
+    for frac in (0.01, 0.1):
+        scores[f"{frac:g}"] = [probe(train, y, val, frac, draw) for draw in range(5)]
+    for name, draws in scores.items():
+        found = [multiclass_scores(true, x.numpy(), classes)["balanced_accuracy"] for x in draws]
+        row[name] = round(sum(found) / len(found), 4)
+    return row
 
 
 def main():
@@ -162,68 +150,28 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", default="trials.json")
     args = parser.parse_args()
-    out, rows = Path(args.out), []
+    rows = []
     for seed in args.seeds:
         images = read(args.data, **data.options(args))
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
-        split = data.split_and_report(images, seed, args.dedup)
-        y = torch.from_numpy(images.labels.argmax(1))
+        split, true = data.split_and_report(images, seed, args.dedup), images.labels.argmax(1)
         train, val = (torch.from_numpy((split == s).nonzero()[0]) for s in ("train", "val"))
         some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:2000]]
+        y = F.one_hot(torch.from_numpy(true[some]), len(images.classes)).float()
         for name in args.only:
-            torch.manual_seed(seed)
-            arms = [build_arm(a, args.img_size, **k) for a, k in ARMS.values()]
-            objective = OBJECTIVES.get(name)
-            method = (
-                OnFeatures(*arms, objective)
-                if "projector" in name
-                else CASS(*arms, objective=objective)
-            )
-            method.to(memory_format=torch.channels_last)
             began = time.perf_counter()
-            if objective is not None:
-                views = data.AugmentedImages(
-                    images.images,
-                    train.numpy(),
-                    seed=seed,
-                    transform=data.augmentation(args.img_size),
-                )
-                batches = data.EpochBatches(len(views), 16, seed)
-                cpu = torch.device("cpu")
-                loader = data.loader(views, batches, cpu)
-                with tempfile.TemporaryDirectory() as folder:
-                    swa = pretrain.train(
-                        method,
-                        loader,
-                        Run(Path(folder), cpu, {}),
-                        cpu,
-                        torch.bfloat16,
-                        args.epochs,
-                        lr=args.lr,
-                    )
-                arms = swa.finish(lambda: on_device(loader, cpu))
-            else:
-                arms = method.arms
-            row = {
-                "objective": name,
-                "seed": seed,
-                "epochs": args.epochs,
-                "seconds": round(time.perf_counter() - began),
-            }
+            arms = pretrained(name, images.images, train.numpy(), seed, args)
+            row = {"objective": name, "seed": seed, "epochs": args.epochs}
+            row["seconds"] = round(time.perf_counter() - began)
             for arm, model in arms.items():
-                E, V = embed(model, images.images, some), embed(model, images.images, val)
-                C = len(images.classes)
-                near = (F.normalize(V, dim=1) @ F.normalize(E, dim=1).T).topk(20).indices
-                votes = F.one_hot(y[some][near], C).sum(1)
-                row[f"{arm}_knn"] = round(balanced(votes.argmax(1), y[val], C), 4)
-                for frac in (0.01, 0.1):
-                    row[f"{arm}_{frac:g}"] = round(
-                        sum(probe(E, y[some], V, y[val], frac, d, C) for d in range(5)) / 5, 4
-                    )
+                features, queries = (embed(model, images.images, i) for i in (some, val))
+                found = readouts(features, y, queries, true[val], images.classes)
+                row |= {f"{arm}_{measure}": value for measure, value in found.items()}
             print(row, flush=True)
             rows.append(row)
-            write_json(out, {"command": sys.argv, "torch": torch.__version__, "rows": rows})
+            record = {"command": sys.argv, "torch": torch.__version__, "rows": rows}
+            write_json(args.out, record)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
