@@ -5,12 +5,10 @@
     python predict.py --ckpt cnn.pt --data new_images/ --embeddings features.npz
 
 --out gets a row per image, in the order of the folder or file: path, predicted, and a probability
-per class, one sigmoid each, so that rows need not sum to one (as finetune.py's predictions.csv).
-Several files are averaged in probability: nobody knows beforehand which arm to pick. --embeddings
-gets the features before the head: `embeddings`, (N, D) float32, and `paths`, (N,) str; of several
-files `embeddings_1`, `embeddings_2`, ... in the order of `files`. Labels are never looked at.
-
-From Python: load("best.pt") returns `model`, `transform` and `class_names` (docs/outputs.md).
+per class, one sigmoid each, so that rows need not sum to one. Several files are averaged in
+probability: nobody knows beforehand which arm to pick. --embeddings gets the features before the
+head: `embeddings`, (N, D) float32, and `paths`, (N,) str; of several files `embeddings_1`,
+`embeddings_2`, ... in the order of `files`. For use from Python, load(): docs/outputs.md.
 """
 
 import functools
@@ -105,16 +103,13 @@ def refuse_unequal(arms):
             raise UserError(f"{what}; only equal classes in equal order can be averaged (--ckpt)")
         if arm.multilabel != first.multilabel:
             several, one = (arm, first) if arm.multilabel else (first, arm)
-            what = f"{several.path}: predicts several labels to an image, but {one.path} one"
-            raise UserError(f"{what}; they cannot be averaged (--ckpt)")
+            kinds = f"{several.path}: predicts several labels, {one.path} one"
+            raise UserError(f"{kinds}; average files of one kind (--ckpt)")
 
 
 @torch.inference_mode()
 def forward(arm, pixels, device, amp, with_features):
-    """[probabilities (n, C)] and, if asked for, features (n, D) behind them, float32 in numpy.
-
-    pixels: (n, 3, S, S) uint8.
-    """
+    """Of pixels (n, 3, S, S) uint8: [probabilities (n, C)] and, if asked for, features (n, D)."""
     (images,) = on_device([pixels], device, arm.mean, arm.std)
     with torch.autocast(device.type, amp, enabled=amp is not None):
         hidden = arm.model.forward_features(images)
@@ -133,8 +128,8 @@ def forward_all(arms, pixels, bs, workers, device, amp, features):
     loaders = [data.loader(dataset, batches, device, workers) for dataset in datasets]
     with cli.Signals() as signals, cli.progress(total=n, desc="predicting") as bar:
         for batch in zip(*loaders):
-            of = dict(zip(pixels, batch))  # size -> images
-            outputs.append([forward(arm, of[arm.img_size], device, amp, features) for arm in arms])
+            images = dict(zip(pixels, batch))
+            outputs.append([forward(a, images[a.img_size], device, amp, features) for a in arms])
             bar.update(len(batch[0]))
             if signals.number:
                 signals.leave("nothing was written")
@@ -151,11 +146,10 @@ def write_predictions(path, names, probabilities, classes, multilabel):
 
 def write_embeddings(path, names, features, files):
     """A .npz file of the features (N, D) that each of the weights files gives."""
+    arrays = {f"embeddings_{i}": array for i, array in enumerate(features, 1)}
+    arrays["files"] = np.array([os.path.abspath(file) for file in files])
     if len(files) == 1:
         arrays = {"embeddings": features[0]}
-    else:
-        arrays = {f"embeddings_{i}": array for i, array in enumerate(features, 1)}
-        arrays["files"] = np.array([os.path.abspath(file) for file in files])
     with checkpoint.atomic_open(path, "wb") as file:
         np.savez(file, **arrays, paths=np.array(names))
 
@@ -173,7 +167,8 @@ def main():
     arms = [load(path) for path in args.ckpt]
     if args.out:
         refuse_unequal(arms)
-    images, pixels = read(args.data, ["none"], images=args.images, image_col=args.image_col), {}
+    images = read(args.data, images=args.images, image_col=args.image_col, label_col=["none"])
+    pixels = {}
     for size in {arm.img_size for arm in arms}:
         images.decode(size, data.cache_dir(args.cache), args.skip_bad)
         pixels[size] = images.images
@@ -188,8 +183,7 @@ def main():
         write_predictions(args.out, images.names, mean, arms[0].class_names, arms[0].multilabel)
         print(f"wrote {args.out}")
     if args.embeddings:
-        features = [features for _, features in outputs]
-        write_embeddings(args.embeddings, images.names, features, args.ckpt)
+        write_embeddings(args.embeddings, images.names, [f for _, f in outputs], args.ckpt)
         print(f"wrote {args.embeddings}")
 
 

@@ -1,7 +1,5 @@
-"""Images and labels as people have them on disk -> one table, an ImageSet. Nothing is decoded here.
-
-data.py lists the layouts. What cannot be told from the files is an error, never a guess.
-"""
+"""Images and labels as people have them on disk -> one table, an ImageSet; nothing is decoded here.
+data.py lists the layouts. What cannot be told from the files is an error, never a guess."""
 
 import os
 from collections import Counter
@@ -89,15 +87,6 @@ def list_files(root):
     return sorted(found)
 
 
-def one_hot(labels, classes):
-    """N collections of class names -> (N, C) bool."""
-    column = {c: i for i, c in enumerate(classes)}
-    has = np.zeros((len(labels), len(classes)), bool)
-    for row, names in zip(has, labels):
-        row[[column[name] for name in names]] = True
-    return has
-
-
 def read_folder(root, unlabelled=False):
     """Images below a folder. Classes are the folders directly below it (or below train, test, ...)
     where every image lies directly in one of at least two; otherwise there are no labels."""
@@ -106,8 +95,9 @@ def read_folder(root, unlabelled=False):
     endings = Counter(Path(f).suffix.lower() or "no ending" for f in files)
     others = preview(f"{n} {e}" for e, n in endings.most_common() if e not in EXTENSIONS)
     if not names:
-        held = f"{others or 'nothing'}, but no images ({', '.join(EXTENSIONS)})"
-        raise UserError(f"{root}: holds {held}")
+        raise UserError(
+            f"{root}: holds {others or 'nothing'}, but no images ({', '.join(EXTENSIONS)})"
+        )
     parts = [name.split("/") for name in names]
     given = [SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts]
     if len(set(given) - {""}) > 1:
@@ -121,15 +111,15 @@ def read_folder(root, unlabelled=False):
     folders = sorted({p[0] for p in parts if len(p) == 2})
     labelled = all(len(p) == 2 for p in parts) and len(folders) > 1 and not unlabelled
     classes = folders if labelled else []
-    labels = one_hot([p[:1] if labelled else [] for p in parts], classes)
+    top = np.array([p[0] if labelled else "" for p in parts])
+    labels = top[:, None] == np.array(classes, str)
     notes = [f"not read: {others}"] if others else []
     sources = [os.path.join(root, name) for name in names]
     return ImageSet(str(root), names, sources, labels, classes, np.array(given), notes=notes)
 
 
 def read_npz(file, unlabelled=False):
-    """A MedMNIST file: {train,val,test}_images (N, H, W[, 3]) uint8 and ..._labels (N, C) ints,
-    which are not looked at if unlabelled."""
+    """A MedMNIST file: {train,val,test}_images (N, H, W[, 3]) uint8, and ..._labels (N, C) int."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             arrays = {key: arrays[key] for key in arrays.files}
@@ -141,9 +131,8 @@ def read_npz(file, unlabelled=False):
         raise UserError(f"{file}: needs the arrays {needed}, but holds {held or 'none'}")
     sizes = [len(arrays[f"{s}_images"]) for s in splits]
     images = [image for s in splits for image in arrays[f"{s}_images"]]
-    labels = [np.zeros((n, 0)) for n in sizes]
-    if not unlabelled:
-        labels = [arrays[f"{s}_labels"] for s in splits]
+    none = [np.zeros((n, 0)) for n in sizes]
+    labels = none if unlabelled else [arrays[f"{s}_labels"] for s in splits]
     if [len(x) for x in labels] != sizes:
         raise UserError(f"{file}: a split has another number of labels than of images")
     labels = np.concatenate([x.reshape(len(x), -1) for x in labels])
@@ -162,8 +151,7 @@ def read_npz(file, unlabelled=False):
 def read(path, label_col=None, multilabel=False, split=None, **table):
     """The ImageSet at `path`; the arguments are the data flags, `table` those of read_csv alone.
 
-    label_col: ["none"] for no labels, whatever there is; split: file of read_split. Raises
-    UserError.
+    label_col: ["none"] for no labels; split: a file for read_split. Raises UserError.
     """
     from common import tables  # which imports this module
 

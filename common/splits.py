@@ -99,8 +99,8 @@ def make_split(data, seed, seen=None, allow_seen=False):
     which, saw = _cut(order, size, drawn), np.bincount(unit, seen[pool]) > 0
     if saw.all():
         if "test" in drawn and not allow_seen:
-            what = "pre-training saw every image, which leaves none for a leak-free test"
-            raise UserError(f"{data.path}: {what}; add others, or give --allow-seen")
+            what = "pre-training saw every image; add others to test on, or give --allow-seen"
+            raise UserError(f"{data.path}: {what}")
         data.notes.append(f"pre-training saw every image: {' and '.join(drawn)} hold such images")
     elif (which[saw] != "train").any():  # another split than pre-training's: seen images first
         order = order[np.argsort(~saw[order], kind="stable")]
@@ -150,9 +150,8 @@ def label_fraction(data, train, frac, seed):
     wanted = math.floor(frac * len(index) + 0.5)
     if wanted < end[n_cover - 1]:
         smallest = math.ceil((end[n_cover - 1] - 0.5) / len(index) * 1e5) / 1e5
-        share = f"--frac {frac:g} of {len(index)} training images is {wanted}"
-        few = f"too few to hold each of the {len(data.classes)} classes"
-        raise UserError(f"{share}, {few}; the smallest fraction that can is {smallest:g}")
+        few = f"--frac {frac:g} gives {wanted} images, too few for {len(data.classes)} classes"
+        raise UserError(f"{few}; the smallest fraction that holds each is {smallest:g}")
     used = np.zeros(len(data), bool)
     used[index[np.isin(unit, order[end <= wanted])]] = True
     return used

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UserError, preview
-from common.readers import EXTENSIONS, SPLITS, ImageSet, list_files, one_hot
+from common.readers import EXTENSIONS, SPLITS, ImageSet, list_files
 
 LABEL_NAMES = {"label", "labels", "class", "target"}
 ZERO_OR_ONE = {"0", "1", "0.0", "1.0"}
@@ -42,16 +42,17 @@ class Table:
     def column(self, name, flag):
         """The N cells below a column name that a flag gave. Raises UserError if there is none."""
         if name not in self.columns:
-            there = ", ".join(self.columns)
-            raise UserError(f"{self.file}: has no column {name} ({flag}); its columns are {there}")
+            raise UserError(
+                f"{self.file}: has no column {name} ({flag}), only {preview(self.columns)}"
+            )
         return self.columns[name]
 
     def refuse(self, bad, what, fix="correct them"):
         """Raise UserError if there are bad rows, {row: cell}. what: they do."""
         if bad:
             cells = preview(f"line {self.lines[i]}: {cell or 'empty'}" for i, cell in bad.items())
-            count = f"{len(bad)} of {len(self.lines)} rows"
-            raise UserError(f"{self.file}: {count} {what} ({cells}); {fix}")
+            rows = f"{len(bad)} of {len(self.lines)} rows"
+            raise UserError(f"{self.file}: {rows} {what} ({cells}); {fix}")
 
 
 def read_csv(file, images=None, image_col=None, label_col=None, label_sep=None, group_col=None):
@@ -65,11 +66,8 @@ def read_csv(file, images=None, image_col=None, label_col=None, label_sep=None, 
     find = Finder(root)
     image_col = _image_column(table, find) if image_col is None else image_col
     names = table.column(image_col, "--image-col")
-    names = table.columns[image_col]
     found = [find(name) for name in names]
-    bad = {
-        i: f"{names[i]}, {len(paths)} images" for i, paths in enumerate(found) if len(paths) != 1
-    }
+    bad = {i: f"{names[i]}, {len(p)} images" for i, p in enumerate(found) if len(p) != 1}
     table.refuse(bad, f"name no image in {root}, or several", "correct --images or --image-col")
     columns = [] if label_col == ["none"] else label_col
     if columns is None:
@@ -86,9 +84,12 @@ def read_csv(file, images=None, image_col=None, label_col=None, label_sep=None, 
         notes.append(f"{len(found) - len(first)} rows repeat an image with the same labels")
     if groups:  # an image without a group is a group of its own
         groups = np.array([groups[i] or f"(none) {path}" for path, i in first.items()])
-    labels = one_hot([labels[i] for i in first.values()], classes)
+    column = {c: i for i, c in enumerate(classes)}
+    has = np.zeros((len(first), len(classes)), bool)
+    for row, i in zip(has, first.values()):
+        row[[column[label] for label in labels[i]]] = True
     sources, given = [str(root / path) for path in first], np.full(len(first), "", "U5")
-    return ImageSet(str(file), list(first), sources, labels, classes, given, groups, notes=notes)
+    return ImageSet(str(file), list(first), sources, has, classes, given, groups, notes=notes)
 
 
 class Finder:
@@ -120,9 +121,8 @@ def _image_column(table, find):
     hits = {c: np.mean(found) for c, found in sample.items()}
     named = [c for c in hits if hits[c] > 0.5] or [c for c in hits if c.lower() in IMAGE_NAMES]
     if len(named) != 1:
-        what = f"cannot tell which column names the images ({', '.join(named or hits)})"
-        where = "" if named else f", and where they are with --images (looked in {find.root})"
-        raise UserError(f"{table.file}: {what}; say so with --image-col{where}")
+        what = f"cannot tell which column names images in {find.root}: {', '.join(named or hits)}"
+        raise UserError(f"{table.file}: {what}; say so with --image-col, or correct --images")
     return named[0]
 
 
@@ -147,7 +147,7 @@ def _labels(table, columns, label_sep):
             classes.sort(key=int)
         return labels, classes, []
     cells = [table.column(c, "--label-col") for c in columns]
-    rows = list(zip(*cells)) if columns else [()] * len(table.lines)
+    rows = list(zip(*cells)) or [()] * len(table.lines)
     bad = {i: ", ".join(row) for i, row in enumerate(rows) if not ZERO_OR_ONE.issuperset(row)}
     table.refuse(bad, f"hold more than 0 or 1 in {preview(columns)}")
     labels = [{c for c, cell in zip(columns, row) if float(cell)} for row in rows]
@@ -164,9 +164,7 @@ def _split_cells(table, column, label_sep):
         seps = [sep for sep in "|;," if any(sep in cell for cell in cells)]
         if len(seps) > 1 or seps == [","]:
             which = f"{' or '.join(map(repr, seps))} parts several labels in {column}"
-            raise UserError(
-                f"{table.file}: cannot tell whether {which}; give --label-sep (or none)"
-            )
+            raise UserError(f"{table.file}: unclear whether {which}; give --label-sep (or none)")
         label_sep = seps[0] if seps else "none"
     if label_sep == "none":
         bad = {i: cell for i, cell in enumerate(cells) if not cell}

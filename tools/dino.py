@@ -284,7 +284,7 @@ def main():
         print(f"{out}: the run is finished")
         return
     images, built = read(args.data, **data.options(args)), {}
-    for arm in list(ARMS)[first:]:  # both before the first is trained: a wrong --vit is told now
+    for arm in list(ARMS)[first:]:  # both: a wrong --vit is an error before any training
         torch.manual_seed(args.seed)
         restored = state is not None and not built
         init = "random" if restored else settings[f"init_{arm}"] or args.init
