@@ -115,8 +115,7 @@ def forward(arm, pixels, device, amp, with_features):
         hidden = arm.model.forward_features(images)
         outputs = [arm.model.forward_head(hidden).float().sigmoid()]
         if with_features:
-            features = arm.model.forward_head(hidden, pre_logits=True)
-            outputs.append(features.flatten(1).float())
+            outputs.append(arm.model.forward_head(hidden, pre_logits=True).flatten(1).float())
     return [output.cpu().numpy() for output in outputs]
 
 

@@ -25,7 +25,6 @@ import losses
 from cass import CASS
 from common import arms, checkpoint, cli, collapse, distributed, toy_data
 from common.cli import UserError
-from common.decode import IMAGENET_MEAN, IMAGENET_STD
 from common.readers import read
 from common.run import Run, half_cycle, on_device
 from swa import SWA
@@ -39,18 +38,8 @@ ABLATIONS = ("blur", "solarize", "sgd", "sigmoid", "softmax")
 
 def add_arguments(parser):
     """The flags of pre-training, besides those of the data and of every run."""
-    add, vit = parser.add_argument, "vit_base_patch16_384.augreg_in21k_ft_in1k"
+    add = parser.add_argument
     add("--demo", action="store_true", help="draw labelled images to OUT/images; small arms")
-    add("--cnn", default="resnet50.a1_in1k", metavar="NAME", help="first arm, any timm model")
-    add("--vit", default=vit, metavar="NAME", help="second arm, any timm model")
-    kwargs = {"nargs": "*", "default": {}, "action": arms.KeyValues, "metavar": "KEY=VALUE"}
-    for arm in ("cnn", "vit"):
-        add(f"--{arm}-kwargs", **kwargs, help="for timm.create_model, such as patch_size=8")
-    add("--img-size", type=cli.positive, default=384, help="side of the images in pixels (F.2.2)")
-    inits = ["imagenet", "random"]
-    add("--init", default="imagenet", choices=inits, help="of both arms (Table 20)")
-    for arm in ("cnn", "vit"):
-        add(f"--init-{arm}", metavar="WHAT", help="imagenet, random or a weights file, for one arm")
     objective = "cosine: equation 1; vicreg: does not let the arms collapse (docs/collapse.md)"
     add("--objective", default="cosine", choices=list(losses.OBJECTIVES), help=objective)
     fail = "stop with status 1 after an epoch whose logits have collapsed"
@@ -73,6 +62,7 @@ def parse_arguments():
     """The arguments, and the state to resume from or None."""
     parser, state = cli.Parser(__doc__), None
     data.add_arguments(parser)
+    arms.add_arguments(parser)
     add_arguments(parser)
     cli.add_run_arguments(parser, epochs=100, lr=1e-3)  # F.2.3
     args = parser.parse_args()
@@ -162,14 +152,30 @@ def build_model(specs, img_size, objective, head_act, grad_checkpointing):
         models[arm] = arms.make_arm(f"--{arm}", name, init, img_size, **kwargs)
         if grad_checkpointing:
             arms.enable_grad_checkpointing(models[arm], name)
-    try:
-        arms.check_pair(**models, img_size=img_size)
-    except ValueError as error:
-        raise UserError(f"{error} (--cnn {specs['cnn'][0]}, --vit {specs['vit'][0]})") from error
+    arms.check_pair(**models, img_size=img_size)
     loss = losses.OBJECTIVES[objective]
     if objective != "cosine":  # it looks at the batch as a whole
         loss = distributed.of_whole_batch(loss)
     return CASS(**models, head_act=head_act, objective=loss)
+
+
+def begin(out, images, split, seen_before, config, stale=("cnn.pt", "vit.pt")):
+    """Clear the folder of an earlier run, or of `stale` files where one is resumed that has seen
+    the same images; write split.csv and config.json. Returns the indices (n,) of the training
+    images and their hashes, (n,) int64."""
+    processes = distributed.world_size()
+    index = (split == "train").nonzero()[0]
+    if len(index) < 2 * processes:
+        raise UserError(f"{images.path}: {len(index)} training images are too few")
+    seen = torch.from_numpy(images.table["hash"][index].view("int64"))
+    if seen_before is not None and not torch.equal(seen_before, seen):
+        raise UserError(f"{images.path}: its training images are not those that the run began with")
+    if distributed.rank() == 0:
+        checkpoint.start_folder(out, OUTPUTS, OUTPUTS if seen_before is None else stale)
+        data.write_split(out, images, split)
+        facts = {"command": sys.argv, **config, "processes": processes, "versions": VERSIONS}
+        checkpoint.write_json(out / "config.json", facts)
+    return index, seen
 
 
 def main():
@@ -198,28 +204,16 @@ def main():
     with distributed.process_0_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup)
-    train_index = (split == "train").nonzero()[0]
-    if len(train_index) < 2 * world_size:
-        raise UserError(f"{images.path}: {len(train_index)} training images are too few")
-    seen = torch.from_numpy(images.table["hash"][train_index].view("int64"))
-    if state is not None and not torch.equal(state["seen"], seen):
-        raise UserError(f"{args.data}: the training images are not those that the run began with")
-    if rank == 0:
-        checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else ("cnn.pt", "vit.pt"))
-        data.write_split(out, images, split)
-        config = {"command": sys.argv, "arguments": vars(args), "device": str(device)}
-        config |= {"amp": str(amp), "processes": world_size, "versions": VERSIONS}
-        checkpoint.write_json(out / "config.json", config)
-
+    state_seen = None if state is None else state["seen"]
+    config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}
+    train_index, seen = begin(out, images, split, state_seen, config)
     model.to(device, memory_format=torch.channels_last)
     augment = {name: name in args.ablation for name in ("blur", "solarize")}
     transform = data.augmentation(args.img_size, **augment)
     dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
     batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, rank, world_size)
     loader = data.loader(dataset, batches, device, args.workers)
-    val_index, labels = (split == "val").nonzero()[0], images.labels if images.classes else None
-    pixels = images.images
-    monitor = collapse.Monitor(pixels, train_index, val_index, labels, images.multilabel, args.seed)
+    monitor = collapse.Monitor(images, split, args.seed)
     metadata = {"script": "pretrain.py", "args": vars(args), "seen": seen, "processes": world_size}
     react = partial(collapse.react, objective=args.objective, fail=args.fail_on_collapse)
     run = Run(out, device, amp, metadata, state, [], args.save_every, monitor=monitor, react=react)
@@ -239,7 +233,8 @@ def main():
         facts = {"epoch": args.epochs, "swa_snapshots": swa.snapshots, "seed": args.seed}
         facts |= {"seen": seen, "data": data.options(args, data.OPTIONS), "config": vars(args)}
         for arm, (name, _, kwargs) in specs.items():
-            save_arm(out, arm, averaged[arm], name, kwargs, args.img_size, facts)
+            rebuild = arms.rebuild_kwargs(name, args.img_size, kwargs)
+            arms.save(out, arm, averaged[arm], name, rebuild, args.img_size, facts)
         none = "the last weights; no weights averaged: no end of a cycle after --swa-start"
         what = f"the mean of {swa.snapshots} snapshots" if swa.snapshots else none
         print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: {what}")
@@ -249,14 +244,6 @@ def main():
             start = f"--arch {args.cnn} --init random --img-size {args.img_size} --frac 0.1"
             places = f"--data {out / 'images'} --cache {out / 'cache'} --out {out / 'baseline'}"
             print(f"compare: python finetune.py {start} {places}")
-
-
-def save_arm(out, arm, model, name, kwargs, img_size, facts):
-    """cnn.pt or vit.pt, for finetune.py and timm. name, kwargs: for timm.create_model."""
-    kwargs = arms.rebuild_kwargs(name, img_size, kwargs)
-    facts = {**facts, "arch": name, "arm": arm, "model_kwargs": kwargs, "img_size": img_size}
-    facts |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    checkpoint.save(out / f"{arm}.pt", checkpoint.weights_file(model, **facts))
 
 
 if __name__ == "__main__":

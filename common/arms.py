@@ -8,8 +8,9 @@ import torch
 from timm.utils import ParseKwargs
 
 from cass import build_arm, size_argument
-from common.checkpoint import load_state_dict
-from common.cli import UserError
+from common import checkpoint
+from common.cli import UserError, positive
+from common.decode import IMAGENET_MEAN, IMAGENET_STD
 
 
 class KeyValues(ParseKwargs):
@@ -24,6 +25,19 @@ class KeyValues(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
+def add_arguments(parser):
+    """The flags of the two arms."""
+    names = {"cnn": "resnet50.a1_in1k", "vit": "vit_base_patch16_384.augreg_in21k_ft_in1k"}
+    kwargs = {"nargs": "*", "default": {}, "action": KeyValues, "metavar": "KEY=VALUE"}
+    add, inits = parser.add_argument, ["imagenet", "random"]
+    for arm, name in names.items():
+        add(f"--{arm}", default=name, metavar="NAME", help=f"the {arm} arm, any timm model")
+        add(f"--{arm}-kwargs", **kwargs, help="for timm.create_model, such as patch_size=8")
+        add(f"--init-{arm}", metavar="WHAT", help="imagenet, random or a weights file, for one arm")
+    add("--init", default="imagenet", choices=inits, help="of both arms (Table 20)")
+    add("--img-size", type=positive, default=384, help="side of the images in pixels (F.2.2)")
+
+
 def make_arm(flag, name, init, img_size, **model_kwargs):
     """cass.build_arm, where init may also be a weights file. Raises UserError, naming the flag."""
     if not timm.is_model(name):
@@ -32,7 +46,7 @@ def make_arm(flag, name, init, img_size, **model_kwargs):
         raise UserError(f"{flag}: timm has no model {name!r}{hint}")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # one line is enough
     if init not in ("imagenet", "random"):
-        init = load_state_dict(init)
+        init = checkpoint.load_state_dict(init)
     try:
         return build_arm(name, img_size, init=init, **model_kwargs)
     except (TypeError, AssertionError, RuntimeError, KeyError, AttributeError, ValueError) as error:
@@ -52,30 +66,31 @@ def rebuild_kwargs(name, img_size, model_kwargs):
 
 
 @torch.no_grad()
-def output_shape(model, img_size):
-    """Shape of the model's output for one image. Raises ValueError, in one line, where it accepts
-    no such images."""
+def output_shape(model, img_size, name):
+    """Shape of the output for one image. Raises UserError where the model takes no such images."""
     was_training = model.training
     try:
         return tuple(model.eval()(torch.zeros(1, 3, img_size, img_size)).shape)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"accepts no images of 3x{img_size}x{img_size}: {reason}") from error
+        raise UserError(f"{name} accepts no images of 3x{img_size}x{img_size}: {reason}") from error
     finally:
         model.train(was_training)
 
 
 def check_pair(cnn, vit, img_size):
-    """Raise ValueError, in one line, unless both arms map images to logits of one shape."""
-    shapes = {}
-    for arm, model in (("cnn", cnn), ("vit", vit)):
-        try:
-            shapes[arm] = output_shape(model, img_size)
-        except ValueError as error:
-            raise ValueError(f"the {arm} arm {error}") from error
-    if shapes["cnn"] != shapes["vit"] or len(shapes["cnn"]) != 2:
-        found = f"shape {shapes['cnn']} (cnn) and {shapes['vit']} (vit)"
-        raise ValueError(f"the arms cannot be paired: for one image their logits have {found}")
+    """Raise UserError unless both arms map images to logits of one shape."""
+    R, T = output_shape(cnn, img_size, "--cnn"), output_shape(vit, img_size, "--vit")
+    if R != T or len(R) != 2:
+        problem = f"their logits for one image have the shapes {R} and {T}"
+        raise UserError(f"--cnn, --vit: cannot be paired, since {problem}")
+
+
+def save(out, arm, model, name, kwargs, img_size, facts):
+    """cnn.pt or vit.pt, for finetune.py and timm. name, kwargs: for timm.create_model."""
+    facts = {**facts, "arch": name, "arm": arm, "model_kwargs": kwargs, "img_size": img_size}
+    facts |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    checkpoint.save(out / f"{arm}.pt", checkpoint.weights_file(model, **facts))
 
 
 def enable_grad_checkpointing(model, name):

@@ -41,8 +41,7 @@ def atomic_open(path, mode="w"):
 
 
 def start_folder(folder, names, fresh=()):
-    """Make the folder, and clear it of what killed writers left of the files `names`, and of the
-    files `fresh`."""
+    """Make the folder; delete what killed writers left of `names`, and those in `fresh`."""
     folder.mkdir(parents=True, exist_ok=True)
     left = [path for name in names for path in folder.glob(f".{name}.*.tmp")]
     for path in (*left, *(folder / name for name in fresh)):
@@ -88,8 +87,7 @@ def weights_file(model, **metadata):
 
 
 def load(path):
-    """What a file of torch.save or safetensors holds, if that is plain data, on the CPU: nothing in
-    it is run. Raises UserError."""
+    """The plain data in a torch or safetensors file, of which nothing is run. Raises UserError."""
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)

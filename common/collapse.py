@@ -1,7 +1,5 @@
-"""Do the arms learn or collapse? Measures of features, for log.jsonl and for k-NN.
-
-All take (N, D) float tensors, one row an image, and return Python floats. Only k-NN sees labels.
-"""
+"""Do the arms learn or collapse? Measures of (N, D) float tensors, one row an image, as Python
+floats for log.jsonl; and k-NN, which alone sees labels."""
 
 import sys
 
@@ -86,21 +84,22 @@ class Monitor:
     """Measures the arms on some training images, unaugmented, and, where there are labels, by k-NN
     from these on as many validation images.
 
-    images: (N, 3, S, S) uint8 array; train, val: indices; labels: (N, C) 0/1 array or None.
+    images: an ImageSet, decoded; split: (N,) "train", "val" or "test".
     Takes a fortieth of the training images, 32 to 512: under 2 % of an epoch from 1,300 images on,
     in one process. Training sees nothing of it.
     """
 
-    def __init__(self, images, train, val, labels, multilabel, seed):
+    def __init__(self, images, split, seed):
+        train, val = (np.flatnonzero(split == part) for part in ("train", "val"))
         n = min(len(train), max(32, min(512, len(train) // 40)))
         draw = torch.Generator().manual_seed(seed)
 
         def some(index):
             return index[torch.randperm(len(index), generator=draw)[:n].sort().values.numpy()]
 
-        self.images, self.labels, self.multilabel = images, labels, multilabel
+        self.images, self.labels, self.multilabel = images.images, images.labels, images.multilabel
         self.train = some(train)
-        self.val = some(val) if labels is not None else val[:0]
+        self.val = some(val) if images.classes else val[:0]
 
     def __call__(self, arms, device):
         """arms: {name: timm model}. Returns {measure: number} for log.jsonl. In float32: bfloat16
@@ -146,8 +145,7 @@ def in_brief(row):
 
 
 def react(row, objective, fail):
-    """Warn where the logits of an arm have collapsed in a row of the log; raise FloatingPointError
-    instead where `fail`."""
+    """Warn of collapsed logits in a row of the log, or, where `fail`, raise FloatingPointError."""
     arms = [arm for arm in row["arms"].split("+") if row.get(f"{arm}_logits_collapsed")]
     if not arms:
         return

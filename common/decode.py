@@ -151,16 +151,19 @@ def decode_all(sources, size, name, directory):
     Returns (table, images, bad): table (N,) of ROW, images DecodedImages, bad {index: reason}.
     Raises UserError where the file cannot be written.
     """
-    table, bad = np.zeros(len(sources), ROW), {}
+    table, bad, known = np.zeros(len(sources), ROW), {}, {}
     table["key"] = [_key(source) for source in sources]
 
     def pixels(i):
+        if (key := int(table["key"][i])) in known:
+            table[i], array = known[key]
+            return array
         try:
             array, metadata = decode(sources[i], size)
         except ValueError as error:
             bad[i] = str(error)
             return np.zeros((3, size, size), np.uint8)
-        table[i] = (table["key"][i], *(metadata[k] for k in ROW.names[1:]))
+        table[i] = (key, *(metadata[k] for k in ROW.names[1:]))
         return array
 
     if directory is None:
@@ -170,7 +173,7 @@ def decode_all(sources, size, name, directory):
     stem = f"{digest(name):016x}-{size}-v{VERSION}-"
     file = Path(directory) / f"{stem}{digest(table['key'].tobytes()):016x}.map"
     try:
-        _update(file, f"{stem}*.map", size, table, pixels)
+        _update(file, f"{stem}*.map", size, table, known, pixels)
     except OSError as error:
         space = f"{error.strerror}; the decoded images need {table.size * 3 * size**2 / 1e9:.2g} GB"
         raise UserError(f"{file.parent}: {space}: use --cache DIR or --no-cache") from error
@@ -188,10 +191,10 @@ def _in_order(function, n):
                     bar.update()
 
 
-def _update(file, pattern, size, table, pixels):
-    """Fill the table, and write the map unless it is there: what the maps of this pattern hold is
-    copied, the rest comes from pixels(i), which also fills row i."""
-    maps, known = {}, {}  # known: key -> (row, pixels) of all that was decoded before
+def _update(file, pattern, size, table, known, pixels):
+    """Write the map, unless it is there, and the table: pixels(i) fills row i, from `known`, {key:
+    (row, pixels)} of what the maps of this pattern hold, or from the image."""
+    maps = {}
     for earlier in file.parent.glob(pattern):
         with contextlib.suppress(OSError, ValueError, EOFError):  # not ours: decode again
             maps[earlier] = _open(earlier, size)
@@ -203,13 +206,6 @@ def _update(file, pattern, size, table, pixels):
             return
     for old, old_pixels in maps.values():
         known |= {int(old["key"][i]): (old[i], old_pixels[i]) for i in np.flatnonzero(old["width"])}
-
-    def known_pixels(i):
-        if int(table["key"][i]) not in known:
-            return pixels(i)
-        table[i], array = known[int(table["key"][i])]
-        return array
-
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in file.parent.glob(".*.map.*.tmp"):  # by runs that were killed
         with contextlib.suppress(FileNotFoundError):  # or that are done just now
@@ -217,7 +213,7 @@ def _update(file, pattern, size, table, pixels):
                 left.unlink()
     with atomic_open(file, "wb") as f:
         np.save(f, table)
-        for array in _in_order(known_pixels, len(table)):
+        for array in _in_order(pixels, len(table)):
             f.write(array.data)
         f.seek(0)
         np.save(f, table)

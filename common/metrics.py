@@ -51,9 +51,9 @@ def _summary(tp, fp, fn, truth, probabilities, classes):
 
 
 def multiclass_scores(true, probabilities, classes):
-    """Scores of argmax predictions.
+    """Scores of argmax predictions. true: (N,) indices; probabilities: (N, C), rows need not sum to
+    one; classes: C names.
 
-    true: (N,) indices; probabilities: (N, C), rows need not sum to one; classes: C names.
     F1 of a class that is neither there nor predicted is 0. Balanced accuracy is the mean recall of
     the classes that are there (ISIC's metric). AUROC is one class against the rest, macro mean
     over the classes that have both sides; None where none has.
@@ -70,9 +70,7 @@ def multiclass_scores(true, probabilities, classes):
 
 def multilabel_scores(true, probabilities, classes):
     """Scores of predictions at 0.5. true: (N, C) 0/1; probabilities: (N, C); see multiclass_scores.
-
-    "exact_match" is the share of images with every label right. "confusion" has a row
-    [tp, fp, fn, tn] for each class.
+    "exact_match": share of images with every label right; "confusion": [tp, fp, fn, tn] per class.
     """
     true, predicted = np.asarray(true, bool), probabilities >= 0.5
     tp, fp, fn = ((true & predicted).sum(0), (~true & predicted).sum(0), (true & ~predicted).sum(0))

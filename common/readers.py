@@ -95,9 +95,8 @@ def read_folder(root, unlabelled=False):
     endings = Counter(Path(f).suffix.lower() or "no ending" for f in files)
     others = preview(f"{n} {e}" for e, n in endings.most_common() if e not in EXTENSIONS)
     if not names:
-        raise UserError(
-            f"{root}: holds {others or 'nothing'}, but no images ({', '.join(EXTENSIONS)})"
-        )
+        known = ", ".join(EXTENSIONS)
+        raise UserError(f"{root}: holds {others or 'nothing'}, but no images ({known})")
     parts = [name.split("/") for name in names]
     given = [SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts]
     if len(set(given) - {""}) > 1:
@@ -111,8 +110,7 @@ def read_folder(root, unlabelled=False):
     folders = sorted({p[0] for p in parts if len(p) == 2})
     labelled = all(len(p) == 2 for p in parts) and len(folders) > 1 and not unlabelled
     classes = folders if labelled else []
-    top = np.array([p[0] if labelled else "" for p in parts])
-    labels = top[:, None] == np.array(classes, str)
+    labels = np.array([p[:1] if labelled else [""] for p in parts]) == np.array(classes, str)
     notes = [f"not read: {others}"] if others else []
     sources = [os.path.join(root, name) for name in names]
     return ImageSet(str(root), names, sources, labels, classes, np.array(given), notes=notes)

@@ -79,10 +79,10 @@ def make_split(data, seed, seen=None, allow_seen=False):
     """(N,) "train", "val" or "test".
 
     A given test (or validation) split stays; what is not given is drawn, 70/10/20 of a whole, by
-    indivisible_units() and stratified_order(). Without labels and a given split, all is for
-    training (F.2.1). seen: (N,) bool, the images that pre-training saw: validation and test are
-    drawn from the others; the split that pre-training drew stays as it was. Raises UserError where
-    that leaves no test image, unless allow_seen.
+    indivisible_units() and stratified_order(); images without labels are for training (F.2.1).
+    seen: (N,) bool, the images that pre-training saw: validation and test are drawn from the
+    others; the split that pre-training drew stays as it was. Raises UserError where that leaves no
+    test image, unless allow_seen.
     """
     split = data.given.astype("U5")
     drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
@@ -99,8 +99,7 @@ def make_split(data, seed, seen=None, allow_seen=False):
     which, saw = _cut(order, size, drawn), np.bincount(unit, seen[pool]) > 0
     if saw.all():
         if "test" in drawn and not allow_seen:
-            what = "pre-training saw every image; add others to test on, or give --allow-seen"
-            raise UserError(f"{data.path}: {what}")
+            raise UserError(f"{data.path}: pre-training saw all; add images or give --allow-seen")
         data.notes.append(f"pre-training saw every image: {' and '.join(drawn)} hold such images")
     elif (which[saw] != "train").any():  # another split than pre-training's: seen images first
         order = order[np.argsort(~saw[order], kind="stable")]

@@ -42,13 +42,12 @@ class Table:
     def column(self, name, flag):
         """The N cells below a column name that a flag gave. Raises UserError if there is none."""
         if name not in self.columns:
-            raise UserError(
-                f"{self.file}: has no column {name} ({flag}), only {preview(self.columns)}"
-            )
+            there = f"its columns are {preview(self.columns, 99)}"
+            raise UserError(f"{self.file}: has no column {name} ({flag}); {there}")
         return self.columns[name]
 
     def refuse(self, bad, what, fix="correct them"):
-        """Raise UserError if there are bad rows, {row: cell}. what: they do."""
+        """Raise UserError if there are bad rows, {row: cell}. what: the message's predicate."""
         if bad:
             cells = preview(f"line {self.lines[i]}: {cell or 'empty'}" for i, cell in bad.items())
             rows = f"{len(bad)} of {len(self.lines)} rows"

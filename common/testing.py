@@ -59,14 +59,11 @@ def write_results(job, probabilities, settings, facts):
 
 def print_scores(metrics):
     """The scores on the test images, and on those that are no duplicates and were not seen."""
-    copied, seen = metrics["n_test_duplicates"], metrics["n_test_seen"]
-    notes = {"test": ""}
-    if copied:
-        where = "training or validation images"
-        notes["test_without_duplicates"] = f" without the {copied} exact duplicates of {where}"
-    if seen:
-        notes["test_without_seen"] = f" without the {seen} that pre-training saw"
+    copied = f"the {metrics['n_test_duplicates']} exact duplicates of training or validation images"
+    notes = {"test": "", "test_without_duplicates": f" without {copied}"}
+    notes["test_without_seen"] = f" without the {metrics['n_test_seen']} that pre-training saw"
     for part, note in notes.items():
-        if scores := metrics[part]:
+        scores = metrics[part]
+        if scores and (scores["n"] < metrics["n_test"] or part == "test"):
             shown = ", ".join(f"{k} {scores[k]:.4f}" for k in SHOWN if scores.get(k) is not None)
             print(f"test, {scores['n']} images{note}: {shown}")

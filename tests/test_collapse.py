@@ -1,6 +1,7 @@
 """Measures of features against loops and closed forms; the monitor on arms built to collapse."""
 
 import json
+from types import SimpleNamespace
 import math
 
 import numpy as np
@@ -115,7 +116,9 @@ class Arm(nn.Module):
 def monitor(n=80, labels=None):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, 3, 16, 16), dtype=np.uint8)
-    return collapse.Monitor(images, np.arange(n - 20), np.arange(n - 20, n), labels, False, 0)
+    classes = [] if labels is None else ["a", "b"]
+    images = SimpleNamespace(images=images, labels=labels, classes=classes, multilabel=False)
+    return collapse.Monitor(images, np.repeat(["train", "val"], [n - 20, 20]), 0)
 
 
 def flags(cnn, vit):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import stat
+import threading
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from conftest import picture
 from PIL import Image
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from common import decode as cache
 from common.cli import UserError
@@ -293,6 +295,7 @@ fork = multiprocessing.get_context(
 
 
 def build(paths, directory, results=None):
+    tqdm.set_lock(threading.RLock())  # its own: a kill may come while it is held
     _, pixels, _ = decoded(paths, directory, 64)
     if results is not None:
         results.put(pixels)

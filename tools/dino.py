@@ -12,7 +12,6 @@ ResNet-50 had SGD, less decay and smaller crops), and batch-norm looks at one pr
 
 import copy
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -21,15 +20,14 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 import data
+import pretrain
 from common import arms, checkpoint, cli, collapse, distributed
 from common.cli import UserError
-from common.decode import IMAGENET_MEAN, IMAGENET_STD
 from common.distributed import all_reduce, world_size
 from common.readers import read
 from common.run import Run
-from pretrain import OUTPUTS, VERSIONS
 
-ARMS = {"cnn": "resnet50.a1_in1k", "vit": "vit_base_patch16_384.augreg_in21k_ft_in1k"}  # defaults
+ARMS = ("cnn", "vit")
 WARMUP, TEMP_WARMUP, FREEZE = 0.1, 0.3, 0.01  # shares of the run: 10, 30 and 1 of 100 epochs
 STUDENT_TEMP, TEACHER_TEMPS = 0.1, (0.04, 0.07)  # the teacher's rises from the first to the second
 CENTER_MOMENTUM, TEACHER_MOMENTUM = 0.9, 0.996
@@ -207,8 +205,8 @@ def local_size(model, img_size):
     smallest = 24 if patch == 1 else patch
     size = min(img_size, max(smallest, round(img_size * 96 / 224 / patch) * patch))
     try:
-        arms.output_shape(model, size)
-    except ValueError:
+        arms.output_shape(model, size, "local crops")
+    except UserError:
         size, name = img_size, type(model).__name__
         print(f"{name} accepts images of {img_size} pixels alone: local crops are resized to that")
     return size
@@ -217,10 +215,7 @@ def local_size(model, img_size):
 def build(arm, name, kwargs, init, img_size, outputs, crops):
     """A DINO of one arm, the arguments that rebuild its backbone, and its transform."""
     backbone, rebuild = make_backbone(f"--{arm}", name, init, img_size, **kwargs)
-    try:
-        features = arms.output_shape(backbone, img_size)
-    except ValueError as error:
-        raise UserError(f"--{arm} {name}: takes no images of {img_size} pixels: {error}") from error
+    features = arms.output_shape(backbone, img_size, f"--{arm} {name}")
     transform = multi_crop(img_size, local_size(backbone, img_size), crops)
     return DINO(arm, backbone, features[1], outputs), rebuild, transform
 
@@ -230,13 +225,7 @@ def parse_arguments():
     parser, state = cli.Parser(__doc__), None
     add = parser.add_argument
     data.add_arguments(parser)
-    kwargs = {"nargs": "*", "default": {}, "action": arms.KeyValues, "metavar": "KEY=VALUE"}
-    for arm, name in ARMS.items():
-        add(f"--{arm}", default=name, metavar="NAME", help="any timm model")
-        add(f"--{arm}-kwargs", **kwargs, help="for timm.create_model, such as patch_size=8")
-        add(f"--init-{arm}", metavar="WHAT", help="imagenet, random or a weights file")
-    add("--img-size", type=cli.positive, default=384, help="side of the images in pixels")
-    add("--init", default="imagenet", choices=["imagenet", "random"], help="of both arms")
+    arms.add_arguments(parser)
     add("--outputs", type=cli.positive, default=65536, metavar="K", help="of the head")
     add("--crops", type=cli.count, default=8, metavar="N", help="local crops")
     add("--seed", type=cli.count, default=0, help="determines the split and everything after it")
@@ -260,18 +249,6 @@ def parse_arguments():
     return args, state
 
 
-def save_arm(out, arm, model, rebuild, seen, args):
-    """cnn.pt or vit.pt, which knows what its initial weights saw."""
-    settings, init = vars(args), getattr(args, f"init_{arm}")
-    if init not in (None, "imagenet", "random"):
-        seen = torch.cat([seen, checkpoint.seen_by(init)]).unique()
-    facts = {"arch": settings[arm], "arm": arm, "model_kwargs": rebuild, "img_size": args.img_size}
-    facts |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "epoch": args.epochs}
-    facts |= {"swa_snapshots": 0, "seed": args.seed, "seen": seen, "config": settings}
-    facts["data"] = data.options(args, data.OPTIONS)
-    checkpoint.save(out / f"{arm}.pt", checkpoint.weights_file(model.arms[arm], **facts))
-
-
 def main():
     args, state = parse_arguments()
     device, settings, out = cli.pick_device(args.device), vars(args), Path(args.out)
@@ -280,11 +257,15 @@ def main():
     first = 0 if state is None else state["phase"]
     if state is None:
         cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
-    elif first == 1 and state["epoch"] >= args.epochs and all((out / x).exists() for x in OUTPUTS):
+    elif (
+        first == 1
+        and state["epoch"] >= args.epochs
+        and all((out / x).exists() for x in pretrain.OUTPUTS)
+    ):
         print(f"{out}: the run is finished")
         return
     images, built = read(args.data, **data.options(args)), {}
-    for arm in list(ARMS)[first:]:  # both: a wrong --vit is an error before any training
+    for arm in ARMS[first:]:  # both: a wrong --vit is an error before any training
         torch.manual_seed(args.seed)
         restored = state is not None and not built
         init = "random" if restored else settings[f"init_{arm}"] or args.init
@@ -294,26 +275,16 @@ def main():
     with distributed.process_0_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup)
-    train_index, val_index = ((split == part).nonzero()[0] for part in ("train", "val"))
-    if len(train_index) < 2 * world_size():
-        raise UserError(f"{images.path}: {len(train_index)} training images are too few")
-    seen = torch.from_numpy(images.table["hash"][train_index].view("int64"))
-    if state is not None and not torch.equal(state["seen"], seen):
-        raise UserError(f"{args.data}: the training images are not those that the run began with")
-    if rank == 0:
-        checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else ())
-        data.write_split(out, images, split)
-        config = {"command": sys.argv, "arguments": settings, "device": str(device)}
-        config |= {"amp": str(amp), "processes": world_size(), "versions": VERSIONS}
-        checkpoint.write_json(out / "config.json", config)
+    config = {"arguments": settings, "device": str(device), "amp": str(amp)}
+    seen_before = None if state is None else state["seen"]
+    train_index, seen = pretrain.begin(out, images, split, seen_before, config, stale=())
 
-    pixels, labels, log = images.images, images.labels if images.classes else None, []
-    monitor = collapse.Monitor(pixels, train_index, val_index, labels, images.multilabel, args.seed)
+    monitor, log = collapse.Monitor(images, split, args.seed), []
     metadata = {"script": "tools.dino", "args": settings, "seen": seen, "processes": world_size()}
     for phase, arm in enumerate(list(built), first):
         model, rebuild, transform = built.pop(arm)
         model.to(device, memory_format=torch.channels_last)
-        dataset = data.AugmentedImages(pixels, train_index, transform, seed=args.seed)
+        dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
         batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, rank, world_size())
         loader = data.loader(dataset, batches, device, args.workers)
         last = {**metadata, "phase": phase}
@@ -322,7 +293,12 @@ def main():
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
         state, log = None, run.progress["log"]
         if rank == 0:
-            save_arm(out, arm, model, rebuild, seen, args)
+            if (init := settings[f"init_{arm}"]) not in (None, "imagenet", "random"):
+                seen = torch.cat([seen, checkpoint.seen_by(init)]).unique()
+            facts = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "seen": seen}
+            facts |= {"config": settings, "data": data.options(args, data.OPTIONS)}
+            teacher = model.arms[arm]
+            arms.save(out, arm, teacher, settings[arm], rebuild, args.img_size, facts)
     print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: the teachers")
     print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac 0.01")
 
