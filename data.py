@@ -3,11 +3,11 @@
     python data.py PATH [--images DIR --image-col NAME --label-col NAME ...]
 
 reports what PATH holds and what is wrong with it: the first command to run on new data. PATH is
-    a folder of images at any depth                               (no labels)
-    a folder with one folder of images per class                  CLASS/a.png
-    a folder with the splits above the classes                    train/CLASS/a.png, test/CLASS/b.png
+    a folder of images at any depth                    (no labels)
+    a folder with one folder of images per class       CLASS/a.png
+    a folder with the splits above the classes         train/CLASS/a.png, test/CLASS/b.png
     a CSV file of image names and a label, a list of labels, or a 0/1 column per label
-    a MedMNIST file                                               {train,val,test}_{images,labels}
+    a MedMNIST file                                    {train,val,test}_{images,labels}
 """
 
 import math
@@ -38,12 +38,8 @@ def augmentation(img_size, blur=False, solarize=False):
     jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
     perspective = v2.RandomPerspective(0.2, 1.0, InterpolationMode.BILINEAR)
     affine = v2.RandomAffine(10, interpolation=InterpolationMode.BILINEAR)
-    steps = [
-        v2.RandomApply([v2.RandomChoice([jitter, perspective])], 0.3),
-        v2.RandomApply([v2.RandomChoice([jitter, affine])], 0.3),
-        v2.RandomHorizontalFlip(0.3),
-        v2.RandomVerticalFlip(0.3),
-    ]
+    steps = [v2.RandomApply([v2.RandomChoice([jitter, x])], 0.3) for x in (perspective, affine)]
+    steps += [v2.RandomHorizontalFlip(0.3), v2.RandomVerticalFlip(0.3)]
     if blur:
         kernel = max(3, img_size // 10 // 2 * 2 + 1)  # odd, a tenth of the image
         steps.append(v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], 0.5))
@@ -101,7 +97,7 @@ class EpochBatches(Sampler):
             yield [(self.epoch, int(i)) for i in np.array_split(batch, self.world_size)[self.rank]]
 
 
-def _leave_signals_to_main(_):
+def _ignore_signals(_):
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole process group
         signal.signal(number, signal.SIG_IGN)
 
@@ -110,15 +106,10 @@ def loader(dataset, batches, device, workers=None):
     """A DataLoader of uint8 batches. Workers stay alive between epochs."""
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_main,
-        generator=torch.Generator().manual_seed(0),
-    )
+    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    options |= {"worker_init_fn": _ignore_signals, "pin_memory": device.type == "cuda"}
+    options["generator"] = torch.Generator().manual_seed(0)  # leaves torch's own as it is
+    return DataLoader(dataset, batch_sampler=batches, **options)
 
 
 def split_and_report(images, seed, dedup=False, seen=None, allow_seen=False):
@@ -127,8 +118,8 @@ def split_and_report(images, seed, dedup=False, seen=None, allow_seen=False):
     if dedup:
         kept = ~cross_split_duplicates(images, split)
         if not kept.all():
-            duplicates = f"{(~kept).sum()} exact duplicates of images in an earlier split"
-            images.notes.append(f"left out by --dedup: {duplicates}")
+            what = f"{(~kept).sum()} exact duplicates of images in an earlier split"
+            images.notes.append(f"left out by --dedup: {what}")
         images.keep(kept)
         split = split[kept]
     report.print_report(images, split)
@@ -142,9 +133,7 @@ def add_arguments(parser, positional=False):
     add("data" if positional else "--data", metavar="PATH", help=path)
     add("--images", metavar="DIR", help="folder of a CSV file's images")
     add("--image-col", metavar="NAME", help="CSV column of image names")
-    labels = (
-        "CSV column of labels, or several 0/1 columns; none: ignore labels, train on all images"
-    )
+    labels = "CSV column of labels, or several 0/1 columns; none: ignore labels, train on all"
     add("--label-col", metavar="NAME", nargs="+", help=labels)
     add("--label-sep", metavar="SEP", help="separator of several labels in one cell, or none")
     add("--multilabel", action="store_true", help="several labels per image, if each here has one")
@@ -194,8 +183,7 @@ def main():
     parser.add_argument("--out", metavar="DIR", help="write split.csv and duplicates.csv there")
     args = parser.parse_args()
     make_absolute(args)
-    out = Path(args.out or ".")
-    refuse_overwrite(out, (), False)
+    refuse_overwrite(out := Path(args.out or "."), (), False)
     images = read(args.data, **options(args))
     images.decode(args.img_size, cache_dir(args.cache), args.skip_bad)
     split = split_and_report(images, args.seed, args.dedup)

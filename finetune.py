@@ -91,7 +91,7 @@ def output_folder(out, ckpt, arch, frac, mode):
     """--out, or finetune_ARM_FRAC beside the checkpoint."""
     if out:
         return Path(out)
-    arm = checkpoint.load_weights(ckpt)["arm"] if ckpt else str(arch).split(".")[0]
+    arm = starts.load_weights(ckpt)["arm"] if ckpt else str(arch).split(".")[0]
     name = f"finetune_{arm}_{frac:g}" + ("" if mode == "e2e" else f"_{mode}")
     return (Path(ckpt).parent if ckpt else Path(".")) / name
 
@@ -182,7 +182,7 @@ def saved_state(folder):
     """What a run in this folder left to resume from: last.pt, the training that best.pt ended, or
     None."""
     if (folder / "best.pt").exists():
-        return checkpoint.load_weights(folder / "best.pt")["training"]
+        return starts.load_weights(folder / "best.pt")["training"]
     if (folder / "last.pt").exists():
         return checkpoint.load_training(folder / "last.pt", "finetune.py")
     print(f"{folder}: holds no last.pt, so the run starts from the beginning")
@@ -265,8 +265,8 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
 
 def tested(job):
     """The test probabilities (N, C) of best.pt, and what metrics.json says of its training."""
-    best = checkpoint.load_weights(job.out / "best.pt")
-    model = checkpoint.build(best, job.out / "best.pt")
+    best = starts.load_weights(job.out / "best.pt")
+    model = starts.build(best, job.out / "best.pt")
     model.to(job.device, memory_format=torch.channels_last)
     _, probabilities = evaluate(job, model, batches_of(job, job.split == "test"))
     training, log = best["training"], best["training"]["log"]

@@ -21,11 +21,12 @@ import torch
 from PIL import ImageOps
 
 import data
-from common import checkpoint, cli
+from common import checkpoint, cli, starts
 from common.cli import UserError, preview
 from common.decode import default_dir, normalize, square, to_rgb
-from common.metrics import label_text, predicted_labels
+from common.metrics import predicted_labels
 from common.readers import read
+from common.report import label_text
 from common.run import on_device
 
 
@@ -36,12 +37,12 @@ def load(path):
     float32, normalized: to the bit what validation saw of the file), class_names (None for a cnn.pt
     or vit.pt of pretrain.py), multilabel, img_size, mean, std and path. Raises UserError.
     """
-    weights = checkpoint.load_weights(path, way_out="")
+    weights = starts.load_weights(path, way_out="")
     size, mean, std = weights["img_size"], weights["mean"], weights["std"]
     arm = SimpleNamespace(path=str(path), img_size=size, mean=mean, std=std)
     arm.class_names, arm.multilabel = weights.get("class_names"), weights.get("multilabel", False)
     arm.transform = functools.partial(transform, size=size, mean=mean, std=std)
-    arm.model = checkpoint.build(weights, path).eval()
+    arm.model = starts.build(weights, path).eval()
     return arm
 
 

@@ -44,11 +44,8 @@ def add_arguments(parser):
     add("--objective", default="cosine", choices=list(losses.OBJECTIVES), help=objective)
     fail = "stop with status 1 after an epoch whose logits have collapsed"
     add("--fail-on-collapse", action="store_true", help=fail)
-    ablation = (
-        "blur, solarize: more augmentation (Table 8); sgd: for the CNN, momentum 0.9 (Table 9); "
-        "sigmoid or softmax on the logits before the loss (Table 21)"
-    )
-    add("--ablation", nargs="+", default=[], metavar="NAME", choices=ABLATIONS, help=ablation)
+    ablation = "more augmentation (Table 8), SGD for the CNN (9), an activation on the logits (21)"
+    add("--ablation", nargs="+", default=[], choices=ABLATIONS, help=ablation)
     swa = "share of the run before weight averaging begins; 1: no averaging"
     add("--swa-start", type=cli.rate, default=0.75, metavar="SHARE", help=swa)
     add("--seed", type=cli.count, default=0, help="determines the split and everything after it")
@@ -65,8 +62,7 @@ def parse_arguments():
     arms.add_arguments(parser)
     add_arguments(parser)
     cli.add_run_arguments(parser, epochs=100, lr=1e-3)  # F.2.3
-    args = parser.parse_args()
-    parser.set_defaults(out="demo" if args.demo else ".")
+    parser.set_defaults(out="demo" if parser.parse_args().demo else ".")
     args = parser.parse_args()
     if args.demo and args.data:
         parser.error("--demo draws its own images; leave out --data")
@@ -159,19 +155,18 @@ def build_model(specs, img_size, objective, head_act, grad_checkpointing):
     return CASS(**models, head_act=head_act, objective=loss)
 
 
-def begin(out, images, split, seen_before, config, stale=("cnn.pt", "vit.pt")):
-    """Clear the folder of an earlier run, or of `stale` files where one is resumed that has seen
-    the same images; write split.csv and config.json. Returns the indices (n,) of the training
-    images and their hashes, (n,) int64."""
+def begin(out, images, split, state, config, stale=("cnn.pt", "vit.pt")):
+    """Clear the folder, of `stale` files alone where a run on the same images is resumed; write
+    split.csv and config.json. Returns indices and hashes of the training images, (n,) int64."""
     processes = distributed.world_size()
     index = (split == "train").nonzero()[0]
     if len(index) < 2 * processes:
         raise UserError(f"{images.path}: {len(index)} training images are too few")
     seen = torch.from_numpy(images.table["hash"][index].view("int64"))
-    if seen_before is not None and not torch.equal(seen_before, seen):
+    if state is not None and not torch.equal(state["seen"], seen):
         raise UserError(f"{images.path}: its training images are not those that the run began with")
     if distributed.rank() == 0:
-        checkpoint.start_folder(out, OUTPUTS, OUTPUTS if seen_before is None else stale)
+        checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else stale)
         data.write_split(out, images, split)
         facts = {"command": sys.argv, **config, "processes": processes, "versions": VERSIONS}
         checkpoint.write_json(out / "config.json", facts)
@@ -194,19 +189,18 @@ def main():
             toy_data.draw(Path(args.data), args.seed)
     images = read(args.data, **data.options(args))
     torch.manual_seed(args.seed)
-    inits = {"cnn": args.init_cnn or args.init, "vit": args.init_vit or args.init}
-    names, kwargs = (args.cnn, args.vit), (args.cnn_kwargs, args.vit_kwargs)
-    start = inits.values() if state is None else ("random", "random")
-    specs = dict(zip(inits, zip(names, start, kwargs)))
+    inits = [args.init_cnn or args.init, args.init_vit or args.init]
+    start = inits if state is None else ["random", "random"]
+    specs = {"cnn": (args.cnn, start[0], args.cnn_kwargs)}
+    specs["vit"] = args.vit, start[1], args.vit_kwargs
     head_act = next((x for x in args.ablation if x in ("sigmoid", "softmax")), "none")
     model = build_model(specs, args.img_size, args.objective, head_act, args.grad_checkpointing)
 
     with distributed.process_0_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup)
-    state_seen = None if state is None else state["seen"]
     config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}
-    train_index, seen = begin(out, images, split, state_seen, config)
+    train_index, seen = begin(out, images, split, state, config)
     model.to(device, memory_format=torch.channels_last)
     augment = {name: name in args.ablation for name in ("blur", "solarize")}
     transform = data.augmentation(args.img_size, **augment)
@@ -228,7 +222,7 @@ def main():
         loader = data.loader(dataset, batches, device, args.workers)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             averaged = swa.finish(lambda: on_device(loader, device))
-        for init in {*inits.values()} - {"imagenet", "random"}:  # what initial weights saw counts
+        for init in {*inits} - {"imagenet", "random"}:  # what initial weights saw counts
             seen = torch.cat([seen, checkpoint.seen_by(init)]).unique()
         facts = {"epoch": args.epochs, "swa_snapshots": swa.snapshots, "seed": args.seed}
         facts |= {"seen": seen, "data": data.options(args, data.OPTIONS), "config": vars(args)}
@@ -238,10 +232,10 @@ def main():
         none = "the last weights; no weights averaged: no end of a cycle after --swa-start"
         what = f"the mean of {swa.snapshots} snapshots" if swa.snapshots else none
         print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: {what}")
-        ckpt = f"--ckpt {out / 'cnn.pt'}"
-        print(f"next: python finetune.py {ckpt} --frac {0.1 if args.demo else 0.01}")
+        frac = 0.1 if args.demo else 0.01
+        print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac {frac}")
         if args.demo:
-            start = f"--arch {args.cnn} --init random --img-size {args.img_size} --frac 0.1"
+            start = "--arch resnet18 --init random --img-size 48 --frac 0.1"
             places = f"--data {out / 'images'} --cache {out / 'cache'} --out {out / 'baseline'}"
             print(f"compare: python finetune.py {start} {places}")
 

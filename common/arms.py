@@ -20,8 +20,8 @@ class KeyValues(ParseKwargs):
         for value in values:
             key, equals, _ = value.partition("=")
             if not equals or key in ("img_size", "init", "name"):
-                advice = "image size and initialization have flags of their own"
-                parser.error(f"{option_string}: {value} is no KEY=VALUE for timm ({advice})")
+                why = "is no KEY=VALUE for timm (size and weights have flags of their own)"
+                parser.error(f"{option_string}: {value} {why}")
         super().__call__(parser, namespace, values, option_string)
 
 
@@ -42,8 +42,8 @@ def make_arm(flag, name, init, img_size, **model_kwargs):
     """cass.build_arm, where init may also be a weights file. Raises UserError, naming the flag."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
-        hint = f"; close names: {', '.join(close)}" if close else ""
-        raise UserError(f"{flag}: timm has no model {name!r}{hint}")
+        hint = f"close names: {', '.join(close) or 'none'}"
+        raise UserError(f"{flag}: timm has no model {name!r}; {hint}")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # one line is enough
     if init not in ("imagenet", "random"):
         init = checkpoint.load_state_dict(init)
@@ -54,9 +54,9 @@ def make_arm(flag, name, init, img_size, **model_kwargs):
         raise UserError(f"{flag} {name}: cannot be built with these arguments: {reason}") from error
     except Exception as error:  # the download raises errors of many kinds
         init_flag = "--init" if flag == "--arch" else f"--init-{flag[2:]}"
-        problem = "its ImageNet weights could not be downloaded"
         fix = f"start with --init random, or with {init_flag} FILE"
-        raise UserError(f"{flag} {name}: {problem}; {fix}") from error
+        problem = f"its ImageNet weights could not be downloaded; {fix}"
+        raise UserError(f"{flag} {name}: {problem}") from error
 
 
 def rebuild_kwargs(name, img_size, model_kwargs):
@@ -82,8 +82,7 @@ def check_pair(cnn, vit, img_size):
     """Raise UserError unless both arms map images to logits of one shape."""
     R, T = output_shape(cnn, img_size, "--cnn"), output_shape(vit, img_size, "--vit")
     if R != T or len(R) != 2:
-        problem = f"their logits for one image have the shapes {R} and {T}"
-        raise UserError(f"--cnn, --vit: cannot be paired, since {problem}")
+        raise UserError(f"--cnn, --vit: cannot be paired: their logits have shapes {R} and {T}")
 
 
 def save(out, arm, model, name, kwargs, img_size, facts):
@@ -94,23 +93,22 @@ def save(out, arm, model, name, kwargs, img_size, facts):
 
 
 def enable_grad_checkpointing(model, name):
-    """Recompute activations in the backward pass; the hooks keep batch-norm from counting that
-    second forward pass in its running statistics. Raises UserError."""
+    """Recompute activations in the backward pass; hooks keep batch-norm from counting that second
+    forward pass in its running statistics. Raises UserError."""
     try:
         model.set_grad_checkpointing()
     except (AssertionError, AttributeError) as error:
         raise UserError(f"--grad-checkpointing: timm has none for {name}") from error
 
-    def recomputing():
-        return torch._C._current_graph_task_id() != -1  # inside a backward pass
+    graph = torch._C._current_graph_task_id  # -1 outside a backward pass
 
     def hold(module, _):
-        if recomputing():
+        if graph() != -1:
             module.held = module.momentum, module.num_batches_tracked.clone()
             module.momentum = 0.0
 
     def release(module, *_):
-        if recomputing():
+        if graph() != -1:
             module.momentum, count = module.held
             module.num_batches_tracked.copy_(count)
 

@@ -19,7 +19,6 @@ from safetensors.torch import load_file  # comes with timm
 
 from common.cli import UserError
 
-KEYS = {"state_dict", "arch", "num_classes", "model_kwargs", "img_size", "arm", "seed", "data"}
 TEXT = {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
 
 
@@ -58,9 +57,7 @@ def write_json(path, value):
 def write_csv(path, header, rows):
     """A header and rows as UTF-8 CSV."""
     with atomic_open(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def write_json_lines(path, rows):
@@ -75,9 +72,7 @@ def save(path, value):
         try:
             torch.save(value, file)
         except RuntimeError as error:  # torch's own, on top of what went wrong
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def weights_file(model, **metadata):
@@ -99,26 +94,6 @@ def load(path):
         raise UserError(f"{path}: {problem}; nothing in it was run") from error
 
 
-def random_state():
-    """State of torch's random generators, as plain tensors."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-
-
-def set_random_state(state):
-    """The counterpart of random_state(); a GPU that was not there before keeps its own."""
-    torch.set_rng_state(state["cpu"])
-    for device, gpu_state in zip(range(torch.cuda.device_count()), state["cuda"]):
-        torch.cuda.set_rng_state(gpu_state, device)
-
-
-def restore(components, state):
-    """Load {name: module, optimizer, ...} and the random generators from the dict of a last.pt."""
-    for name, part in components.items():
-        if state[name] or name != "scaler":  # a scaler that was off has no state
-            part.load_state_dict(state[name])
-    set_random_state(state["rng"])
-
-
 def load_training(path, script):
     """The dict of a last.pt that this script wrote. Raises UserError."""
     state = load(path)
@@ -128,28 +103,6 @@ def load_training(path, script):
         problem = f"was made by an earlier version of {script}"
         raise UserError(f"{path}: {problem}; finish it with that one, or give --overwrite")
     return state
-
-
-def load_weights(path, way_out="; for other weights, give --arch NAME --init FILE"):
-    """The dict of a weights file that pretrain.py or finetune.py wrote. Raises UserError."""
-    weights = load(path)
-    if not isinstance(weights, dict) or not KEYS <= weights.keys():
-        raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py{way_out}")
-    return weights
-
-
-def build(weights, path):
-    """The timm model of a weights file's dict. Raises UserError where it does not fit."""
-    import timm  # here, since data.py does without
-
-    arch, kwargs = weights["arch"], weights["model_kwargs"]
-    try:
-        model = timm.create_model(arch, num_classes=weights["num_classes"], **kwargs)
-        model.load_state_dict(weights["state_dict"])
-    except (RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: its weights do not fit {arch} of this timm ({reason})") from error
-    return model
 
 
 def seen_by(path):

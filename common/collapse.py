@@ -1,5 +1,4 @@
-"""Do the arms learn or collapse? Measures of (N, D) float tensors, one row an image, as Python
-floats for log.jsonl; and k-NN, which alone sees labels."""
+"""Do the arms learn or collapse? Measures of (N, D) floats, a row an image, for log.jsonl; k-NN."""
 
 import sys
 
@@ -14,8 +13,7 @@ COLLAPSED_SPREAD, COLLAPSED_AGREEMENT = 0.1, 0.25  # calibration: docs/collapse.
 
 
 def spread(x):
-    """Mean standard deviation of the L2-normalized rows times the root of D: 0 where all rows are
-    one vector, near 1 where they point everywhere."""
+    """Mean std of the L2-normalized rows times sqrt(D): 0 for one vector, 1 for random ones."""
     return (F.normalize(x, dim=1).std(0).mean() * x.shape[1] ** 0.5).item()
 
 
@@ -26,8 +24,8 @@ def mean_cosine(x):
 
 
 def effective_rank(x):
-    """RankMe (Garrido et al., arXiv 2210.02885): exp of the entropy of the singular values, 1 to
-    min(N, D). Differs from it: of centred rows, since an offset common to all hides the rest."""
+    """RankMe (Garrido et al., arXiv 2210.02885), 1 to min(N, D): exp of the entropy of the singular
+    values. Differs from it: of centred rows, since a common offset hides the rest."""
     values = torch.linalg.svdvals(x - x.mean(0))
     p = values / values.sum().clamp(min=1e-30)
     return torch.exp(-(p * (p + 1e-30).log()).sum()).item()
@@ -39,15 +37,11 @@ def measures(x, name):
 
 
 def agreement(a, b):
-    """Mean cosine of the rows of both arms, columns standardized (a constant one becomes 0): (same
-    image, different images), and how often an image's row in `a` is nearest to its own row in `b`
-    (chance: 1 / N)."""
-
-    def unit(x):
-        x = x - x.mean(0)
-        return F.normalize(x / x.std(0).clamp(min=1e-12), dim=1)
-
-    cosines, n = unit(a) @ unit(b).T, len(a)
+    """Mean cosines of the rows of both arms, columns standardized, for the same image and different
+    ones; and how often an image's row in `a` is nearest to its own in `b` (chance: 1 / N)."""
+    a, b = (x - x.mean(0) for x in (a, b))
+    a, b = (F.normalize(x / x.std(0).clamp(min=1e-12), dim=1) for x in (a, b))  # constants: 0
+    cosines, n = a @ b.T, len(a)
     same = cosines.diagonal().mean()
     others = (cosines.sum() - cosines.trace()) / (n * (n - 1))
     own = cosines.argmax(1) == torch.arange(n, device=cosines.device)
@@ -56,9 +50,7 @@ def agreement(a, b):
 
 def knn(features, labels, queries, k=20, temperature=0.07):
     """Weighted k-NN (Wu et al., arXiv 1805.01978, section 3.4): cosines s, weights exp(s / t).
-
-    features: (N, D); labels: (N, C) float 0/1; queries: (M, D). Returns (M, C), 0 to 1.
-    """
+    features: (N, D); labels: (N, C) float 0/1; queries: (M, D). Returns (M, C), 0 to 1."""
     cosines = F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T
     near = cosines.topk(min(k, len(features)))
     weights = F.softmax(near.values / temperature, dim=1)
@@ -69,46 +61,40 @@ def knn(features, labels, queries, k=20, temperature=0.07):
 def embed(model, batches):
     """Features before the head (N, D) and logits (N, C) of a timm model in evaluation mode, in
     float32. batches: of (N, 3, H, W), normalized."""
-    was_training = model.training
+    was_training, outputs = model.training, []
     model.eval()
-    features, logits = [], []
     for images in batches:
         maps = model.forward_features(images)
-        features.append(model.forward_head(maps, pre_logits=True).float())
-        logits.append(model.forward_head(maps).float())
+        outputs.append([model.forward_head(maps, pre_logits=x).float() for x in (True, False)])
     model.train(was_training)
-    return torch.cat(features), torch.cat(logits)
+    return [torch.cat(parts) for parts in zip(*outputs)]
 
 
 class Monitor:
-    """Measures the arms on some training images, unaugmented, and, where there are labels, by k-NN
-    from these on as many validation images.
+    """Measures the arms on a fortieth of the training images, 32 to 512, unaugmented; with labels,
+    also by k-NN from these on as many validation images. Training sees nothing of it.
 
     images: an ImageSet, decoded; split: (N,) "train", "val" or "test".
-    Takes a fortieth of the training images, 32 to 512: under 2 % of an epoch from 1,300 images on,
-    in one process. Training sees nothing of it.
     """
 
     def __init__(self, images, split, seed):
         train, val = (np.flatnonzero(split == part) for part in ("train", "val"))
         n = min(len(train), max(32, min(512, len(train) // 40)))
         draw = torch.Generator().manual_seed(seed)
-
-        def some(index):
-            return index[torch.randperm(len(index), generator=draw)[:n].sort().values.numpy()]
-
-        self.images, self.labels, self.multilabel = images.images, images.labels, images.multilabel
-        self.train = some(train)
-        self.val = some(val) if images.classes else val[:0]
+        drawn = (
+            torch.randperm(len(part), generator=draw)[:n].sort().values for part in (train, val)
+        )
+        self.train, self.val = (part[i.numpy()] for part, i in zip((train, val), drawn))
+        self.data = images
 
     def __call__(self, arms, device):
-        """arms: {name: timm model}. Returns {measure: number} for log.jsonl. In float32: bfloat16
-        would round away what little two nearly equal rows differ by."""
+        """arms: {name: timm model}. Returns {measure: number}, in float32: bfloat16 would round
+        away what nearly equal rows differ by."""
         result, logits = {}, {}
         for name, model in arms.items():
             features, logits[name] = embed(model, self._batches(self.train, device))
             result |= measures(features, f"{name}_features")
-            if len(self.val):
+            if self.data.classes and len(self.val):
                 queries, _ = embed(model, self._batches(self.val, device))
                 result[f"{name}_knn_readout"] = self._accuracy(features.cpu(), queries.cpu())
         if len(arms) == 2:
@@ -122,13 +108,15 @@ class Monitor:
 
     def _batches(self, index, device):
         for start in range(0, len(index), 64):
-            part = np.stack([self.images[i] for i in index[start : start + 64]])
+            part = np.stack([self.data.images[i] for i in index[start : start + 64]])
             yield normalize(torch.from_numpy(part).to(device))
 
     def _accuracy(self, features, queries):
-        known, true = (torch.from_numpy(self.labels[i]).float() for i in (self.train, self.val))
+        known, true = (
+            torch.from_numpy(self.data.labels[i]).float() for i in (self.train, self.val)
+        )
         found = knn(features, known, queries)
-        if self.multilabel:
+        if self.data.multilabel:
             return ((found >= 0.5) == true.bool()).float().mean().item()
         return (found.argmax(1) == true.argmax(1)).float().mean().item()
 

@@ -1,9 +1,8 @@
 """Every image is opened, checked, hashed and decoded once, to a memory-mapped file of uint8 pixels.
 
 One file per data set and image size: a table with a row per image, then (N, 3, S, S) pixels. It is
-written beside and renamed, so a reader finds it whole or not at all, and two runs that write it at
-once only do the work twice. A row counts only for the path, size and modification time that it was
-decoded from; what changed is decoded again, the rest is copied over.
+written whole or not at all; two runs that write it at once only do the work twice. An image is
+known by path, size and modification time: what changed is decoded again, the rest is copied.
 """
 
 import contextlib
@@ -23,7 +22,6 @@ from common.checkpoint import atomic_open
 from common.cli import UserError, progress
 
 VERSION = 1  # of decode(); another number, another file
-MAX_PIXELS = 200_000_000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FIELDS = {"key": "u8", "hash": "u8", "width": "i4", "height": "i4", "frames": "i4", "mode": "U8"}
 ROW = np.dtype(list(FIELDS.items()))
@@ -44,12 +42,8 @@ def digest(*parts):
 
 
 def to_rgb(image):
-    """Any Pillow image as 8-bit RGB.
-
-    16-bit, 32-bit and float grey is scaled linearly from the image's own minimum and maximum to
-    0..255 (a constant image becomes black; values that are no finite numbers count as the minimum).
-    What is transparent is laid over black.
-    """
+    """Any Pillow image as 8-bit RGB, transparency laid over black. 16-bit, 32-bit and float grey is
+    scaled from its own minimum and maximum to 0..255 (constant: black; NaN, infinite: minimum)."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, np.float64)
         finite = np.isfinite(values)
@@ -69,37 +63,31 @@ def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
 
 def square(rgb, size):
-    """A Pillow RGB image as (3, size, size) uint8: resized bilinearly with antialiasing, whatever
-    the aspect (F.2.2)."""
+    """Pillow RGB -> (3, size, size) uint8: bilinear, antialiased, the aspect ignored (F.2.2)."""
     resized = rgb.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
 def decode(source, size):
-    """Read one image: a file (the first frame of several, EXIF orientation applied) or an array,
-    (H, W) or (H, W, 3) uint8. Raises ValueError with the reason in one line.
-
-    Returns square() of its RGB pixels, and {"hash": of the full-size RGB pixels, "width", "height",
-    "frames", "mode": as in the file}.
-    """
+    """square() of a file (its first frame, EXIF orientation applied) or of an array, (H, W[, 3])
+    uint8, and {"hash": of the full-size RGB pixels, "width", "height", "frames", "mode": as in the
+    file}. Raises ValueError with the reason in one line."""
     open_image = Image.open if isinstance(source, str) else Image.fromarray
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above its double
+    Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses above twice as many
     try:
         with open_image(source) as image:
-            metadata = {"mode": image.mode, "frames": getattr(image, "n_frames", 1)}
+            mode, frames = image.mode, getattr(image, "n_frames", 1)
             rgb = to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         raise ValueError("above 200 megapixels") from None
     except Image.UnidentifiedImageError:
-        empty = os.path.getsize(source) == 0
-        raise ValueError("the file is empty" if empty else "not an image") from None
+        raise ValueError("not an image" if os.path.getsize(source) else "an empty file") from None
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from None
     except Exception as error:  # decoders raise all kinds on broken files
         raise ValueError(f"broken image file ({error})") from None
-    metadata |= {"width": rgb.width, "height": rgb.height}
-    metadata["hash"] = digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb))
-    return square(rgb, size), metadata
+    pixel_hash = digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb))
+    return square(rgb, size), dict(zip(ROW.names[1:], (pixel_hash, *rgb.size, frames, mode)))
 
 
 class DecodedImages:
@@ -145,11 +133,10 @@ def _key(source):
 def decode_all(sources, size, name, directory):
     """Check and decode all images, in parallel with a progress bar.
 
-    sources: list of paths (str) or arrays, as decode() takes them; size: pixels of a side; name: of
-    the data set, for the file in `directory` (None: nothing is kept and DecodedImages decodes again
-    and again).
-    Returns (table, images, bad): table (N,) of ROW, images DecodedImages, bad {index: reason}.
-    Raises UserError where the file cannot be written.
+    sources: paths (str) or arrays, as decode() takes them; name: of the data set, for the file in
+    `directory` (None: nothing is kept, DecodedImages decodes again and again).
+    Returns (N,) of ROW, DecodedImages, {index of an unreadable image: reason}. Raises UserError
+    where the file cannot be written.
     """
     table, bad, known = np.zeros(len(sources), ROW), {}, {}
     table["key"] = [_key(source) for source in sources]
@@ -160,15 +147,14 @@ def decode_all(sources, size, name, directory):
             return array
         try:
             array, metadata = decode(sources[i], size)
+            table[i] = (key, *metadata.values())
+            return array
         except ValueError as error:
             bad[i] = str(error)
             return np.zeros((3, size, size), np.uint8)
-        table[i] = (key, *(metadata[k] for k in ROW.names[1:]))
-        return array
 
     if directory is None:
-        for _ in _in_order(pixels, len(sources)):
-            pass
+        _in_order(pixels, len(sources), lambda array: None)
         return table, DecodedImages(sources, size), bad
     stem = f"{digest(name):016x}-{size}-v{VERSION}-"
     file = Path(directory) / f"{stem}{digest(table['key'].tobytes()):016x}.map"
@@ -180,14 +166,14 @@ def decode_all(sources, size, name, directory):
     return table, DecodedImages(sources, size, file), bad
 
 
-def _in_order(function, n):
-    """function(i) for i below n, in order, from threads, under a progress bar."""
+def _in_order(function, n, use):
+    """use(function(i)) for i below n, in order; function runs in threads, under a progress bar."""
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's on odd EXIF and palettes
         with progress(desc="checking images", total=n) as bar:
             for start in range(0, n, 64):  # bounded, whatever the disk's pace
                 for result in pool.map(function, range(start, min(start + 64, n))):
-                    yield result
+                    use(result)
                     bar.update()
 
 
@@ -213,8 +199,7 @@ def _update(file, pattern, size, table, known, pixels):
                 left.unlink()
     with atomic_open(file, "wb") as f:
         np.save(f, table)
-        for array in _in_order(pixels, len(table)):
-            f.write(array.data)
+        _in_order(pixels, len(table), lambda array: f.write(array.data))
         f.seek(0)
         np.save(f, table)
     for earlier in set(file.parent.glob(pattern)) - {file}:

@@ -52,11 +52,9 @@ def all_reduce(tensor, op="SUM"):
 
 
 def gather(x):
-    """(n, ...) of this process -> (N, ...) of all, in the order of their ranks; n may differ.
-
-    For losses over the whole batch under DistributedDataParallel, which averages gradients over the
-    processes: the gradient into x is multiplied by their number, so that the mean is the sum.
-    """
+    """(n, ...) of this process -> (N, ...) of all, in the order of their ranks; n may differ. The
+    gradient into x is multiplied by the number of processes, over which DistributedDataParallel
+    averages: a loss over the whole batch needs the sum."""
     if world_size() == 1:
         return x
     sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from common.report import label_text
+
 
 def predicted_labels(probabilities, multilabel):
     """(N, C) probabilities -> (N, C) bool: what is predicted. Multi-label at 0.5, else argmax."""
@@ -24,8 +26,7 @@ def auroc(positive, score):
     if not len(positives) or not len(negatives):
         return None
     below, up_to = (np.searchsorted(negatives, positives, side) for side in ("left", "right"))
-    wins = (below + up_to).sum() / 2
-    return float(wins / (len(positives) * len(negatives)))
+    return float((below + up_to).sum() / 2 / (len(positives) * len(negatives)))
 
 
 def _ratio(a, b):
@@ -37,8 +38,11 @@ def _mean(values):
     return float(np.mean(values)) if values else None
 
 
-def _summary(tp, fp, fn, truth, probabilities, classes):
-    """What multi-class and multi-label scores share: F1 and AUROC, per class and averaged."""
+def _summary(truth, probabilities, classes, multilabel):
+    """F1 and AUROC, per class and averaged, for true labels (N, C) bool; and tp, fp, fn, (C,)."""
+    predicted = predicted_labels(probabilities, multilabel)
+    sides = ((truth, predicted), (~truth, predicted), (truth, ~predicted))
+    tp, fp, fn = ((a & b).sum(0) for a, b in sides)
     precision, recall, support = _ratio(tp, tp + fp), _ratio(tp, tp + fn), tp + fn
     f1 = _ratio(2 * tp, 2 * tp + fp + fn)
     areas = [auroc(t, p) for t, p in zip(truth.T, probabilities.T)]
@@ -47,35 +51,30 @@ def _summary(tp, fp, fn, truth, probabilities, classes):
     per_class = [dict(zip(keys, row)) for row in zip(classes, *columns, areas)]
     micro = float(_ratio(2 * tp.sum(), (2 * tp + fp + fn).sum()))
     scores = {"n": len(truth), "macro_f1": float(f1.mean()), "micro_f1": micro}
-    return {**scores, "auroc": _mean(areas), "per_class": per_class}
+    return {**scores, "auroc": _mean(areas), "per_class": per_class}, tp, fp, fn
 
 
 def multiclass_scores(true, probabilities, classes):
-    """Scores of argmax predictions. true: (N,) indices; probabilities: (N, C), rows need not sum to
-    one; classes: C names.
+    """Scores of argmax predictions. true: (N,) indices; probabilities: (N, C); classes: C names.
 
-    F1 of a class that is neither there nor predicted is 0. Balanced accuracy is the mean recall of
-    the classes that are there (ISIC's metric). AUROC is one class against the rest, macro mean
-    over the classes that have both sides; None where none has.
+    F1 of a class neither there nor predicted is 0. Balanced accuracy: mean recall of the classes
+    there (ISIC's metric). AUROC: one class against the rest, mean over those with both sides.
     """
-    true, C = np.asarray(true), len(classes)
-    matrix = confusion_matrix(true, probabilities.argmax(1), C)
-    tp = np.diag(matrix)
-    fp, fn = matrix.sum(0) - tp, matrix.sum(1) - tp
-    scores = _summary(tp, fp, fn, np.eye(C)[true], probabilities, classes)
+    truth = np.eye(len(classes), dtype=bool)[true]
+    scores, tp, *_ = _summary(truth, probabilities, classes, multilabel=False)
     recalls = [row["recall"] for row in scores["per_class"] if row["support"]]
-    scores["accuracy"] = float(_ratio(tp.sum(), len(true)))
-    return {**scores, "balanced_accuracy": _mean(recalls), "confusion": matrix.tolist()}
+    confusion = confusion_matrix(true, probabilities.argmax(1), len(classes)).tolist()
+    scores["accuracy"] = float(_ratio(tp.sum(), len(truth)))
+    return {**scores, "balanced_accuracy": _mean(recalls), "confusion": confusion}
 
 
 def multilabel_scores(true, probabilities, classes):
     """Scores of predictions at 0.5. true: (N, C) 0/1; probabilities: (N, C); see multiclass_scores.
     "exact_match": share of images with every label right; "confusion": [tp, fp, fn, tn] per class.
     """
-    true, predicted = np.asarray(true, bool), probabilities >= 0.5
-    tp, fp, fn = ((true & predicted).sum(0), (~true & predicted).sum(0), (true & ~predicted).sum(0))
-    scores = _summary(tp, fp, fn, true, probabilities, classes)
-    scores["exact_match"] = float((true == predicted).all(1).mean()) if len(true) else None
+    true = np.asarray(true, bool)
+    scores, tp, fp, fn = _summary(true, probabilities, classes, multilabel=True)
+    scores["exact_match"] = _mean((true == (probabilities >= 0.5)).all(1))
     confusion = np.stack([tp, fp, fn, len(true) - tp - fp - fn], axis=1)
     return {**scores, "confusion": confusion.tolist()}
 
@@ -102,17 +101,9 @@ def summarize(results):
     return summary
 
 
-def label_text(classes, has):
-    """The names of the classes that an image has, as the CSV files hold them."""
-    return "|".join(c for c, h in zip(classes, has) if h)
-
-
 def prediction_table(names, probabilities, classes, multilabel, true, duplicate, seen):
-    """Header and rows of predictions.csv.
-
-    probabilities: (N, C) float32, written to the last bit; true: (N, C) bool; duplicate, seen: (N,)
-    bool, exact duplicate of an image in an earlier split, and seen by pre-training.
-    """
+    """Header and rows of predictions.csv. probabilities: (N, C) float32, written to the last bit;
+    true: (N, C) bool; duplicate (of an image in an earlier split), seen (in pre-training): (N,)."""
     predicted = predicted_labels(probabilities, multilabel)
     header = ["path", "true", "predicted", *(f"prob_{c}" for c in classes), "duplicate", "seen"]
     return header, (

@@ -1,9 +1,10 @@
-"""Images and labels as people have them on disk -> one table, an ImageSet; nothing is decoded here.
-data.py lists the layouts. What cannot be told from the files is an error, never a guess."""
+"""Images and labels as people have them (data.py lists the layouts) -> one table, an ImageSet. What
+cannot be told from the files is an error, never a guess. Single files: see tables.py."""
 
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +29,20 @@ class ImageSet:
     classes: list
     given: np.ndarray
     groups: np.ndarray = None  # (N,) str, of --group-col
-    multilabel: bool = None  # unless told: some image has another number of labels than one
+    multilabel: bool = field(init=False)  # some image has another number of labels than one
     notes: list = field(default_factory=list)
-    table: np.ndarray = None  # (N,) of common.decode.ROW, and
-    images: DecodedImages = None  # the pixels: both from decode()
+    table: np.ndarray = None  # (N,) of common.decode.ROW, by decode() as is
+    images: DecodedImages = None
+
+    def __post_init__(self):
+        self.multilabel = bool(self.classes) and bool((self.labels.sum(1) != 1).any())
 
     def __len__(self):
         return len(self.names)
 
-    def __post_init__(self):
-        if self.multilabel is None:
-            self.multilabel = bool(self.classes) and bool((self.labels.sum(1) != 1).any())
-
     def decode(self, img_size, cache, skip_bad=False):
-        """Decode all images to squares of img_size pixels: sets table and images. cache: folder or
-        None. Raises UserError naming all that cannot be read, unless they are to be left out."""
+        """Set table and images, of img_size pixels a side; cache: folder or None. Raises UserError
+        naming the images that cannot be read, unless they are to be left out."""
         root = os.path.abspath(self.path)
         self.table, self.images, bad = decode_all(self.sources, img_size, root, cache)
         if bad:
@@ -52,7 +52,7 @@ class ImageSet:
                 raise UserError(f"{what}; fix them, or leave them out with --skip-bad")
             self.notes.append(f"left out because they cannot be read: {reasons}")
             self.keep(~np.isin(np.arange(len(self)), list(bad)))
-        several = [name for name, n in zip(self.names, self.table["frames"]) if n > 1]
+        several = list(compress(self.names, self.table["frames"] > 1))
         if several:
             self.notes.append(f"only the first page or frame is read of {preview(several)}")
 
@@ -62,7 +62,7 @@ class ImageSet:
             if getattr(self, key) is not None:
                 setattr(self, key, getattr(self, key)[mask])
         for key in ("names", "sources"):
-            setattr(self, key, [x for x, kept in zip(getattr(self, key), mask) if kept])
+            setattr(self, key, list(compress(getattr(self, key), mask)))
         if self.images is not None:
             self.images.keep(mask)
 
@@ -71,19 +71,19 @@ def list_files(root):
     """Relative paths of all files below root, sorted; hidden ones skipped, links followed once."""
     found, seen, stack = [], set(), [""]
     while stack:
-        folder = stack.pop()
-        stat = os.stat(os.path.join(root, folder))
+        start = stack.pop()  # a folder, with its slash
+        stat = os.stat(os.path.join(root, start))
         if (stat.st_dev, stat.st_ino) in seen:
             continue
         seen.add((stat.st_dev, stat.st_ino))
         try:
-            entries = list(os.scandir(os.path.join(root, folder)))
+            entries = list(os.scandir(os.path.join(root, start)))
         except PermissionError as error:
-            raise UserError(f"{os.path.join(root, folder)}: the folder cannot be read") from error
+            raise UserError(f"{error.filename}: the folder cannot be read") from error
         for entry in entries:
             if not entry.name.startswith((".", "__MACOSX")):
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                (stack if os.path.isdir(entry.path) else found).append(path)
+                is_folder = os.path.isdir(entry.path)
+                (stack if is_folder else found).append(start + entry.name + "/" * is_folder)
     return sorted(found)
 
 
@@ -95,15 +95,14 @@ def read_folder(root, unlabelled=False):
     endings = Counter(Path(f).suffix.lower() or "no ending" for f in files)
     others = preview(f"{n} {e}" for e, n in endings.most_common() if e not in EXTENSIONS)
     if not names:
-        known = ", ".join(EXTENSIONS)
-        raise UserError(f"{root}: holds {others or 'nothing'}, but no images ({known})")
+        raise UserError(f"{root}: holds {others or 'nothing'}, but no images {EXTENSIONS}")
     parts = [name.split("/") for name in names]
     given = [SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts]
     if len(set(given) - {""}) > 1:
-        outside = [name for name, split in zip(names, given) if not split]
-        if outside and not unlabelled:
-            beside = f"{root}: has images beside its train and test folders: {preview(outside)}"
-            raise UserError(f"{beside}; move them, or name the split of each with --split FILE")
+        if "" in given and not unlabelled:
+            beside = preview(name for name, split in zip(names, given) if not split)
+            problem = f"has images beside its train and test folders: {beside}"
+            raise UserError(f"{root}: {problem}; move them, or name all splits with --split FILE")
         parts = [p[1:] for p in parts]
     else:
         given = [""] * len(names)
@@ -116,41 +115,9 @@ def read_folder(root, unlabelled=False):
     return ImageSet(str(root), names, sources, labels, classes, np.array(given), notes=notes)
 
 
-def read_npz(file, unlabelled=False):
-    """A MedMNIST file: {train,val,test}_images (N, H, W[, 3]) uint8, and ..._labels (N, C) int."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            arrays = {key: arrays[key] for key in arrays.files}
-    except Exception as error:  # zip files and arrays break in many ways
-        raise UserError(f"{file}: is no .npz file of plain arrays") from error
-    splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
-    if not splits or not (unlabelled or all(f"{s}_labels" in arrays for s in splits)):
-        needed, held = "train_images and train_labels (and val_, test_)", preview(arrays, 9)
-        raise UserError(f"{file}: needs the arrays {needed}, but holds {held or 'none'}")
-    sizes = [len(arrays[f"{s}_images"]) for s in splits]
-    images = [image for s in splits for image in arrays[f"{s}_images"]]
-    none = [np.zeros((n, 0)) for n in sizes]
-    labels = none if unlabelled else [arrays[f"{s}_labels"] for s in splits]
-    if [len(x) for x in labels] != sizes:
-        raise UserError(f"{file}: a split has another number of labels than of images")
-    labels = np.concatenate([x.reshape(len(x), -1) for x in labels])
-    if any(a.dtype != np.uint8 or a.shape[2:] not in ((), (3,)) for a in images):
-        raise UserError(f"{file}: the images must be uint8 of shape (N, H, W) or (N, H, W, 3)")
-    if labels.shape[1] == 1:
-        values = np.unique(labels)
-        labels, classes = labels == values, [str(v) for v in values]
-    else:
-        labels, classes = labels.astype(bool), [str(c) for c in range(labels.shape[1])]
-    names = [f"{s}/{i}" for s, n in zip(splits, sizes) for i in range(n)]
-    given = np.repeat(splits if splits != ["train"] else [""], sizes)
-    return ImageSet(str(file), names, images, labels, classes, given)
-
-
 def read(path, label_col=None, multilabel=False, split=None, **table):
-    """The ImageSet at `path`; the arguments are the data flags, `table` those of read_csv alone.
-
-    label_col: ["none"] for no labels; split: a file for read_split. Raises UserError.
-    """
+    """The ImageSet at `path`; the others are the data flags, `table` those of read_csv alone
+    (label_col ["none"]: no labels). Raises UserError."""
     from common import tables  # which imports this module
 
     path, unlabelled = Path(path), label_col == ["none"]
@@ -165,13 +132,13 @@ def read(path, label_col=None, multilabel=False, split=None, **table):
     elif path.is_dir():
         data = read_folder(path, unlabelled)
     elif path.suffix.lower() == ".npz":
-        data = read_npz(path, unlabelled)
+        data = tables.read_npz(path, unlabelled)
     else:
         raise UserError(f"{path}: is neither a folder nor a .csv or .npz file (--data)")
     data.multilabel |= multilabel
     if split:
         data.given = tables.read_split(split, data.names)
-        unnamed = [name for name, part in zip(data.names, data.given) if not part]
+        unnamed = list(compress(data.names, data.given == ""))
         if unnamed:
             data.notes.append(f"left out because {split} does not name them: {preview(unnamed)}")
             data.keep(data.given != "")

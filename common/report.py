@@ -5,11 +5,15 @@ from collections import Counter
 import numpy as np
 
 from common.cli import preview
-from common.metrics import label_text
 from common.splits import cross_split_duplicates, duplicates
 
 SPLIT_HEADER = ("path", "split", "labels", "label_used")
 DUPLICATES_HEADER = ("group", "path", "split", "labels")
+
+
+def label_text(classes, has):
+    """The names of the classes that an image has, as the CSV files hold them."""
+    return "|".join(c for c, h in zip(classes, has) if h)
 
 
 def split_rows(data, split, used=None):
@@ -53,12 +57,10 @@ def print_report(data, split):
 
 def _print_pixels(data, split):
     """Sizes and modes of the files; mean and standard deviation of some training images."""
-    width, height, mode = (data.table[key] for key in ("width", "height", "mode"))
-    sizes = (
-        f"widths {width.min()} to {width.max()}, heights {height.min()} to {height.max()} pixels"
-    )
-    modes = ", ".join(f"{name} {n}" for name, n in Counter(mode.tolist()).most_common())
-    print(f"  {sizes}; modes {modes}")
+    table, modes = data.table, Counter(data.table["mode"].tolist()).most_common()
+    sizes = [f"{key}s {table[key].min()} to {table[key].max()}" for key in ("width", "height")]
+    modes = ", ".join(f"{name} {n}" for name, n in modes)
+    print(f"  {', '.join(sizes)} pixels; modes {modes}")
     train = np.flatnonzero(split == "train")
     sample = [data.images[i] / np.float32(255) for i in train[:: len(train) // 100 + 1]]
     mean = np.mean([x.mean((1, 2)) for x in sample], axis=0)

@@ -41,29 +41,24 @@ def on_device(loader, device, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
 
 def seconds_per_step(step, batch, model, device, amp, limit=3.0):
-    """Seconds of a forward and backward pass: the last of up to three, fewer where they take longer
-    than `limit` seconds together. Leaves weights, buffers, gradients and random state as they were.
-
-    step: batch -> loss.
-    """
-    random_state = checkpoint.random_state()
+    """Seconds of a forward and backward pass: the last of up to three within `limit` seconds.
+    Leaves weights, buffers and random state as they were. step: batch -> loss."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    began = time.perf_counter()
-    for _ in range(3):
-        before = time.perf_counter()
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            loss = step(batch)
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - before
-        if time.perf_counter() - began > limit:
-            break
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(3):
+            began = time.perf_counter()
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                loss = step(batch)
+            loss.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+            limit -= seconds
+            if limit < 0:
+                break
+    for buffer, value in buffers:
+        buffer.copy_(value)
     model.zero_grad()
-    checkpoint.set_random_state(random_state)
     return seconds
 
 
@@ -85,17 +80,18 @@ class Run:
 
     def __post_init__(self):
         self.components, self.cost, self.status = {}, 0.0, ""
-        start = {"epoch": 0, "batch": 0, "iteration": 0, "loss": [0.0], "seconds": 0.0}
-        self.progress = {**start, "log": list(self.log)}
+        self.progress = {"epoch": 0, "batch": 0, "iteration": 0, "loss": [0.0], "seconds": 0.0}
+        self.progress["log"] = list(self.log)
         if self.state is not None:
             known = {*self.progress, "best"} & self.state.keys()  # best: of fine-tuning
-            self.progress = {key: self.state[key] for key in known}
+            self.progress |= {key: self.state[key] for key in known}
 
     def track(self, **components):
         """{name: module, optimizer, ...}: what last.pt saves; when resuming, restored here."""
         self.components |= components
-        if self.state is not None:
-            checkpoint.restore(components, self.state)
+        for name, part in components.items() if self.state is not None else ():
+            if self.state[name] or name != "scaler":  # a scaler that was off has no state
+                part.load_state_dict(self.state[name])
 
     def announce(self, step, model, loader, epochs, val_mask=()):
         """Print how long `epochs` will take here, from a few timed steps.
@@ -112,10 +108,9 @@ class Run:
         seconds = seconds_per_step(step, batch, model, self.device, self.amp) + loading
         images = sampler.n / distributed.world_size() + sum(val_mask) / 3
         total, name = seconds / size * images * epochs, self.device.type.upper()
-        long = total > 86400 and name == "CPU"
-        advice = "; smaller settings: README, recipe for a laptop" if long else ""
-        rate = f"{size / seconds:.3g} images/s"
-        work = f"{epochs} epochs of {sampler.n} images"
+        work, rate = f"{epochs} epochs of {sampler.n} images", f"{size / seconds:.3g} images/s"
+        advice = "; smaller settings: README, recipe for a laptop"
+        advice = advice if total > 86400 and name == "CPU" else ""
         print(f"{work}: about {duration(total)} on this {name} ({rate}){advice}", flush=True)
 
     @property
@@ -133,13 +128,15 @@ class Run:
         self.n, self.loader, self.sampler = n, loader, loader.batch_sampler
         self.saved = time.perf_counter()
         if self.state is not None:
-            checkpoint.set_random_state(self.state["rng"])
+            torch.set_rng_state(self.state["rng"]["cpu"])
+            for i, gpu_state in zip(range(torch.cuda.device_count()), self.state["rng"]["cuda"]):
+                torch.cuda.set_rng_state(gpu_state, i)
             self._write_log()
             if self.state["batch"] == 0 and self.progress["log"]:
                 self.react(self.progress["log"][-1])  # the epoch that the run ended with
-        images = self.sampler.n
-        before = self.epoch * images + self.progress["batch"] * self.sampler.batch_size
-        with Signals() as self.signals, progress(total=n * images, initial=before) as self.bar:
+        before = self.epoch * self.sampler.n + self.progress["batch"] * self.sampler.batch_size
+        bar = progress(total=n * self.sampler.n, initial=before)
+        with Signals() as self.signals, bar as self.bar:
             while self.epoch < n and not done(self.epoch):
                 self.sampler.epoch, self.sampler.start = self.epoch, self.progress["batch"]
                 loss = self.progress["loss"]
@@ -224,8 +221,9 @@ class Run:
         began = time.perf_counter()
         self.progress.update(progress)
         if distributed.rank() == 0:
+            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
             states = {name: part.state_dict() for name, part in self.components.items()}
-            state = {**self.metadata, **self.progress, "rng": checkpoint.random_state(), **states}
+            state = {**self.metadata, **self.progress, "rng": rng, **states}
             checkpoint.save(self.out / "last.pt", state)
         self._write_log()
         self.saved = time.perf_counter()

@@ -1,28 +1,50 @@
-"""What a fine-tuning starts from: a checkpoint or a timm model, and what was seen before."""
+"""What a command starts from: a weights file or a timm model, and the images it has seen."""
 
 import copy
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import timm
 import torch
 
 from common import checkpoint
 from common.arms import make_arm, rebuild_kwargs
+from common.cli import UserError
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, digest
+
+KEYS = {"state_dict", "arch", "num_classes", "model_kwargs", "img_size", "arm", "seed", "data"}
+
+
+def load_weights(path, way_out="; for other weights, give --arch NAME --init FILE"):
+    """The dict of a weights file that pretrain.py or finetune.py wrote. Raises UserError."""
+    weights = checkpoint.load(path)
+    if not isinstance(weights, dict) or not KEYS <= weights.keys():
+        raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py{way_out}")
+    return weights
+
+
+def build(weights, path):
+    """The timm model of a weights file's dict. Raises UserError where it does not fit."""
+    arch, kwargs = weights["arch"], weights["model_kwargs"]
+    try:
+        model = timm.create_model(arch, num_classes=weights["num_classes"], **kwargs)
+        model.load_state_dict(weights["state_dict"])
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its weights do not fit {arch} of this timm ({reason})") from error
+    return model
 
 
 def from_checkpoint(path):
-    """A weights file as a start: make() builds the model anew; metadata, {arch, arm, model_kwargs,
-    img_size, mean, std}; seen, hashes of the images it was trained on, or None; data, its data
-    flags; seed, of its split. Raises UserError."""
-    weights = checkpoint.load_weights(path)
-    make = partial(checkpoint.build, weights, path)
+    """A weights file as a start: make() builds its model; metadata says how; seen, hashes of its
+    training images, or None; data, its data flags; seed, of its split. Raises UserError."""
+    weights = load_weights(path)
+    make = partial(build, weights, path)
     make()  # weights that do not fit are better known before the images are read
     keys = ("arch", "arm", "model_kwargs", "img_size", "mean", "std")
-    metadata = {key: weights[key] for key in keys}
     history = {key: weights.get(key) for key in ("seen", "data", "seed")}
-    return SimpleNamespace(make=make, metadata=metadata, **history)
+    return SimpleNamespace(make=make, metadata={key: weights[key] for key in keys}, **history)
 
 
 def from_name(arch, init, img_size, model_kwargs):
@@ -38,14 +60,12 @@ def from_name(arch, init, img_size, model_kwargs):
 
 
 def fill_in(args, saved):
-    """Where the data flags name no data: the data of a checkpoint, read as then where no flag says
-    otherwise."""
+    """Without --data: the data flags of a checkpoint, where none was given."""
+    given = vars(args)
     if args.data is None:
-        unlabelled = saved.get("unlabelled") and not args.label_col  # a flag of earlier versions
-        given = vars(args)
+        if saved.get("unlabelled"):  # a flag of earlier versions
+            saved = {**saved, "label_col": ["none"]}
         given |= {key: given[key] or value for key, value in saved.items() if key in given}
-        if unlabelled:
-            args.label_col = ["none"]
 
 
 def seen_in_pretraining(seen, images):

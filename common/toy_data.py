@@ -1,9 +1,5 @@
-"""A labelled image folder drawn from scratch, to try everything without data of your own.
-
-Four kinds of cells under a microscope, told apart by outline and texture. Colours of cells and
-background, brightness, size, number, place and noise vary in the same way in all four, so that mean
-colour reveals nothing.
-"""
+"""A labelled image folder drawn from scratch, to try everything without data of your own: four
+kinds of cells, told apart by outline and texture; colours, sizes and noise vary alike in all."""
 
 from pathlib import Path
 
@@ -44,9 +40,8 @@ def cells(kind, rng):
 
 def draw(folder, seed):
     """Write the images as folder/CLASS/000.png, the same ones for the same seed."""
-    for name in CLASSES:
-        (Path(folder) / name).mkdir(parents=True, exist_ok=True)
     for i in progress(range(PER_CLASS * len(CLASSES)), desc="drawing images"):
         number, kind = divmod(i, len(CLASSES))
-        image = cells(kind, np.random.default_rng([seed, i]))
-        Image.fromarray(image).save(Path(folder) / CLASSES[kind] / f"{number:03}.png")
+        file = Path(folder) / CLASSES[kind] / f"{number:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(cells(kind, np.random.default_rng([seed, i]))).save(file)

@@ -276,8 +276,7 @@ def main():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup)
     config = {"arguments": settings, "device": str(device), "amp": str(amp)}
-    seen_before = None if state is None else state["seen"]
-    train_index, seen = pretrain.begin(out, images, split, seen_before, config, stale=())
+    train_index, seen = pretrain.begin(out, images, split, state, config, stale=())
 
     monitor, log = collapse.Monitor(images, split, args.seed), []
     metadata = {"script": "tools.dino", "args": settings, "seen": seen, "processes": world_size()}

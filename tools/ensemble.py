@@ -20,7 +20,8 @@ import numpy as np
 from common import cli, metrics
 from common.checkpoint import write_csv, write_json
 from common.cli import UserError
-from common.metrics import label_text, prediction_table, summarize
+from common.metrics import prediction_table, summarize
+from common.report import label_text
 
 PARTS = {
     "test": "",

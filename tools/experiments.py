@@ -33,10 +33,11 @@ import torch
 import data
 from cass import build_arm
 from common import cli
-from common.checkpoint import atomic_open, load_weights, write_csv, write_json
+from common.checkpoint import atomic_open, write_csv, write_json
 from common.decode import digest
 from common.readers import read
 from common.run import seconds_per_step
+from common.starts import load_weights
 from pretrain import VERSIONS
 from tools import ensemble
 

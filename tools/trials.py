@@ -2,11 +2,11 @@
 
     python -m tools.trials --data /path [--epochs 2 --img-size 32 --only barlow ...] --out FILE
 
-Each pre-trains the small arms through pretrain.train, then embeds training and validation images:
-k-NN accuracy, and the balanced accuracy of a ridge probe on 1 % and 10 % of the labels (5 draws).
-VICReg earned its place in losses.py; the rest stays here. 64 px and less: bfloat16 on a CPU.
+Each pre-trains small arms, then scores k-NN and a ridge probe on 1 % and 10 % of the labels (5
+draws) by balanced accuracy. VICReg earned its place in losses.py; the rest stays here.
 """
 
+import itertools
 import math
 import sys
 import tempfile
@@ -30,7 +30,7 @@ from common.run import Run, on_device
 from losses import cosine_loss, vicreg
 
 ARMS = {"cnn": ("resnet10t", {}), "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 6})}
-CPU = torch.device("cpu")
+CPU, STEPS = torch.device("cpu"), itertools.count(1)
 
 
 def standardize(x):
@@ -49,22 +49,17 @@ def infonce(R, T, temperature=0.1):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def centred(objective):
-    return lambda R, T: objective(R - R.mean(0), T - T.mean(0))
+def centre(x):
+    return x - x.mean(0)
 
 
-def standardized_cosine(R, T):
-    return cosine_loss(standardize(R), standardize(T))
+def after(change, objective):
+    return lambda R, T: objective(change(R), change(T))
 
 
-class Alternating:
+def alternating(R, T):
     """Equation 1, the gradient into one arm at a time."""
-
-    step = 0
-
-    def __call__(self, R, T):
-        self.step += 1
-        return cosine_loss(R.detach(), T) if self.step % 2 else cosine_loss(R, T.detach())
+    return cosine_loss(R.detach(), T) if next(STEPS) % 2 else cosine_loss(R, T.detach())
 
 
 class OnFeatures(CASS):
@@ -77,26 +72,24 @@ class OnFeatures(CASS):
             model.projector = nn.Sequential(*layers, nn.Linear(width, width))
 
     def forward(self, images):
-        outputs = []
-        for model in self.arms.values():
-            features = model.forward_head(model.forward_features(images), pre_logits=True)
-            outputs.append(model.projector(features).float())
-        return self.objective(*outputs)
+        arms = self.arms.values()
+        features = [m.forward_head(m.forward_features(images), pre_logits=True) for m in arms]
+        return self.objective(*(m.projector(x).float() for m, x in zip(arms, features)))
 
 
 OBJECTIVES = {"cosine": cosine_loss, "barlow": barlow, "vicreg": vicreg, "infonce": infonce}
-OBJECTIVES |= {"centred_infonce": centred(infonce), "centred_cosine": centred(cosine_loss)}
-OBJECTIVES |= {"standardized_cosine": standardized_cosine, "alternating": Alternating()}
+OBJECTIVES |= {f"centred_{name}": after(centre, OBJECTIVES[name]) for name in ("infonce", "cosine")}
+OBJECTIVES |= {"standardized_cosine": after(standardize, cosine_loss), "alternating": alternating}
 OBJECTIVES |= {f"{name}_projector": OBJECTIVES[name] for name in ("barlow", "vicreg", "infonce")}
 
 
 def pretrained(name, images, train, seed, args):
-    """{arm: model} after pre-training with this objective; untrained for a name that is none."""
+    """{arm: model} after pre-training with this objective, or "untrained"."""
     torch.manual_seed(seed)
     arms = [build_arm(arch, args.img_size, **kwargs) for arch, kwargs in ARMS.values()]
     method = (OnFeatures if "projector" in name else CASS)(*arms, objective=OBJECTIVES.get(name))
     method.to(memory_format=torch.channels_last)
-    if name not in OBJECTIVES:
+    if name == "untrained":
         return method.arms
     views = data.AugmentedImages(images, train, data.augmentation(args.img_size), seed=seed)
     loader = data.loader(views, data.EpochBatches(len(views), 16, seed), CPU)
@@ -114,9 +107,7 @@ def embed(model, images, index):
 
 def probe(train, y, val, frac, draw):
     """Ridge regression on a share of the labels, at least one per class: scores (M, C).
-
-    train: (N, D); y: (N, C) float 0/1; val: (M, D).
-    """
+    train: (N, D); y: (N, C) float 0/1; val: (M, D)."""
     g, mine = torch.Generator().manual_seed(draw), []
     for has in y.T:
         i = has.nonzero()[:, 0]
@@ -133,7 +124,7 @@ def readouts(train, y, val, true, classes):
     votes = collapse.knn(train, y, val, temperature=math.inf)  # the 20 neighbours count alike
     scores, row = {"knn": [votes.round(decimals=2)]}, {}
     for frac in (0.01, 0.1):
-        scores[f"{frac:g}"] = [probe(train, y, val, frac, draw) for draw in range(5)]
+        scores[f"{frac}"] = [probe(train, y, val, frac, draw) for draw in range(5)]
     for name, draws in scores.items():
         found = [multiclass_scores(true, x.numpy(), classes)["balanced_accuracy"] for x in draws]
         row[name] = round(sum(found) / len(found), 4)
@@ -141,16 +132,16 @@ def readouts(train, y, val, true, classes):
 
 
 def main():
-    parser = cli.Parser(__doc__)
+    parser, names = cli.Parser(__doc__), [*OBJECTIVES, "untrained"]
     data.add_arguments(parser)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--img-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--only", nargs="+", default=list(OBJECTIVES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", default="trials.json")
-    args = parser.parse_args()
-    rows = []
+    add = parser.add_argument
+    add("--epochs", type=cli.positive, default=2)
+    add("--img-size", type=cli.positive, default=32, help="64 and less: bfloat16 on a CPU")
+    add("--lr", type=cli.rate, default=1e-3)
+    add("--only", nargs="+", default=names[:-1], choices=names, help="(default: all objectives)")
+    add("--seeds", type=cli.count, nargs="+", default=[0])
+    add("--out", default="trials.json")
+    args, rows = parser.parse_args(), []
     for seed in args.seeds:
         images = read(args.data, **data.options(args))
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
@@ -169,8 +160,7 @@ def main():
                 row |= {f"{arm}_{measure}": value for measure, value in found.items()}
             print(row, flush=True)
             rows.append(row)
-            record = {"command": sys.argv, "torch": torch.__version__, "rows": rows}
-            write_json(args.out, record)
+            write_json(args.out, {"command": sys.argv, "torch": torch.__version__, "rows": rows})
 
 
 if __name__ == "__main__":

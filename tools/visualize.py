@@ -26,13 +26,13 @@ from torchvision.utils import make_grid
 import data
 from common import cli
 from common.arms import make_arm
-from common.checkpoint import atomic_open, load_weights
+from common.checkpoint import atomic_open
 from common.cli import UserError
 from common.decode import decode, normalize
 from common.readers import read
 from common.report import class_counts
 from common.splits import stratified_order
-from common.starts import fill_in, from_checkpoint, seen_in_pretraining
+from common.starts import fill_in, from_checkpoint, load_weights, seen_in_pretraining
 from tools import introspect
 from tools import plotting as draw
 
