@@ -16,13 +16,12 @@ from common.decode import IMAGENET_MEAN, IMAGENET_STD
 class KeyValues(ParseKwargs):
     """timm's KEY=VALUE arguments, with a one-line error for anything else."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser, namespace, values, flag=None):
         for value in values:
             key, equals, _ = value.partition("=")
             if not equals or key in ("img_size", "init", "name"):
-                why = "is no KEY=VALUE for timm (size and weights have flags of their own)"
-                parser.error(f"{option_string}: {value} {why}")
-        super().__call__(parser, namespace, values, option_string)
+                parser.error(f"{flag}: {value} is no KEY=VALUE (some have flags of their own)")
+        super().__call__(parser, namespace, values, flag)
 
 
 def add_arguments(parser):
@@ -42,8 +41,7 @@ def make_arm(flag, name, init, img_size, **model_kwargs):
     """cass.build_arm, where init may also be a weights file. Raises UserError, naming the flag."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
-        hint = f"close names: {', '.join(close) or 'none'}"
-        raise UserError(f"{flag}: timm has no model {name!r}; {hint}")
+        raise UserError(f"{flag}: no model {name!r}; close names: {', '.join(close) or 'none'}")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # one line is enough
     if init not in ("imagenet", "random"):
         init = checkpoint.load_state_dict(init)
@@ -53,9 +51,8 @@ def make_arm(flag, name, init, img_size, **model_kwargs):
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{flag} {name}: cannot be built with these arguments: {reason}") from error
     except Exception as error:  # the download raises errors of many kinds
-        init_flag = "--init" if flag == "--arch" else f"--init-{flag[2:]}"
-        fix = f"start with --init random, or with {init_flag} FILE"
-        problem = f"its ImageNet weights could not be downloaded; {fix}"
+        file = "--init FILE" if flag == "--arch" else f"--init-{flag[2:]} FILE"
+        problem = f"ImageNet weights not downloaded; give --init random, or {file}"
         raise UserError(f"{flag} {name}: {problem}") from error
 
 

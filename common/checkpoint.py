@@ -72,7 +72,9 @@ def save(path, value):
         try:
             torch.save(value, file)
         except RuntimeError as error:  # torch's own, on top of what went wrong
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def weights_file(model, **metadata):
@@ -82,11 +84,14 @@ def weights_file(model, **metadata):
 
 
 def load(path):
-    """The plain data in a torch or safetensors file, of which nothing is run. Raises UserError."""
+    """The dict in a torch or safetensors file, of which nothing is run. Raises UserError."""
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict):
+            return content
+        raise TypeError("it holds no dict")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: there is no such file") from error
     except Exception as error:  # both raise errors of many kinds
@@ -97,27 +102,22 @@ def load(path):
 def load_training(path, script):
     """The dict of a last.pt that this script wrote. Raises UserError."""
     state = load(path)
-    if not isinstance(state, dict) or state.get("script") != script:
-        raise UserError(f"{path}: holds no training state of {script} to resume from (--resume)")
-    if not isinstance(state.get("loss"), list):
-        problem = f"was made by an earlier version of {script}"
-        raise UserError(f"{path}: {problem}; finish it with that one, or give --overwrite")
+    if state.get("script") != script or not isinstance(state.get("loss"), list):
+        raise UserError(f"{path}: holds no training state of {script}, or of another version of it")
     return state
 
 
 def seen_by(path):
     """The hashes of the images that one of our weights files has seen; none for other files."""
-    weights = load(path)
-    seen = weights.get("seen") if isinstance(weights, dict) else None
-    return torch.zeros(0, dtype=torch.int64) if seen is None else seen
+    return load(path).get("seen", torch.zeros(0, dtype=torch.int64))
 
 
 def load_state_dict(path):
     """The state dict in a weights file, ours or another with timm's keys. Raises UserError."""
     weights = load(path)
     for key in ("state_dict", "model"):
-        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+        if isinstance(weights.get(key), dict):
             weights = weights[key]
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+    if not all(map(torch.is_tensor, weights.values())):
         raise UserError(f"{path}: holds no state dict")
     return weights

@@ -26,8 +26,7 @@ class Stopped(Exception):
 def preview(items, n=3):
     """The first few items of a list, for a one-line message."""
     items = list(map(str, items))
-    more = f" and {len(items) - n} more" if len(items) > n else ""
-    return ", ".join(items[:n]) + more
+    return ", ".join(items[:n]) + f" and {len(items) - n} more" * (len(items) > n)
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,18 +54,16 @@ def run(main):
     try:
         main()
         distributed.stop()
-    except UserError as error:
-        leave(2, error)
-    except FloatingPointError as error:
-        leave(1, error)
+    except (UserError, FloatingPointError) as error:
+        leave(2 if isinstance(error, UserError) else 1, error)
     except torch.OutOfMemoryError:
         leave(1, "out of GPU memory: try a smaller --bs or --img-size")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
         leave(1, f"{error.filename or 'output'}: {error.strerror}; what was there before is intact")
-    except Stopped as stopped:
-        leave(*stopped.args)
+    except Stopped as error:
+        leave(*error.args)
     except KeyboardInterrupt:
         leave(130, "interrupted")
 
@@ -102,10 +99,9 @@ def save_every(text):
 
 def refuse_overwrite(out, names, overwrite):
     """Raise UserError if the folder holds one of the files and overwriting was not asked for."""
-    there = [name for name in names if (out / name).exists()]
+    there = preview([name for name in names if (out / name).exists()])
     if there and not overwrite:
-        held = f"holds an earlier run ({', '.join(there)})"
-        raise UserError(f"{out}: {held}; name another folder with --out, or give --overwrite")
+        raise UserError(f"{out}: has {there} of an earlier run; give another --out or --overwrite")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is not a folder (--out)")
 
@@ -113,28 +109,23 @@ def refuse_overwrite(out, names, overwrite):
 def parse_again(parser, saved, may_change, path):
     """Parse with a checkpoint's arguments as defaults. Raises UserError where one that may not
     change was given with another value."""
-    known = vars(parser.parse_args())
-    saved = {key: value for key, value in saved.items() if key in known}
-    fixed = {key: value for key, value in saved.items() if key not in may_change}
-    defaults = {key: value for key, value in saved.items() if key in fixed or key == "epochs"}
-    parser.set_defaults(**defaults)
+    settings = vars(parser.parse_args()).keys() - may_change
+    fixed = {key: value for key, value in saved.items() if key in settings}
+    parser.set_defaults(**{key: saved[key] for key in saved if key in fixed or key == "epochs"})
     args = parser.parse_args()
     given = dict(vars(args))
     for key in ("ckpt", "data", "images", "split"):
         given[key] = given.get(key) and os.path.abspath(given[key])
-    changed = [k for k, value in fixed.items() if given[k] != value]
+    changed = [key for key in fixed if given[key] != fixed[key]]
     if changed:
         flags = [f"--{k.replace('_', '-')} {fixed[k]} (not {given[k]})" for k in changed]
-        raise UserError(
-            f"{path}: was made with other settings: {preview(flags, 9)}; leave these flags out, or "
-            f"start a new run in another --out"
-        )
+        what = f"was made with {preview(flags, 9)}"
+        raise UserError(f"{path}: {what}; leave these flags out, or start anew in another --out")
     return args
 
 
 class Signals:
-    """Inside `with`, SIGINT and SIGTERM are noted, so that a loop can stop between two steps; a
-    second one stops at once."""
+    """Inside `with`, SIGINT and SIGTERM are noted, for the loop to stop; a second one acts."""
 
     def __enter__(self):
         self.number = 0
@@ -157,16 +148,8 @@ class Signals:
 
 def progress(iterable=None, unit="img", **kwargs):
     """A tqdm bar over images: updated often on a terminal, seldom in a log file."""
-    kwargs |= {"unit": unit, "dynamic_ncols": True, "disable": distributed.rank() > 0}
-    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 30, **kwargs)
-
-
-def duration(seconds):
-    """Seconds as "40 s", "12 min", "3.5 h" or "4.1 days"."""
-    for unit, size, below in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
-        if seconds < below * size:
-            return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"
-    return f"{seconds / 86400:.1f} days"
+    kwargs |= {"mininterval": 0.2 if sys.stderr.isatty() else 30, "disable": distributed.rank() > 0}
+    return tqdm(iterable, unit=unit, dynamic_ncols=True, **kwargs)
 
 
 def add_run_arguments(parser, epochs, lr):
@@ -178,14 +161,12 @@ def add_run_arguments(parser, epochs, lr):
     add("--min-lr", type=rate, default=1e-6, help="the minimum of its cosine")
     iterations = "iterations from --lr down to --min-lr, and up again, or: run, one descent"
     add("--t-max", type=t_max, default=16, metavar="N", help=iterations)
-    precisions = ["auto", "off", "bf16", "fp16"]
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
-    add("--amp", default="auto", choices=precisions, help="autocast; losses are always float32")
+    add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="autocast precision")
     add("--workers", type=count, metavar="N", help="loader processes (CPU: 0; GPU: up to 8)")
     resume = "from the last.pt in --out, or from FILE; it holds the other flags"
     add("--resume", nargs="?", const=True, metavar="FILE", help=resume)
-    every = "also save last.pt every N iterations or, as in 10m, minutes"
-    add("--save-every", type=save_every, metavar="N", help=every)
+    add("--save-every", type=save_every, metavar="N", help="save last.pt every N steps, or 10m")
     add("--overwrite", action="store_true", help="replace an earlier run in the output folder")
 
 

@@ -59,8 +59,8 @@ def knn(features, labels, queries, k=20, temperature=0.07):
 
 @torch.no_grad()
 def embed(model, batches):
-    """Features before the head (N, D) and logits (N, C) of a timm model in evaluation mode, in
-    float32. batches: of (N, 3, H, W), normalized."""
+    """Features (N, D) before the head and logits (N, C), float32, in evaluation mode. batches: of
+    (N, 3, H, W), normalized."""
     was_training, outputs = model.training, []
     model.eval()
     for images in batches:
@@ -81,10 +81,8 @@ class Monitor:
         train, val = (np.flatnonzero(split == part) for part in ("train", "val"))
         n = min(len(train), max(32, min(512, len(train) // 40)))
         draw = torch.Generator().manual_seed(seed)
-        drawn = (
-            torch.randperm(len(part), generator=draw)[:n].sort().values for part in (train, val)
-        )
-        self.train, self.val = (part[i.numpy()] for part, i in zip((train, val), drawn))
+        chosen = (torch.randperm(len(x), generator=draw)[:n].sort().values for x in (train, val))
+        self.train, self.val = (x[i.numpy()] for x, i in zip((train, val), chosen))
         self.data = images
 
     def __call__(self, arms, device):
@@ -112,10 +110,8 @@ class Monitor:
             yield normalize(torch.from_numpy(part).to(device))
 
     def _accuracy(self, features, queries):
-        known, true = (
-            torch.from_numpy(self.data.labels[i]).float() for i in (self.train, self.val)
-        )
-        found = knn(features, known, queries)
+        labels = torch.from_numpy(self.data.labels).float()
+        found, true = knn(features, labels[self.train], queries), labels[self.val]
         if self.data.multilabel:
             return ((found >= 0.5) == true.bool()).float().mean().item()
         return (found.argmax(1) == true.argmax(1)).float().mean().item()
@@ -138,7 +134,7 @@ def react(row, objective, fail):
     if not arms:
         return
     spreads = ", ".join(f"{row[f'{arm}_logits_spread']:.2g}" for arm in arms)
-    facts = f"spread {spreads}; agreement on images {row['agreement']:.2f}"
+    facts = f"spread {spreads}; agreement {row['agreement']:.2f}"
     what = f"the logits of {' and '.join(arms)} have collapsed to nearly one vector ({facts})"
     text = f"epoch {row['epoch']}: {what}, which a low loss does not show"
     if objective == "cosine":

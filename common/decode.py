@@ -131,12 +131,10 @@ def _key(source):
 
 
 def decode_all(sources, size, name, directory):
-    """Check and decode all images, in parallel with a progress bar.
+    """Check and decode all images, in parallel: (N,) of ROW, DecodedImages, {unreadable: reason}.
 
-    sources: paths (str) or arrays, as decode() takes them; name: of the data set, for the file in
-    `directory` (None: nothing is kept, DecodedImages decodes again and again).
-    Returns (N,) of ROW, DecodedImages, {index of an unreadable image: reason}. Raises UserError
-    where the file cannot be written.
+    sources: paths (str) or arrays; name: of the data set, for the file in `directory` (None: no
+    file, DecodedImages decodes each time). Raises UserError where it cannot be written.
     """
     table, bad, known = np.zeros(len(sources), ROW), {}, {}
     table["key"] = [_key(source) for source in sources]
@@ -168,13 +166,13 @@ def decode_all(sources, size, name, directory):
 
 def _in_order(function, n, use):
     """use(function(i)) for i below n, in order; function runs in threads, under a progress bar."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+    bar = progress(desc="checking images", total=n)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's on odd EXIF and palettes
-        with progress(desc="checking images", total=n) as bar:
-            for start in range(0, n, 64):  # bounded, whatever the disk's pace
-                for result in pool.map(function, range(start, min(start + 64, n))):
-                    use(result)
-                    bar.update()
+        for start in range(0, n, 64):  # bounded, whatever the disk's pace
+            for result in pool.map(function, range(start, min(start + 64, n))):
+                use(result)
+                bar.update()
 
 
 def _update(file, pattern, size, table, known, pixels):

@@ -57,13 +57,13 @@ def gather(x):
     averages: a loss over the whole batch needs the sum."""
     if world_size() == 1:
         return x
-    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
-    largest = max(map(int, sizes))
-    padded = torch.cat([x.detach(), x.new_zeros(largest - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
+    sizes[rank()] = len(x)
+    sizes = all_reduce(sizes).tolist()
+    padded = torch.cat([x.detach(), x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    parts = [part[: int(n)] for part, n in zip(parts, sizes)]
+    parts = [part[:n] for part, n in zip(parts, sizes)]
     parts[rank()] = x * world_size() - x.detach() * (world_size() - 1)
     return torch.cat(parts)
 

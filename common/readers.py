@@ -31,8 +31,8 @@ class ImageSet:
     groups: np.ndarray = None  # (N,) str, of --group-col
     multilabel: bool = field(init=False)  # some image has another number of labels than one
     notes: list = field(default_factory=list)
-    table: np.ndarray = None  # (N,) of common.decode.ROW, by decode() as is
-    images: DecodedImages = None
+    table: np.ndarray = None  # (N,) of common.decode.ROW, and
+    images: DecodedImages = None  # the pixels: both set by decode()
 
     def __post_init__(self):
         self.multilabel = bool(self.classes) and bool((self.labels.sum(1) != 1).any())
@@ -58,11 +58,10 @@ class ImageSet:
 
     def keep(self, mask):
         """Leave out the images where the (N,) bool mask is False."""
+        self.names, self.sources = (list(compress(x, mask)) for x in (self.names, self.sources))
         for key in ("labels", "given", "groups", "table"):
             if getattr(self, key) is not None:
                 setattr(self, key, getattr(self, key)[mask])
-        for key in ("names", "sources"):
-            setattr(self, key, list(compress(getattr(self, key), mask)))
         if self.images is not None:
             self.images.keep(mask)
 
@@ -88,8 +87,8 @@ def list_files(root):
 
 
 def read_folder(root, unlabelled=False):
-    """Images below a folder. Classes are the folders directly below it (or below train, test, ...)
-    where every image lies directly in one of at least two; otherwise there are no labels."""
+    """Images below a folder. Subfolders (of train, test, ..., if these exist) count as classes if
+    there are at least two and every image is directly inside one."""
     files = list_files(root)
     names = [f for f in files if f.lower().endswith(EXTENSIONS)]
     endings = Counter(Path(f).suffix.lower() or "no ending" for f in files)
@@ -98,18 +97,18 @@ def read_folder(root, unlabelled=False):
         raise UserError(f"{root}: holds {others or 'nothing'}, but no images {EXTENSIONS}")
     parts = [name.split("/") for name in names]
     given = [SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts]
-    if len(set(given) - {""}) > 1:
-        if "" in given and not unlabelled:
+    if len(set(given) - {""}) < 2:
+        given = [""] * len(names)
+    elif not unlabelled:
+        if "" in given:
             beside = preview(name for name, split in zip(names, given) if not split)
             problem = f"has images beside its train and test folders: {beside}"
             raise UserError(f"{root}: {problem}; move them, or name all splits with --split FILE")
         parts = [p[1:] for p in parts]
-    else:
-        given = [""] * len(names)
-    folders = sorted({p[0] for p in parts if len(p) == 2})
-    labelled = all(len(p) == 2 for p in parts) and len(folders) > 1 and not unlabelled
-    classes = folders if labelled else []
-    labels = np.array([p[:1] if labelled else [""] for p in parts]) == np.array(classes, str)
+    classes = sorted({p[0] for p in parts})
+    if unlabelled or len(classes) < 2 or any(len(p) != 2 for p in parts):
+        classes = []
+    labels = np.array([p[:1] for p in parts]) == np.array(classes, str)
     notes = [f"not read: {others}"] if others else []
     sources = [os.path.join(root, name) for name in names]
     return ImageSet(str(root), names, sources, labels, classes, np.array(given), notes=notes)

@@ -62,10 +62,9 @@ def _print_pixels(data, split):
     modes = ", ".join(f"{name} {n}" for name, n in modes)
     print(f"  {', '.join(sizes)} pixels; modes {modes}")
     train = np.flatnonzero(split == "train")
-    sample = [data.images[i] / np.float32(255) for i in train[:: len(train) // 100 + 1]]
-    mean = np.mean([x.mean((1, 2)) for x in sample], axis=0)
-    std = np.sqrt(np.mean([(x**2).mean((1, 2)) for x in sample], axis=0) - mean**2)
-    mean, std = (" ".join(f"{x:.3f}" for x in values) for values in (mean, std))
+    sample = np.stack([data.images[i] for i in train[:: len(train) // 100 + 1]]) / np.float32(255)
+    moments = sample.mean((0, 2, 3)), sample.std((0, 2, 3))
+    mean, std = (" ".join(f"{x:.3f}" for x in values) for values in moments)
     imagenet = "0.485 0.456 0.406, 0.229 0.224 0.225"
     print(f"  mean {mean}, standard deviation {std} (ImageNet: {imagenet})")
 
@@ -75,8 +74,7 @@ def _print_duplicates(data, split):
     same = duplicates(data)
     if same:
         n, later = sum(map(len, same)), cross_split_duplicates(data, split).sum()
-        where = "an earlier split (train, val, test)"
-        print(f"  {n} images are exact duplicates of another; {later} of them of one in {where}")
+        print(f"  {n} images are exact duplicates of another; {later} of them of an earlier split")
     odd = [group for group in same if (data.labels[group] != data.labels[group[0]]).any()]
     if odd:
         pairs = preview(" = ".join(data.names[i] for i in group[:2]) for group in odd)

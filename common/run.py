@@ -11,15 +11,15 @@ loop asks `epochs` and `batches` for its work and reads as if nothing surrounded
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import checkpoint, collapse, distributed
-from common.cli import Signals, duration, progress
+from common.cli import Signals, progress
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
@@ -31,13 +31,11 @@ def half_cycle(t_max, iterations):
 def on_device(loader, device, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """The batches of a loader on the device: uint8 images become normalized floats, the rest stays
     as it is. A batch is a tensor, or a list of tensors (several views; images and targets)."""
-
-    def move(x):
-        x = x.to(device, non_blocking=True)
-        return normalize(x, mean, std) if x.dtype == torch.uint8 else x
-
     for batch in loader:
-        yield [move(x) for x in batch] if isinstance(batch, (list, tuple)) else move(batch)
+        single = torch.is_tensor(batch)
+        parts = [x.to(device, non_blocking=True) for x in ([batch] if single else batch)]
+        parts = [normalize(x, mean, std) if x.dtype == torch.uint8 else x for x in parts]
+        yield parts[0] if single else parts
 
 
 def seconds_per_step(step, batch, model, device, amp, limit=3.0):
@@ -71,20 +69,19 @@ class Run:
     amp: Any  # dtype of autocast, None for full precision
     metadata: dict  # what last.pt holds besides the training state
     state: Any = None  # the dict of a last.pt to resume from
-    log: list = field(default_factory=list)  # rows that log.jsonl begins with
+    log: list | tuple = ()  # rows that log.jsonl begins with
     save_every: Any = None  # as the flag
     save_epochs: bool = True  # False: skip last.pt where it would cost over a twentieth of the time
     normalization: tuple = (IMAGENET_MEAN, IMAGENET_STD)
     monitor: Any = None  # {arm: model}, device -> {measure: number} after every epoch
-    react: Callable = lambda row: None  # takes each row of the log once it is saved
+    react: Any = lambda row: None  # takes each row of the log once it is saved
 
     def __post_init__(self):
         self.components, self.cost, self.status = {}, 0.0, ""
-        self.progress = {"epoch": 0, "batch": 0, "iteration": 0, "loss": [0.0], "seconds": 0.0}
-        self.progress["log"] = list(self.log)
-        if self.state is not None:
-            known = {*self.progress, "best"} & self.state.keys()  # best: of fine-tuning
-            self.progress |= {key: self.state[key] for key in known}
+        start = {"epoch": 0, "batch": 0, "iteration": 0, "loss": [0.0], "seconds": 0.0}
+        self.progress = {**start, "log": list(self.log)}
+        known = {*self.progress, "best"} & (self.state or {}).keys()  # best: of fine-tuning
+        self.progress |= {key: self.state[key] for key in known}
 
     def track(self, **components):
         """{name: module, optimizer, ...}: what last.pt saves; when resuming, restored here."""
@@ -94,11 +91,8 @@ class Run:
                 part.load_state_dict(self.state[name])
 
     def announce(self, step, model, loader, epochs, val_mask=()):
-        """Print how long `epochs` will take here, from a few timed steps.
-
-        step: batch -> loss of the model; val_mask: true for images that each epoch only evaluates,
-        at a third of the cost.
-        """
+        """Print how long the epochs take here, from a few timed steps. step: batch -> loss of the
+        model; val_mask: true for images that are only evaluated, at a third of the cost."""
         sampler, dataset = loader.batch_sampler, loader.dataset
         size = min(sampler.batch_size // distributed.world_size(), len(dataset))
         began = time.perf_counter()
@@ -108,10 +102,11 @@ class Run:
         seconds = seconds_per_step(step, batch, model, self.device, self.amp) + loading
         images = sampler.n / distributed.world_size() + sum(val_mask) / 3
         total, name = seconds / size * images * epochs, self.device.type.upper()
-        work, rate = f"{epochs} epochs of {sampler.n} images", f"{size / seconds:.3g} images/s"
-        advice = "; smaller settings: README, recipe for a laptop"
-        advice = advice if total > 86400 and name == "CPU" else ""
-        print(f"{work}: about {duration(total)} on this {name} ({rate}){advice}", flush=True)
+        where = f"on this {name} ({size / seconds:.3g} images/s)"
+        if total > 86400 and name == "CPU":
+            where += "; smaller settings: README, recipe for a laptop"
+        work, total = f"{epochs} epochs of {sampler.n} images", timedelta(seconds=round(total))
+        print(f"{work}: about {total} {where}", flush=True)
 
     @property
     def iteration(self):
@@ -131,7 +126,7 @@ class Run:
             torch.set_rng_state(self.state["rng"]["cpu"])
             for i, gpu_state in zip(range(torch.cuda.device_count()), self.state["rng"]["cuda"]):
                 torch.cuda.set_rng_state(gpu_state, i)
-            self._write_log()
+            self.save(log_only=True)
             if self.state["batch"] == 0 and self.progress["log"]:
                 self.react(self.progress["log"][-1])  # the epoch that the run ended with
         before = self.epoch * self.sampler.n + self.progress["batch"] * self.sampler.batch_size
@@ -145,8 +140,7 @@ class Run:
                 yield self.epoch
 
     def batches(self):
-        """The batches of this epoch that are left, as on_device gives them. After each step: the
-        progress bar, signals and checkpoints."""
+        """The batches that are left of this epoch, on the device; after each, what is due."""
         loader = on_device(self.loader, self.device, *self.normalization)
         for batch, images in enumerate(loader, self.sampler.start + 1):
             yield images
@@ -162,16 +156,14 @@ class Run:
                 loss = distributed.gather(self.loss[None]).tolist()  # of each process
                 self.save(batch=batch, loss=loss, seconds=time.perf_counter() - self.began)
             if stop:
-                last = self.out / "last.pt"
-                self.signals.leave(f"{last} holds iteration {self.iteration}; resume with --resume")
+                self.signals.leave(f"to resume from {self.out / 'last.pt'}, give --resume")
 
     def _agree(self):
         """(a signal arrived, a checkpoint is due): the same in all processes. On several GPUs,
         whose steps are short, they ask each other every 20 iterations."""
-        if timed := isinstance(self.save_every, float):
-            due = time.perf_counter() - self.saved >= 60 * self.save_every
-        else:
-            due = self.save_every is not None and self.iteration % self.save_every == 0
+        every, seconds = self.save_every, time.perf_counter() - self.saved
+        timed = isinstance(every, float)
+        due = seconds >= 60 * every if timed else bool(every) and self.iteration % every == 0
         if distributed.world_size() == 1:
             return self.signals.number, due
         if self.device.type == "cuda" and self.iteration % 20:
@@ -208,34 +200,29 @@ class Run:
             row |= self.monitor(models, self.device)
             row["monitor_seconds"] = round(time.perf_counter() - self.began - seconds, 3)
             self.status = collapse.in_brief(row)
-        log = [*self.progress["log"], row]
-        self.progress.update(epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0, log=log)
-        if self.save_epochs or time.perf_counter() - self.saved > 20 * self.cost:
-            self.save()
-        else:
-            self._write_log()
+        self.progress["log"] = [*self.progress["log"], row]
+        skip = not self.save_epochs and time.perf_counter() - self.saved <= 20 * self.cost
+        self.save(log_only=skip, epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0)
         self.react(row)
 
-    def save(self, **progress):
+    def save(self, log_only=False, **progress):
         """Write last.pt and log.jsonl, whole or not at all."""
         began = time.perf_counter()
         self.progress.update(progress)
-        if distributed.rank() == 0:
+        if distributed.rank() == 0 and not log_only:
             rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
             states = {name: part.state_dict() for name, part in self.components.items()}
             state = {**self.metadata, **self.progress, "rng": rng, **states}
             checkpoint.save(self.out / "last.pt", state)
-        self._write_log()
-        self.saved = time.perf_counter()
-        self.cost = self.saved - began
-
-    def _write_log(self):
         if distributed.rank() == 0:
             checkpoint.write_json_lines(self.out / "log.jsonl", self.progress["log"])
+        if not log_only:
+            self.saved = time.perf_counter()
+            self.cost = self.saved - began
 
     def check_finite(self, *losses):
         """Raise FloatingPointError (exit status 1) on a loss that is NaN or infinite."""
-        for loss in (self.loss.item(), *losses):
-            if not math.isfinite(loss):
-                where = f"the loss is {loss} in epoch {self.epoch + 1}"
-                raise FloatingPointError(f"{where}; last.pt is intact: smaller --lr, or --amp off")
+        loss = sum(losses, self.loss.item())
+        if not math.isfinite(loss):
+            where = f"the loss is {loss} in epoch {self.epoch + 1}"
+            raise FloatingPointError(f"{where}; last.pt is intact: smaller --lr, or --amp off")

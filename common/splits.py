@@ -36,7 +36,7 @@ def indivisible_units(data):
             parent[i] = i = parent[parent[i]]
         return i
 
-    for keys in (data.table["hash"].tolist(), [] if data.groups is None else data.groups.tolist()):
+    for keys in (x.tolist() for x in (data.table["hash"], data.groups) if x is not None):
         first = {}
         for i, key in enumerate(keys):
             parent[root(i)] = root(first.setdefault(key, i))
@@ -44,13 +44,11 @@ def indivisible_units(data):
 
 
 def stratified_order(labels, unit, rng):
-    """An order of the units of which every prefix is stratified: nested fractions are its prefixes.
+    """The U unit numbers in an order of which every prefix is stratified (nested fractions are its
+    prefixes), and how many of the first cover all classes, rarest first.
 
     labels: (N, C) bool; unit: (N,) int in 0..U-1, no number left out. The stratum of a unit is its
-    rarest label; units without labels are a stratum of their own. Within a stratum the order is
-    random, and its units stand at even distances over the whole order. First of all come units
-    that hold every class once, rarest class first.
-    Returns (order, n): the U unit numbers, and how many of them cover all classes.
+    rarest label, or none; its units are shuffled and spread evenly over the whole order.
     """
     U, C = unit.max() + 1, labels.shape[1]
     size, counts = np.bincount(unit), labels.sum(0)
@@ -66,23 +64,20 @@ def stratified_order(labels, unit, rng):
         members = shuffled[stratum[shuffled] == s]
         end = np.cumsum(size[members])
         position[members] = (end - size[members] * rng.random()) / end[-1]
-    cover, covered = [], np.zeros(C, bool)
+    cover = []
     for c in rarest_first:
-        if counts[c] and not covered[c]:
+        if counts[c] and not has[cover, c].any():
             cover.append(shuffled[has[shuffled, c].argmax()])
-            covered |= has[cover[-1]]
     position[cover] = np.arange(len(cover)) - C - 1
     return shuffled[np.argsort(position[shuffled], kind="stable")], len(cover)
 
 
 def make_split(data, seed, seen=None, allow_seen=False):
-    """(N,) "train", "val" or "test".
+    """(N,) "train", "val" or "test": as given, or drawn, 70/10/20 of a whole, in whole units and
+    stratified; images without labels are for training (F.2.1).
 
-    A given test (or validation) split stays; what is not given is drawn, 70/10/20 of a whole, by
-    indivisible_units() and stratified_order(); images without labels are for training (F.2.1).
-    seen: (N,) bool, the images that pre-training saw: validation and test are drawn from the
-    others; the split that pre-training drew stays as it was. Raises UserError where that leaves no
-    test image, unless allow_seen.
+    seen: (N,) bool, what pre-training saw: validation and test are drawn from the other images; its
+    own split stays as it was. Raises UserError where no test image is left, unless allow_seen.
     """
     split = data.given.astype("U5")
     drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
@@ -90,7 +85,12 @@ def make_split(data, seed, seen=None, allow_seen=False):
     pool = split == "train"
     if not pool.any():
         raise UserError(f"{data.path}: the given split leaves no image for training")
-    _refuse_parted_groups(data, split)
+    if data.groups is not None:
+        sides = Counter(g for g, _ in dict.fromkeys(zip(data.groups.tolist(), split.tolist())))
+        parted = [group for group, n in sides.items() if n > 1]
+        if parted:
+            what = f"the given split parts {len(parted)} of {len(sides)} groups ({preview(parted)})"
+            raise UserError(f"{data.path}: {what}; give another, or leave out --group-col")
     if not drawn or not data.classes:
         return split
     unit = np.unique(indivisible_units(data)[pool], return_inverse=True)[1]
@@ -122,22 +122,10 @@ def _cut(order, size, drawn, n_train=0):
     return which
 
 
-def _refuse_parted_groups(data, split):
-    """Raise UserError where a split that was given puts a group on two sides."""
-    groups = [] if data.groups is None else data.groups.tolist()
-    sides = Counter(group for group, _ in dict.fromkeys(zip(groups, split.tolist())))
-    parted = [group for group, n in sides.items() if n > 1]
-    if parted:
-        what = f"the given split parts {len(parted)} of {len(sides)} groups ({preview(parted)})"
-        raise UserError(f"{data.path}: {what}; give another, or leave out --group-col")
-
-
 def label_fraction(data, train, frac, seed):
-    """(N,) bool: the training images whose labels are used, a share `frac` of them.
-
-    Stratified, whole units, at least one image of each class, and nested: what one seed gives for
-    1 % is part of what it gives for 10 %. Raises UserError where the fraction is too small.
-    """
+    """(N,) bool: the training images whose labels are used, a share `frac` of them: stratified, in
+    whole units, with every class, and nested (a seed's 1 % are part of its 10 %). Raises UserError
+    where the fraction is too small."""
     index = np.flatnonzero(train)
     labels = data.labels[index]
     absent = [c for c, n in zip(data.classes, labels.sum(0)) if n == 0]

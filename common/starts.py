@@ -19,7 +19,7 @@ KEYS = {"state_dict", "arch", "num_classes", "model_kwargs", "img_size", "arm", 
 def load_weights(path, way_out="; for other weights, give --arch NAME --init FILE"):
     """The dict of a weights file that pretrain.py or finetune.py wrote. Raises UserError."""
     weights = checkpoint.load(path)
-    if not isinstance(weights, dict) or not KEYS <= weights.keys():
+    if not KEYS <= weights.keys():
         raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py{way_out}")
     return weights
 

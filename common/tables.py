@@ -1,8 +1,9 @@
-"""CSV files of images and labels, and of splits, as people and programs write them."""
+"""Single files: CSV of images and labels, or of a split, as people write them; MedMNIST's .npz."""
 
 import csv
 import os
 from collections import Counter, defaultdict
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,13 @@ class Table:
                 rows = [(reader.line_num, [c.strip() for c in row]) for row in reader if any(row)]
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{file}: is no CSV file in UTF-8 ({error})") from error
-        if not rows or not all(header):
-            raise UserError(f"{file}: needs a first line of column names, and rows below it")
-        twice = [c for c, n in Counter(header).items() if n > 1]
-        if twice:
-            raise UserError(f"{file}: has columns twice: {preview(twice)}; rename one")
+        if not rows or not all(header) or len(set(header)) < len(header):
+            raise UserError(
+                f"{file}: needs rows below distinct column names ({preview(header, 9)})"
+            )
         self.lines, rows = zip(*rows)
-        bad = {i: len(row) for i, row in enumerate(rows) if len(row) != len(header)}
-        self.refuse(bad, f"have more or fewer than {len(header)} cells")
+        n = [len(row) for row in rows]
+        self.refuse(n, [x != len(header) for x in n], f"do not have {len(header)} cells")
         self.columns = dict(zip(header, zip(*rows)))
 
     def column(self, name, flag):
@@ -46,32 +46,33 @@ class Table:
             raise UserError(f"{self.file}: has no column {name} ({flag}); {there}")
         return self.columns[name]
 
-    def refuse(self, bad, what, fix="correct them"):
-        """Raise UserError if there are bad rows, {row: cell}. what: the message's predicate."""
-        if bad:
-            cells = preview(f"line {self.lines[i]}: {cell or 'empty'}" for i, cell in bad.items())
-            rows = f"{len(bad)} of {len(self.lines)} rows"
-            raise UserError(f"{self.file}: {rows} {what} ({cells}); {fix}")
+    def refuse(self, cells, bad, what, fix="correct them"):
+        """Raise UserError, with `what` as its predicate, if any of N cells is bad (N bools)."""
+        if any(bad):
+            where = [f"line {n}: {x or 'empty'}" for n, x in compress(zip(self.lines, cells), bad)]
+            rows = f"{len(where)} of {len(self.lines)} rows"
+            raise UserError(f"{self.file}: {rows} {what} ({preview(where)}); {fix}")
 
 
 def read_csv(file, images=None, image_col=None, label_col=None, label_sep=None, group_col=None):
-    """Images and labels of a CSV file.
-
-    images: the folder of the images (default: the CSV's); names may lack the ending or the folders.
-    label_col: list of one column of labels, or several 0/1 columns, or ["none"]. label_sep: what
-    parts several labels in one cell, or "none". What cannot be told raises UserError.
-    """
+    """Images, from the folder `images` (default: the CSV's; names may lack ending or folders), and
+    labels. label_col: list of one column of labels, or several 0/1 columns, or ["none"]. label_sep:
+    separator of several labels in one cell, or "none". What cannot be told raises UserError."""
     table, root = Table(file), Path(images) if images else Path(file).parent
     find = Finder(root)
     image_col = _image_column(table, find) if image_col is None else image_col
     names = table.column(image_col, "--image-col")
-    found = [find(name) for name in names]
-    bad = {i: f"{names[i]}, {len(p)} images" for i, p in enumerate(found) if len(p) != 1}
-    table.refuse(bad, f"name no image in {root}, or several", "correct --images or --image-col")
-    columns = [] if label_col == ["none"] else label_col
-    if columns is None:
-        columns = _label_columns(table, {image_col, group_col})
-    labels, classes, notes = _labels(table, columns, label_sep)
+    found = list(map(find, names))
+    fits = [f"{name}, {len(paths)} images" for name, paths in zip(names, found)]
+    what, fix = f"name no image in {root}, or several", "correct --images or --image-col"
+    table.refuse(fits, [len(paths) != 1 for paths in found], what, fix)
+    if label_col is None:
+        label_col = _label_columns(table, {image_col, group_col})
+    elif label_col == ["none"]:
+        label_col = []
+    labels, classes = _labels(table, label_col, label_sep)
+    empty = [c for c in label_col if len(label_col) > 1 and c not in classes]
+    notes = [f"label column without any image dropped: {preview(empty, 9)}"] if empty else []
     groups = None if group_col is None else table.column(group_col, "--group-col")
     first = {}  # path -> its first row
     for i, (path,) in enumerate(found):
@@ -116,12 +117,11 @@ class Finder:
 
 def _image_column(table, find):
     """The column whose cells name images. Raises UserError unless there is exactly one."""
-    sample = {c: [len(find(x)) == 1 for x in cells[:20]] for c, cells in table.columns.items()}
-    hits = {c: np.mean(found) for c, found in sample.items()}
+    hits = {c: np.mean([len(find(x)) == 1 for x in col[:20]]) for c, col in table.columns.items()}
     named = [c for c in hits if hits[c] > 0.5] or [c for c in hits if c.lower() in IMAGE_NAMES]
     if len(named) != 1:
-        what = f"cannot tell which column names images in {find.root}: {', '.join(named or hits)}"
-        raise UserError(f"{table.file}: {what}; say so with --image-col, or correct --images")
+        problem = f"unclear which column names images in {find.root}: {', '.join(named or hits)}"
+        raise UserError(f"{table.file}: {problem}; give --image-col, or correct --images")
     return named[0]
 
 
@@ -133,58 +133,76 @@ def _label_columns(table, others):
         return named
     if len(columns) < 2 or all(ZERO_OR_ONE.issuperset(table.columns[c]) for c in columns):
         return columns
-    what = f"cannot tell which columns hold the labels ({', '.join(columns)})"
-    raise UserError(f"{table.file}: {what}; say so with --label-col (none: without labels)")
+    problem = f"unclear which columns hold the labels ({', '.join(columns)})"
+    raise UserError(f"{table.file}: {problem}; give --label-col (none: without labels)")
 
 
 def _labels(table, columns, label_sep):
-    """N sets of labels, the names of their classes, and what is to be said about them."""
-    if len(columns) == 1:
-        labels = _split_cells(table, columns[0], label_sep)
-        classes = sorted(set().union(*labels))
-        if all(c.removeprefix("-").isdecimal() for c in classes):
-            classes.sort(key=int)
-        return labels, classes, []
+    """N sets of labels, and the names of their classes. Raises UserError where it cannot be told
+    what parts several labels in a cell."""
     cells = [table.column(c, "--label-col") for c in columns]
-    rows = list(zip(*cells)) or [()] * len(table.lines)
-    bad = {i: ", ".join(row) for i, row in enumerate(rows) if not ZERO_OR_ONE.issuperset(row)}
-    table.refuse(bad, f"hold more than 0 or 1 in {preview(columns)}")
-    labels = [{c for c, cell in zip(columns, row) if float(cell)} for row in rows]
-    used = set().union(*labels)
-    empty = [c for c in columns if c not in used]
-    notes = [f"label column without any image dropped: {preview(empty, 9)}"] if empty else []
-    return labels, [c for c in columns if c in used], notes
-
-
-def _split_cells(table, column, label_sep):
-    """N sets of labels. Raises UserError where it cannot be told what parts them."""
-    cells = table.column(column, "--label-col")
+    if len(columns) != 1:
+        for c, cell in zip(columns, cells):
+            table.refuse(cell, [x not in ZERO_OR_ONE for x in cell], f"are not 0 or 1 in {c}")
+        rows = zip(*cells) if columns else [()] * len(table.lines)
+        labels = [{c for c, cell in zip(columns, row) if float(cell)} for row in rows]
+        used = set().union(*labels)
+        return labels, [c for c in columns if c in used]
+    (cells,) = cells
     if label_sep is None:
         seps = [sep for sep in "|;," if any(sep in cell for cell in cells)]
         if len(seps) > 1 or seps == [","]:
-            which = f"{' or '.join(map(repr, seps))} parts several labels in {column}"
+            which = f"{' or '.join(map(repr, seps))} parts several labels in {columns[0]}"
             raise UserError(f"{table.file}: unclear whether {which}; give --label-sep (or none)")
-        label_sep = seps[0] if seps else "none"
+        label_sep = "".join(seps) or "none"
     if label_sep == "none":
-        bad = {i: cell for i, cell in enumerate(cells) if not cell}
-        table.refuse(bad, f"have no label in {column}", "fill them in or take the rows out")
-        return [{cell} for cell in cells]
-    return [{v.strip() for v in cell.split(label_sep)} - {""} for cell in cells]
+        table.refuse(cells, [not cell for cell in cells], f"have no label in {columns[0]}")
+        labels = [{cell} for cell in cells]
+    else:
+        labels = [{v.strip() for v in cell.split(label_sep)} - {""} for cell in cells]
+    classes = sorted(set().union(*labels))
+    numbers = all(c.removeprefix("-").isdecimal() for c in classes)
+    return labels, sorted(classes, key=int) if numbers else classes
 
 
 def read_split(file, names):
     """(N,) "train", "val" or "test" of a CSV file with the columns path and split, such as a run
     writes; "" for images that it does not name. Raises UserError where it names others."""
-    table = Table(file)
+    table, known = Table(file), set(names)
     paths, cells = table.column("path", "--split"), table.column("split", "--split")
-    bad = {i: cell for i, cell in enumerate(cells) if cell.lower() not in SPLITS}
-    table.refuse(bad, "do not name a split (train, val or test)")
-    twice = [path for path, n in Counter(paths).items() if n > 1]
-    if twice:
-        raise UserError(f"{file}: names images twice: {preview(twice)}; keep one row of each")
+    table.refuse(
+        cells, [c.lower() not in SPLITS for c in cells], "name neither train, val nor test"
+    )
+    table.refuse(paths, [path not in known for path in paths], "name no image of the data")
     given = {path: SPLITS[cell.lower()] for path, cell in zip(paths, cells)}
-    missing = sorted(given.keys() - set(names))
-    if missing:
-        what = f"names {len(missing)} images that are not there: {preview(missing)}"
-        raise UserError(f"{file}: {what}; take them out")
+    twice = [n > 1 for n in map(Counter(paths).get, paths)]
+    table.refuse(paths, twice, "name an image twice", "keep one of each")
     return np.array([given.get(name, "") for name in names])
+
+
+def read_npz(file, unlabelled=False):
+    """A MedMNIST file: {train,val,test}_images (N, H, W[, 3]) uint8, and ..._labels (N, C) int."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            arrays = dict(arrays)
+    except Exception as error:  # zip files and arrays break in many ways
+        raise UserError(f"{file}: is no .npz file of plain arrays") from error
+    splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
+    if not splits or not (unlabelled or all(f"{s}_labels" in arrays for s in splits)):
+        held = preview(arrays, 9) or "none"
+        raise UserError(f"{file}: needs arrays {{train,val,test}}_images and _labels, not {held}")
+    images = [arrays[f"{s}_images"] for s in splits]
+    none = [np.zeros((len(x), 0), bool) for x in images]
+    labels = none if unlabelled else [arrays[f"{s}_labels"] for s in splits]
+    sizes = list(map(len, images))
+    if list(map(len, labels)) != sizes:
+        raise UserError(f"{file}: a split has another number of labels than of images")
+    if any(x.dtype != np.uint8 or x.shape[3:] not in ((), (3,)) for x in images):
+        raise UserError(f"{file}: the images must be uint8 of shape (N, H, W) or (N, H, W, 3)")
+    labels = np.concatenate([x.reshape(len(x), -1) for x in labels])
+    classes = np.unique(labels) if labels.shape[1] == 1 else np.arange(labels.shape[1])
+    labels = labels == classes if labels.shape[1] == 1 else labels.astype(bool)
+    names = [f"{s}/{i}" for s, n in zip(splits, sizes) for i in range(n)]
+    given = np.repeat(splits if splits != ["train"] else [""], sizes)
+    sources = [image for x in images for image in x]
+    return ImageSet(str(file), names, sources, labels, list(map(str, classes)), given)

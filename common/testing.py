@@ -24,28 +24,32 @@ def refuse_untestable(images, split, seen, allow_seen):
         if not (split == part).any():
             raise UserError(f"{images.path}: {len(images)} images leave none for the {part} split")
     if seen is not None and seen[split == "test"].all() and not allow_seen:
-        problem = "pre-training saw every test image, so no leak-free test is left"
-        raise UserError(f"{images.path}: {problem}; add other images, or give --allow-seen")
+        fix = "add other images, or give --allow-seen"
+        raise UserError(f"{images.path}: pre-training saw every test image; {fix}")
 
 
 def write_results(job, probabilities, settings, facts):
-    """predictions.csv, confusion.csv and metrics.json, which is returned; prints the scores."""
+    """Print the scores of the test images' probabilities (N, C); write predictions.csv,
+    confusion.csv and metrics.json, which is returned."""
     images, split, test = job.images, job.split, job.split == "test"
     classes, multilabel, labels = images.classes, images.multilabel, images.labels[test]
     copied = cross_split_duplicates(images, split)[test]
     seen = np.zeros_like(copied) if job.seen is None else job.seen[test]
-
-    def part(mask):
-        return score(labels[mask], probabilities[mask], classes, multilabel) if mask.any() else None
-
-    n = {name: int((split == name).sum()) for name in ("train", "val", "test")}
     metrics = {key: job.start.metadata[key] for key in ("arch", "arm")} | settings
     metrics |= {"seed": job.seed, "classes": classes, "multilabel": multilabel}
-    metrics |= {"n_train": n["train"], "n_labelled": int(job.used.sum())}
-    metrics |= {"labelled": class_counts(images, job.used), "n_val": n["val"], "n_test": n["test"]}
+    metrics |= {f"n_{name}": int((split == name).sum()) for name in ("train", "val", "test")}
+    metrics |= {"n_labelled": int(job.used.sum()), "labelled": class_counts(images, job.used)}
     metrics |= {"n_test_duplicates": int(copied.sum()), "n_test_seen": int(seen.sum()), **facts}
-    metrics |= {"test": part(np.ones_like(copied)), "test_without_duplicates": part(~copied)}
-    metrics["test_without_seen"] = part(~seen)
+    parts = [("test", np.zeros_like(copied), "")]
+    parts += [("test_without_duplicates", copied, f" without the {copied.sum()} exact duplicates")]
+    parts += [("test_without_seen", seen, f" without the {seen.sum()} that pre-training saw")]
+    for key, left_out, note in parts:
+        kept = ~left_out
+        scores = score(labels[kept], probabilities[kept], classes, multilabel) if kept.any() else {}
+        metrics[key] = scores or None
+        if scores and (left_out.any() or key == "test"):
+            shown = ", ".join(f"{k} {scores[k]:.4f}" for k in SHOWN if scores.get(k) is not None)
+            print(f"test, {scores['n']} images{note}: {shown}")
     names = [name for name, tested in zip(images.names, test) if tested]
     table = prediction_table(names, probabilities, classes, multilabel, labels, copied, seen)
     write_csv(job.out / "predictions.csv", *table)
@@ -53,17 +57,4 @@ def write_results(job, probabilities, settings, facts):
     confusion = ([c, *row] for c, row in zip(classes, metrics["test"]["confusion"]))
     write_csv(job.out / "confusion.csv", header, confusion)
     write_json(job.out / "metrics.json", metrics)  # last: it says that the run is finished
-    print_scores(metrics)
     return metrics
-
-
-def print_scores(metrics):
-    """The scores on the test images, and on those that are no duplicates and were not seen."""
-    copied = f"the {metrics['n_test_duplicates']} exact duplicates of training or validation images"
-    notes = {"test": "", "test_without_duplicates": f" without {copied}"}
-    notes["test_without_seen"] = f" without the {metrics['n_test_seen']} that pre-training saw"
-    for part, note in notes.items():
-        scores = metrics[part]
-        if scores and (scores["n"] < metrics["n_test"] or part == "test"):
-            shown = ", ".join(f"{k} {scores[k]:.4f}" for k in SHOWN if scores.get(k) is not None)
-            print(f"test, {scores['n']} images{note}: {shown}")

@@ -11,14 +11,11 @@ python -m tools.benchmark step --preset small --out step.json
     FLOPs an image, and the share of a large matrix product's speed.
 
 python -m tools.benchmark memory --preset paper --out memory.json       (needs a GPU)
-python -m tools.benchmark scale --out scale.json
-    seconds and memory of listing, decoding and loading 1,000 to 100,000 images.
 """
 
 import json
 import multiprocessing
 import platform
-import re
 import resource
 import tempfile
 import time
@@ -276,31 +273,8 @@ def benchmark_memory(args):
     return figures | {"fixed_bytes": fixed, "largest_batch": largest}
 
 
-def benchmark_scale(args):
-    """Seconds of a loader epoch and memory of the process at 1,000, 10,000 and 100,000 images."""
-    size, rows, drawn = 64, [], 0
-    tile = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        for n in (1_000, 10_000, 100_000):
-            for i in range(drawn, n):
-                Image.fromarray(np.roll(tile, i, axis=i % 2)).save(f"{folder}/{i:06}.bmp")
-            drawn = n
-            listing, found = timed(read_folder, folder)
-            cache = Path(folder) / f"cache{n}"
-            decoding, (_, images, _) = timed(decode_all, found.sources, size, folder, cache)
-            loader = from_decoded(images, size, 16, CPU, args.workers)
-            epoch, _ = timed(one_pass, loader)
-            private = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
-            row = {"images": n, "listing_seconds": listing, "decoding_seconds": decoding}
-            rows.append(row | {"epoch_seconds": epoch, "private_mb": int(private[1]) / 1024})
-            seconds = f"listed in {listing:.2f} s, decoded in {decoding:.1f} s, epoch {epoch:.1f} s"
-            print(f"{n:7} images: {seconds}, private memory {rows[-1]['private_mb']:.0f} MB")
-    return rows
-
-
 def main():
-    measure = {"data": benchmark_data, "step": benchmark_step}
-    measure |= {"memory": benchmark_memory, "scale": benchmark_scale}
+    measure = {"data": benchmark_data, "step": benchmark_step, "memory": benchmark_memory}
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("what", choices=list(measure))

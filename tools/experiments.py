@@ -4,10 +4,9 @@
     python -m tools.experiments --table 4 --data /path              (the paper's size: a GPU)
     python -m tools.experiments --table 4 --data /path --scale small --seeds 0 1 2    (a CPU)
 
-Every cell is a pre-training and a fine-tuning through the scripts, with one seed. When the command
-is called again, finished cells are skipped, interrupted ones resumed and failed ones tried again.
-Writes to --out (default: results/tableN): config.json, cells/*.json, table.csv, table.json and
-table.md; weights and logs of the runs to --work, shared by all tables.
+Every cell is a pre-training and a fine-tuning with one seed. Called again, it skips finished cells,
+resumes interrupted ones and retries failed ones. Writes config.json, cells/*.json and table.csv,
+.json and .md to --out; weights and logs of the runs to --work, shared by all tables.
 
 Tables: 1 training time; 2 to 5 label fractions; 6, 14 batch size; 7, 15 epochs; 8 augmentations;
 9 SGD; 10 to 13, 16, 17 other arms; 18 two CNNs; 19 two Transformers; 20 initialisation; 21 softmax,
@@ -38,25 +37,24 @@ from common.decode import digest
 from common.readers import read
 from common.run import seconds_per_step
 from common.starts import load_weights
+from common.testing import refuse_unlabelled
 from pretrain import VERSIONS
 from tools import ensemble
 
 ROOT = Path(__file__).parents[1]
+VIT_B, VIT_L = (f"vit_{size}_patch16_384.augreg_in21k_ft_in1k" for size in ("base", "large"))
+SWIN = "swin_base_patch4_window12_384.ms_in22k_ft_in1k"
 SMALL = {"patch_size": 8, "depth": 6}
 SMALL_SWIN = {"window_size": 4, "embed_dim": 48, "depths": (2, 2, 2), "num_heads": (3, 6, 12)}
-SWIN = "swin_base_patch4_window12_384.ms_in22k_ft_in1k"
 MODELS = {  # the paper's name: (timm's, arguments) at the paper's size, and at one for a CPU
-    name: ((paper, {}), (small, kwargs))
-    for name, paper, small, kwargs in (
-        ("ResNet-50", "resnet50.a1_in1k", "resnet10t", {}),
-        ("ResNet-18", "resnet18.a1_in1k", "test_resnet", {}),
-        ("ResNet-200", "resnet200d", "resnet18", {}),  # 64.69 M parameters
-        ("DenseNet-161", "densenet161.tv_in1k", "densenet121", {"growth_rate": 8}),
-        ("ViT-B/16", "vit_base_patch16_384.augreg_in21k_ft_in1k", "vit_tiny_patch16_224", SMALL),
-        ("ViT-L/16", "vit_large_patch16_384.augreg_in21k_ft_in1k", "vit_small_patch16_224", SMALL),
-        ("DeiT-B/16", "deit_base_patch16_384.fb_in1k", "deit_tiny_patch16_224", SMALL),
-        ("Swin-B", SWIN, "swin_tiny_patch4_window7_224", SMALL_SWIN),
-    )
+    "ResNet-50": (("resnet50.a1_in1k", {}), ("resnet10t", {})),
+    "ResNet-18": (("resnet18.a1_in1k", {}), ("test_resnet", {})),
+    "ResNet-200": (("resnet200d", {}), ("resnet18", {})),  # 64.69 M parameters
+    "DenseNet-161": (("densenet161.tv_in1k", {}), ("densenet121", {"growth_rate": 8})),
+    "ViT-B/16": ((VIT_B, {}), ("vit_tiny_patch16_224", SMALL)),
+    "ViT-L/16": ((VIT_L, {}), ("vit_small_patch16_224", SMALL)),
+    "DeiT-B/16": (("deit_base_patch16_384.fb_in1k", {}), ("deit_tiny_patch16_224", SMALL)),
+    "Swin-B": ((SWIN, {}), ("swin_tiny_patch4_window7_224", SMALL_SWIN)),
 }
 SCALES = {"paper": (384, 100, []), "small": (32, 3, ["--init", "random"])}  # px, epochs, flags
 SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
@@ -137,12 +135,10 @@ def add_arguments(parser):
     scale = "paper: its arms, ImageNet weights, 384 px, 100 epochs; small: 32 px, random, 3 epochs"
     add("--scale", default="paper", choices=list(SCALES), help=scale)
     add("--epochs", type=cli.positive, help="of pre-training, instead of the scale's")
-    seeds = {"type": cli.count, "nargs": "+", "default": [0, 1, 2, 3, 4], "metavar": "N"}
-    add("--seeds", **seeds, help="each is a pre-training and a fine-tuning of its own")
+    add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="of runs")
     add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
-    metric = "in table.md (default: macro_f1; Table 5: balanced_accuracy); table.csv has all"
-    add("--metric", choices=SCORES, help=metric)
+    add("--metric", choices=SCORES, help="in table.md (macro_f1; in Table 5, balanced_accuracy)")
     warm = "start both arms from these weights files of finetune.py, heads included"
     add("--warm", nargs=2, metavar=("CNN", "VIT"), help=warm)
     add("--dry-run", action="store_true", help="print every command and an estimate of the time")
@@ -163,10 +159,9 @@ def parse_arguments():
         parser.error("--data PATH is missing")
     labels, fracs = [row.label for row in rows], sorted({f for row in rows for f in row.fracs})
     for flag, asked, known in (("only", args.only, labels), ("fracs", args.fracs, fracs)):
-        for value in asked or ():
-            if value not in known:
-                there = ", ".join(map(str, known)) or "none"
-                parser.error(f"--{flag} {value}: not in the table, which has: {there}")
+        for value in (v for v in asked or () if v not in known):
+            there = ", ".join(map(str, known)) or "none"
+            parser.error(f"--{flag} {value}: not in the table, which has: {there}")
     if args.warm and args.table in OTHER_ARMS:
         parser.error(f"--warm brings its own arms, which Table {args.table} changes")
     rows = [row for row in rows if not args.only or row.label in args.only]
@@ -174,8 +169,7 @@ def parse_arguments():
         row.fracs = tuple(f for f in row.fracs if not args.fracs or f in args.fracs)
     args.warm_weights = [load_weights(path) for path in args.warm or ()]
     data.make_absolute(args)
-    name = f"table{args.table}" if args.table.isdigit() else args.table
-    args.out = Path(args.out or f"results/{name}")
+    args.out = Path(args.out or f"results/{'table' * args.table.isdigit()}{args.table}")
     cli.refuse_overwrite(args.out, (), False)  # it may be no folder
     return args, rows
 
@@ -195,8 +189,8 @@ def model_of(args, row, arm):
     if not args.warm:
         return MODELS[getattr(row, arm)][args.scale == "small"]
     weights = args.warm_weights[arm == "vit"]
-    kwargs = {k: v for k, v in weights["model_kwargs"].items() if k != "img_size"}
-    return weights["arch"], {**kwargs, "num_classes": weights["num_classes"]}
+    kwargs = {**weights["model_kwargs"], "num_classes": weights["num_classes"]}
+    return weights["arch"], {k: v for k, v in kwargs.items() if k != "img_size"}
 
 
 def model_flags(args, row, arm, prefix):
@@ -258,7 +252,7 @@ def jobs_of(args, rows):
 
 def shown(words, folder):
     """A command as one would type it."""
-    module = ["-m"] if words[0].startswith("tools.") else []
+    module = ["-m"] * words[0].startswith("tools.")
     return shlex.join(["python", *module, *words, "--out", str(folder)])
 
 
@@ -289,8 +283,8 @@ def run_script(words, output):
 
 
 def call(words, folder, failed):
-    """Run a script into its folder unless it is finished there. Returns None, or the last line of
-    one that failed. failed: {folder: that line} of this table, which are not tried twice."""
+    """Run a script into its folder, unless it is finished. Returns the last line of a failed one,
+    else None. failed: {folder: that line} of this table, which are not tried twice."""
     if folder in failed or (folder / "finished").exists():
         return failed.get(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -332,17 +326,16 @@ def results_of(row, runs):
 
 def run_cells(args, jobs):
     """Run the cells that are not done, and record each in cells/*.json. Returns how many failed."""
-    failed, errors = {}, 0
-    facts = {"hardware": hardware(args.device), "versions": VERSIONS}
+    failed, errors, machine = {}, 0, hardware(args.device)
     for row, seed, arm, frac, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
         name = re.sub(r"[^\w.-]+", "_", f"{row.label}_{arm}_{frac:g}_seed{seed}")
         file = args.out / "cells" / f"{name}.json"
         words = [portable(args, shown(*run)) for run in runs]
-        before = json.loads(file.read_text()) if file.exists() else {"status": None}
-        if before["status"] == "done" and before["commands"] == words:
+        before = json.loads(file.read_text()) if file.exists() else {}
+        if (before.get("status"), before.get("commands")) == ("done", words):
             continue
         cell = {"row": row.label, "arm": arm, "frac": frac, "seed": seed, "status": "done"}
-        cell |= {"commands": words, **facts}
+        cell |= {"commands": words, "hardware": machine, "versions": VERSIONS}
         error = next(filter(None, (call(*run, failed) for run in runs)), None)
         if error:
             errors += 1
@@ -360,8 +353,7 @@ def summarize(cells, metric):
     for cell in cells:
         value = cell.get("metrics", {}).get("test", {}).get(metric)
         if value is not None:
-            key = f"{cell['row']}|{cell['arm']}|{cell['frac']:g}"
-            summary.setdefault(key, {})[cell["seed"]] = value
+            summary.setdefault("{row}|{arm}|{frac:g}".format(**cell), {})[cell["seed"]] = value
     return summary
 
 
@@ -393,18 +385,16 @@ def gain_lines(args, table, paper):
         for means, tables in product((printed, ours), (args.table, "2345")):
             gains = [gain(means.get(n, {}), frac, over) for n in tables]
             gains = [points for points in gains if points is not None]
-            sets = f" ({len(gains)} data sets)"
-            texts.append(f"{np.mean(gains):+.1f}{sets}" if gains else "not run")
+            texts.append(f"{np.mean(gains):+.1f} ({len(gains)} data sets)" if gains else "not run")
         yield f"| CASS over {over}, {float(frac):.0%} | {' | '.join(texts)} |"
 
 
 def paired(summary, frac, row, other):
     """Mean and standard error over seeds of the difference of two rows, mean of both arms; n."""
-    sides = []
-    for name in (row, other):
-        cnn, vit = (summary.get(f"{name}|{arm}|{frac}", {}) for arm in ("cnn", "vit"))
-        sides.append({seed: (cnn[seed] + vit[seed]) / 2 for seed in cnn.keys() & vit})
-    both = np.array([sides[0][s] - sides[1][s] for s in sorted(sides[0].keys() & sides[1])])
+    names = product((row, other), ("cnn", "vit"))
+    a, b, c, d = (summary.get(f"{name}|{arm}|{frac}", {}) for name, arm in names)
+    seeds = sorted(a.keys() & b.keys() & c.keys() & d.keys())
+    both = np.array([(a[s] + b[s]) / 2 - (c[s] + d[s]) / 2 for s in seeds])
     return (both.mean(), both.std(ddof=1) / len(both) ** 0.5, len(both)) if len(both) > 1 else None
 
 
@@ -420,12 +410,6 @@ def paired_lines(rows, summary):
         yield f"| {row.label} | {frac:.0%} | {' | '.join(texts)} |"
 
 
-def minutes(text):
-    """Of "1 Hour 13 Mins"."""
-    hours, rest = [0, *map(int, re.findall(r"\d+", text))][-2:]
-    return 60 * hours + rest
-
-
 def time_lines(args, done, paper):
     """Table 1: seconds per epoch of both methods, the median over epochs, arms summed."""
     small = " At this scale with 4,096 outputs and 4 local crops." * (args.scale == "small")
@@ -437,7 +421,11 @@ def time_lines(args, done, paper):
     )
     ratios, seconds = [], {"DINO": {}, "CASS": {}}
     for name, times in paper["1"]["times"].items():
-        ratios.append(minutes(times["CASS"]) / minutes(times["DINO"]))
+        minutes = {}
+        for method, text in times.items():  # 1 Hour 13 Mins
+            *hours, rest = map(int, re.findall(r"\d+", text))
+            minutes[method] = 60 * sum(hours) + rest
+        ratios.append(minutes["CASS"] / minutes["DINO"])
         yield f"| paper, {name} | {times['DINO']} | {times['CASS']} | {ratios[-1]:.2f} |"
     what = 'paper, mean of the ratios (its "69 % less time" would be 0.31)'
     yield f"| {what} | | | {np.mean(ratios):.2f} |"
@@ -480,7 +468,7 @@ def score_lines(args, rows, done, summary, about, metric):
 
 def heading(args, about, done):
     """Title, command, data, scale, hardware and versions."""
-    table = f"Table {args.table}" if args.table.isdigit() else args.table
+    table = "Table " * args.table.isdigit() + args.table
     command = portable(args, shlex.join(["python", "-m", "tools.experiments", *sys.argv[1:]]))
     yield f"# {table}: {about['title']} (section {about['section']})\n\n`{command}`\n"
     size, epochs, _ = SCALES[args.scale]
@@ -498,12 +486,11 @@ def write_scores(file, cells):
     """table.csv: a row per cell, with all scores."""
     facts = "row arm frac seed status pretrain_seconds finetune_seconds".split()
     scores = [*product(("test", "test_without_duplicates"), SCORES)]
-    rows = []
+    names, rows = [score + part.removeprefix("test") for part, score in scores], []
     for cell in cells:
         metrics = cell.get("metrics", {})
         values = [(metrics.get(part) or {}).get(score) for part, score in scores]
         rows.append([*map(cell.get, facts), *values, cell.get("error")])
-    names = [score + part.removeprefix("test") for part, score in scores]
     write_csv(file, [*facts, *names, "error"], rows)
 
 
@@ -516,11 +503,10 @@ def write_table(args, paper, metric):
     cells.sort(key=lambda c: (order[c["row"]], c["frac"], c["arm"], c["seed"]))
     write_scores(args.out / "table.csv", cells)
     summary, done = summarize(cells, metric), [c for c in cells if c["status"] == "done"]
+    means = {key: float(np.mean([*seeds.values()])) for key, seeds in summary.items()}
     table = {"scale": args.scale, "epochs": args.epochs, "warm": bool(args.warm), "metric": metric}
-    table["means"] = {key: float(np.mean([*seeds.values()])) for key, seeds in summary.items()}
-    table["values"] = summary
+    table |= {"means": means, "values": summary}
     write_json(args.out / "table.json", table)
-
     ours = {"title": "Objectives beside equation 1", "section": "not in it"}
     about = {"metric": "", "cells": {}} | paper.get(args.table, ours)
     lines = [*heading(args, about, done)]
@@ -545,29 +531,21 @@ def seconds_per_image(args, name, kwargs):
     size, device = SCALES[args.scale][0], cli.pick_device(args.device)
     n = 16 if args.scale == "small" or device.type == "cuda" else 2
     model, amp = build_arm(name, size, **kwargs).to(device), cli.pick_amp("auto", device)
-    images = torch.randn(n, 3, size, size, device=device)
-
-    def step(images):
-        return model(images).float().square().mean()
-
-    return seconds_per_step(step, images, model, device, amp) / n
+    x = torch.randn(n, 3, size, size, device=device)
+    return seconds_per_step(lambda x: model(x).float().square().mean(), x, model, device, amp) / n
 
 
 def estimate(args, rows, images):
-    """Print every command, and about how long they take: a step of each arm is timed, and a
-    fine-tuning counted with all of its 50 epochs."""
+    """Print every command and about how long they take, from a timed step of each arm."""
     n, seen, total = len(images), set(), 0.0
     n_test = int((images.given == "test").sum()) or round(0.2 * n)
     n_val = int((images.given == "val").sum()) or round((n - n_test) / 8)
-    n_train = n - n_test - n_val
-    small_crops = (4 if args.scale == "small" else 8) * (96 / 224) ** 2
-    crops = 2 + small_crops + 2 / 3  # of DINO; its teacher goes forward only
+    n_train, small_crops = n - n_test - n_val, 4 if args.scale == "small" else 8
+    crops = 2 + small_crops * (96 / 224) ** 2 + 2 / 3  # of DINO; its teacher goes forward only
     models = [model_of(args, row, arm) for row in rows for arm in row.arms]
     timed = {key: seconds_per_image(args, *m) for key, m in {str(m): m for m in models}.items()}
     for row, _, arm, frac, runs in jobs_of(args, rows):
-        for words, folder in runs:
-            if folder in seen:
-                continue
+        for words, folder in (run for run in runs if run[1] not in seen):
             seen.add(folder)
             passes = n_train * epochs_of(args, row) * (crops if row.method == "dino" else 1)
             arms = row.arms
@@ -600,15 +578,12 @@ def refuse_other_configuration(args, images):
 
 def pick_metric(args, images):
     """The score of table.md. Raises UserError where these images have none."""
-    if not images.classes or len(images.classes) == 1 and not images.multilabel:
-        fix = "give each class a folder of its own, or a CSV file"
-        raise cli.UserError(f"{images.path}: has no labels, which the tables need; {fix}")
+    refuse_unlabelled(images)
     if images.multilabel and args.metric in ("balanced_accuracy", "accuracy"):
         fix = "several labels per image: take macro_f1, micro_f1 or auroc"
         raise cli.UserError(f"--metric {args.metric}: {images.path} has {fix}")
-    if args.table == "5" and not images.multilabel:  # ISIC's own
-        return args.metric or "balanced_accuracy"
-    return args.metric or "macro_f1"
+    of_isic = args.table == "5" and not images.multilabel
+    return args.metric or ("balanced_accuracy" if of_isic else "macro_f1")
 
 
 def main():

@@ -55,8 +55,7 @@ def parse_arguments():
         add[figure]("--ckpt", required=True, metavar="FILE", help="cnn.pt, vit.pt or best.pt")
         add[figure]("--compare", metavar="FILE", help="another, on the same colour scale")
         add[figure]("--image", metavar="FILE", help="this image instead of those of the data")
-    n = "test images to average (default: 30, or 100 if a class is rare; E.3.4)"
-    add[attention]("--n", type=cli.positive, help=n)
+    add[attention]("--n", type=cli.positive, help="images (30; 100 if a class is rare; E.3.4)")
     add[attention]("--block", type=cli.positive, default=1, help="attention block, the first is 1")
     add[features]("--layers", type=cli.positive, default=1, help="convolutions; Figure 6 shows 5")
     before = "its weights before training: imagenet, random or FILE (default: as the file says)"
@@ -72,8 +71,8 @@ def parse_arguments():
 
 
 def load(args, path, check=lambda model, images: None):
-    """A weights file: model, metadata and label. Its data and seed fill in args, unless they are
-    there. check(model, images) raises ValueError where the model cannot be drawn."""
+    """A weights file: model, metadata and label. Its data and seed fill in args where these lack.
+    check(model, images) raises ValueError where the model cannot be drawn."""
     start = from_checkpoint(path)
     fill_in(args, start.data)
     args.seed = getattr(args, "seed", start.seed)
@@ -86,11 +85,6 @@ def load(args, path, check=lambda model, images: None):
     except ValueError as error:
         raise UserError(f"{path}: {start.metadata['arch']} {error}") from error
     return start
-
-
-def short(path):
-    """The last two parts of a path."""
-    return "/".join(Path(path).resolve().parts[-2:])
 
 
 def choose(args, starts, n):
@@ -117,6 +111,11 @@ def choose(args, starts, n):
     return [images.sources[i] for i in index], what
 
 
+def short(path):
+    """The last two parts of a path."""
+    return "/".join(Path(path).resolve().parts[-2:])
+
+
 def sample(labels, n, seed):
     """n of the images with labels (N, C) bool: every class at least once, else as in the whole."""
     order, _ = stratified_order(labels, np.arange(len(labels)), np.random.default_rng([seed, 3]))
@@ -134,8 +133,7 @@ def pixels(sources, size):
 
 def batches(start, sources, batch_size=16):
     """Images as a model wants them: (n, 3, S, S) float, normalized, on its device."""
-    n = max(1, len(sources) // batch_size)
-    for images in pixels(sources, start.size).tensor_split(n):
+    for images in pixels(sources, start.size).tensor_split(max(1, len(sources) // batch_size)):
         yield normalize(images.to(start.device), start.metadata["mean"], start.metadata["std"])
 
 
@@ -217,15 +215,13 @@ def cka(args):
     that a CNN and a Transformer see differently, after Raghu et al. (arXiv 2108.08810)."""
     files = (args.cnn, args.vit)
     after = [load(args, path, lambda model, _: introspect.layer_names(model)) for path in files]
-    cnn, vit = after
-    cnn_before, cnn_from = before_training(args, "cnn", cnn)
-    vit_before, vit_from = before_training(args, "vit", vit)
+    before, began = zip(*map(partial(before_training, args), ("cnn", "vit"), after))
     sources, what = choose(args, after, args.n)
     if min(len(sources), args.bs) < 4:
         raise UserError(f"{len(sources)} images, --bs {args.bs}: CKA needs 4 images in a minibatch")
-    origin = cnn_from if cnn_from == vit_from else f"{cnn_from} (rows), {vit_from} (columns)"
+    origin = began[0] if len({*began}) == 1 else "{} (rows), {} (columns)".format(*began)
     names = [introspect.layer_names(start.model) for start in after]
-    pairs = {f"before training: {origin}": (cnn_before, vit_before), "after training": after}
+    pairs = {f"before training: {origin}": before, "after training": after}
     panels, note = [], ""
     for title, pair in pairs.items():
         grams = []
@@ -239,12 +235,12 @@ def cka(args):
         if np.isnan(values).any():
             note = "\nGrey: a layer that gives the same for every image."
     figure = draw.beside(*panels, draw.colour_bar(0, 1, height, "linear CKA"), gap=2 * draw.GAP)
-    note = f"Rows: {cnn.label}. Columns: {vit.label}.\n{what}{note}"
+    note = f"Rows: {after[0].label}. Columns: {after[1].label}.\n{what}{note}"
     return draw.above(figure, draw.text(note, figure.width))
 
 
 def curves(args):
-    """The numbers in a run's log.jsonl over the epochs; of several runs, a colour for each."""
+    """The numbers in log.jsonl over the epochs; of several runs, a colour for each."""
     runs, panels = [short(run) for run in args.run], {}
     several = len(runs) > 1
     if len(runs) > len(draw.MORE):
@@ -299,8 +295,7 @@ def confusion(args):
     grey = "" if counts.any(1).all() else "; grey: no such image"
     note = f"{counts.sum()} test images; rows: true classes; columns: predicted ones{grey}"
     if columns == ["tp", "fp", "fn", "tn"]:
-        note = f"{counts[0].sum()} test images; rows: labels; tp, fp: given rightly, wrongly"
-        note += "; tn, fn: withheld rightly, wrongly"
+        note = f"{counts[0].sum()} test images; rows: labels; true/false positives/negatives"
     figure = draw.beside(table, draw.colour_bar(0, 1, height, "share of row"))
     note = draw.text(note, max(figure.width, SIDE))
     return draw.above(draw.text(short(args.run)), figure, note)
