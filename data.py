@@ -159,7 +159,7 @@ def make_absolute(args):
 
 
 def options(args, keys=READING):
-    """{name: value} of data flags: what read() takes, or, with OPTIONS, what weights files carry."""
+    """{name: value} of data flags: those read() takes, or OPTIONS, which weights files carry."""
     return {key: getattr(args, key) for key in keys}
 
 

@@ -1,8 +1,8 @@
 """Measures of features against loops and closed forms; the monitor on arms built to collapse."""
 
 import json
-from types import SimpleNamespace
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""DINO against slow loops written from the pseudocode of its paper (algorithm 1), and the script."""
+"""DINO against slow loops written from the pseudocode of its paper, and the script."""
 
 import json
 import math
@@ -243,7 +243,7 @@ def test_a_transformer_of_one_size_gets_resized_crops_said_once(folder, tmp_path
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--vit-kwargs", "patch_size=7"], "takes no images of 32 pixels"),
+        (["--vit-kwargs", "patch_size=7"], "accepts no images of 3x32x32"),
         (["--cnn", "resnet5"], "close names"),
     ],
 )

@@ -1,4 +1,4 @@
-"""experiments.py: the commands it makes run, its tables hold what the runs scored, and it goes on."""
+"""experiments.py: its commands run, its tables hold the scores of the runs, it resumes."""
 
 import contextlib
 import csv

@@ -509,7 +509,7 @@ def test_medmnist_from_end_to_end(tmp_path, script):
 
 
 def test_pretraining_on_a_plain_folder_then_labels_for_some(tmp_path, script):
-    """The practitioner's case: all images unlabelled, later a CSV file for a part of them and more."""
+    """The practitioner's case: all images unlabelled, later a CSV file for some of them."""
     for i in range(30):
         (tmp_path / "all").mkdir(exist_ok=True)
         Image.fromarray(picture(i)).save(tmp_path / f"all/{i}.png")
@@ -685,7 +685,7 @@ def test_unreadable_images_are_named_before_training(folder, tmp_path, script):
         status == 2
         and "2 of 30" in line
         and "a/0.png" in line
-        and "b/1.png (the file is empty)" in line
+        and "b/1.png (an empty file)" in line
     )
     assert not (tmp_path / "run").exists()
     status, out, _ = script(

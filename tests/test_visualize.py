@@ -116,7 +116,9 @@ def test_class_token_s_row_and_mean_attention_received():
         model, images = build().eval(), torch.randn(2, 3, 48, 48)
         block, prefix = model.blocks[0], model.num_prefix_tokens
         seen = []
-        handle = block.norm1.register_forward_hook(lambda _, __, output: seen.append(output))
+        handle = block.norm1.register_forward_hook(
+            lambda _, __, output, seen=seen: seen.append(output)
+        )
         with torch.no_grad():
             model(images)
         handle.remove()
@@ -138,7 +140,9 @@ def test_swin_s_windows_come_back_to_their_places(size, window, place):
     padded = -(-n // window) * window
     for block, shift in ((1, 0), (2, window // 2)):
 
-        def corner(i):  # the window, and in shifted blocks the part of it that is masked apart
+        def corner(
+            i, shift=shift
+        ):  # the window, and in shifted blocks the part of it that is masked apart
             i = (i - shift) % n
             return i // window, shift and (i >= padded - window) + (i >= padded - shift)
 

@@ -9,8 +9,6 @@ python -m tools.benchmark step --preset small --out step.json
     images per second and peak memory of (a) a loop with the operations of the published notebook,
     (b) ours, (c) ours on a batch in memory, the ceiling; in turn, each in a process of its own.
     FLOPs an image, and the share of a large matrix product's speed.
-
-python -m tools.benchmark memory --preset paper --out memory.json       (needs a GPU)
 """
 
 import json
@@ -245,42 +243,14 @@ def step_figures(setup, rounds, flops, peak, dtype):
     return figures | {"share_of_peak": share}
 
 
-def benchmark_memory(args):
-    """Peak memory of one step as the batch grows, and the largest batch for 12, 24 and 48 GB."""
-    if not torch.cuda.is_available():
-        raise cli.UserError("benchmark memory measures a GPU's memory, and there is none here")
-    setup, device = dict(zip(FIELDS, PRESETS[args.preset])), torch.device("cuda")
-    size, peaks = setup["img_size"], {}
-    dtype = cli.pick_amp(args.amp, device) or torch.float32
-    model = CASS(*arms_of(setup)).to(device, memory_format=torch.channels_last)
-    optimizers = [torch.optim.Adam(arm.parameters()) for arm in model.arms.values()]
-    for bs in (8, 16, 24, 32):
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):
-            with torch.autocast("cuda", dtype):
-                loss = model(torch.randn(bs, 3, size, size, device=device))
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        peaks[bs] = torch.cuda.max_memory_allocated()
-        print(f"batch {bs:3}: {peaks[bs] / 1e9:.2f} GB")
-    per_image, fixed = np.polyfit(list(peaks), list(peaks.values()), 1)
-    largest = {gb: int((gb * 1e9 - fixed) / per_image) for gb in (12, 24, 48)}
-    print(f"{per_image / 1e6:.0f} MB an image and {fixed / 1e9:.2f} GB fixed")
-    print("largest batch: " + ", ".join(f"{n} in {gb} GB" for gb, n in largest.items()))
-    figures = {"peak_bytes": peaks, "bytes_per_image": per_image}
-    return figures | {"fixed_bytes": fixed, "largest_batch": largest}
-
-
 def main():
-    measure = {"data": benchmark_data, "step": benchmark_step, "memory": benchmark_memory}
+    measure = {"data": benchmark_data, "step": benchmark_step}
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("what", choices=list(measure))
     add("--data", metavar="FOLDER", help="folder of images (data: needed; step: instead of drawn)")
     add("--images", type=cli.positive, default=1000, help="data: of them, at most")
-    add("--preset", default="small", choices=list(PRESETS), help="step, memory: arms and size")
+    add("--preset", default="small", choices=list(PRESETS), help="step: arms and size")
     add("--img-size", type=cli.positive, help="step: another size than the preset's")
     add("--bs", type=cli.positive, default=16, help="step: images in a step")
     add("--steps", type=cli.positive, help="step: steps in an epoch, instead of the preset's")

@@ -30,7 +30,7 @@ def verdict(patch, place):
     applied = subprocess.run(words, cwd=place, capture_output=True, text=True)
     if applied.returncode:
         return f"does not apply: {applied.stdout.strip()}"
-    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0", test]
     done = subprocess.run(words, cwd=place, capture_output=True, text=True)
     return None if done.returncode == 1 else f"status {done.returncode}: {done.stdout[-300:]}"
 
