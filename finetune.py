@@ -158,11 +158,11 @@ def main():
             schedule = (args.epochs, args.patience, args.lr, args.min_lr, args.t_max)
             model = build(job)
             training = finetune(job, model, run, *schedule)
-            facts = {**start.metadata, "epoch": training["best_epoch"], "seed": args.seed}
-            facts |= {"class_names": images.classes, "multilabel": images.multilabel}
-            facts |= {"seen": starts.all_seen(images, split, start.seen), "training": training}
-            facts |= {"data": data.options(args, data.OPTIONS), "config": vars(args)}
-            checkpoint.save(folder / "best.pt", checkpoint.weights_file(model, **facts))
+            saved = {**start.metadata, "epoch": training["best_epoch"], "seed": args.seed}
+            saved |= {"class_names": images.classes, "multilabel": images.multilabel}
+            saved |= {"seen": starts.all_seen(images, split, start.seen), "training": training}
+            saved |= {"data": data.options(args, data.OPTIONS), "config": vars(args)}
+            checkpoint.save(folder / "best.pt", checkpoint.weights_file(model, **saved))
         outcome = nearest(job) if args.mode == "knn" else tested(job)
         settings = {"ckpt": args.ckpt, "mode": args.mode, "frac": args.frac}
         results.append(testing.write_results(job, *outcome, {**settings, "split_seed": args.seed}))
@@ -170,7 +170,8 @@ def main():
     if len(results) > 1:
         summary = summarize(results)
         checkpoint.write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
-        scores = (f"{key} {x['mean']:.4f} ± {x['std']:.4f}" for key, x in summary.items())
+        shown = {key: summary[key] for key in testing.SHOWN if key in summary}
+        scores = (f"{key} {x['mean']:.4f} ± {x['std']:.4f}" for key, x in shown.items())
         print(f"{len(seeds)} seeds: {', '.join(scores)}")
     print(f"wrote {out}")
     if args.mode != "knn":
@@ -271,10 +272,10 @@ def tested(job):
     _, probabilities = evaluate(job, model, batches_of(job, job.split == "test"))
     training, log = best["training"], best["training"]["log"]
     checkpoint.write_json_lines(job.out / "log.jsonl", log)
-    facts = {"best_epoch": training["best_epoch"], "epochs": len(log)}
-    facts |= {"val_loss": training["best_loss"], "val": training["best_val"]}
-    facts["seconds"] = round(sum(row["seconds"] for row in log), 2)
-    return probabilities, {**facts, "class_weights": job.weights.tolist()}
+    summary = {"best_epoch": training["best_epoch"], "epochs": len(log)}
+    summary |= {"val_loss": training["best_loss"], "val": training["best_val"]}
+    summary["seconds"] = round(sum(row["seconds"] for row in log), 2)
+    return probabilities, {**summary, "class_weights": job.weights.tolist()}
 
 
 def nearest(job):
@@ -293,8 +294,8 @@ def nearest(job):
     found = collapse.knn(known, labels, features(val)).numpy()
     scores = score(images.labels[val], found, images.classes, images.multilabel)
     probabilities = collapse.knn(known, labels, features(test)).numpy()
-    facts = {"neighbours": min(20, len(known)), "val": scores}
-    return probabilities, {**facts, "seconds": round(time.perf_counter() - began, 2)}
+    summary = {"neighbours": min(20, len(known)), "val": scores}
+    return probabilities, {**summary, "seconds": round(time.perf_counter() - began, 2)}
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ def begin(out, images, split, state, config, stale=("cnn.pt", "vit.pt")):
     if distributed.rank() == 0:
         checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else stale)
         data.write_split(out, images, split)
-        facts = {"command": sys.argv, **config, "processes": processes, "versions": VERSIONS}
-        checkpoint.write_json(out / "config.json", facts)
+        saved = {"command": sys.argv, **config, "processes": processes, "versions": VERSIONS}
+        checkpoint.write_json(out / "config.json", saved)
     return index, seen
 
 
@@ -224,11 +224,11 @@ def main():
             averaged = swa.finish(lambda: on_device(loader, device))
         for init in {*inits} - {"imagenet", "random"}:  # what initial weights saw counts
             seen = torch.cat([seen, checkpoint.seen_by(init)]).unique()
-        facts = {"epoch": args.epochs, "swa_snapshots": swa.snapshots, "seed": args.seed}
-        facts |= {"seen": seen, "data": data.options(args, data.OPTIONS), "config": vars(args)}
+        saved = {"epoch": args.epochs, "swa_snapshots": swa.snapshots, "seed": args.seed}
+        saved |= {"seen": seen, "data": data.options(args, data.OPTIONS), "config": vars(args)}
         for arm, (name, _, kwargs) in specs.items():
             rebuild = arms.rebuild_kwargs(name, args.img_size, kwargs)
-            arms.save(out, arm, averaged[arm], name, rebuild, args.img_size, facts)
+            arms.save(out, arm, averaged[arm], name, rebuild, args.img_size, saved)
         none = "the last weights; no weights averaged: no end of a cycle after --swa-start"
         what = f"the mean of {swa.snapshots} snapshots" if swa.snapshots else none
         print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: {what}")

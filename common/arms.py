@@ -82,11 +82,11 @@ def check_pair(cnn, vit, img_size):
         raise UserError(f"--cnn, --vit: cannot be paired: their logits have shapes {R} and {T}")
 
 
-def save(out, arm, model, name, kwargs, img_size, facts):
+def save(out, arm, model, name, kwargs, img_size, metadata):
     """cnn.pt or vit.pt, for finetune.py and timm. name, kwargs: for timm.create_model."""
-    facts = {**facts, "arch": name, "arm": arm, "model_kwargs": kwargs, "img_size": img_size}
-    facts |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    checkpoint.save(out / f"{arm}.pt", checkpoint.weights_file(model, **facts))
+    metadata = {**metadata, "arch": name, "arm": arm, "model_kwargs": kwargs, "img_size": img_size}
+    metadata |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    checkpoint.save(out / f"{arm}.pt", checkpoint.weights_file(model, **metadata))
 
 
 def enable_grad_checkpointing(model, name):

@@ -95,7 +95,7 @@ def load(path):
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: there is no such file") from error
     except Exception as error:  # both raise errors of many kinds
-        problem = "is no checkpoint, is cut short, or holds more than tensors and plain data"
+        problem = "is no checkpoint, is incomplete, or holds more than tensors and plain data"
         raise UserError(f"{path}: {problem}; nothing in it was run") from error
 
 

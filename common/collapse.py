@@ -134,8 +134,8 @@ def react(row, objective, fail):
     if not arms:
         return
     spreads = ", ".join(f"{row[f'{arm}_logits_spread']:.2g}" for arm in arms)
-    facts = f"spread {spreads}; agreement {row['agreement']:.2f}"
-    what = f"the logits of {' and '.join(arms)} have collapsed to nearly one vector ({facts})"
+    detail = f"spread {spreads}; agreement {row['agreement']:.2f}"
+    what = f"the logits of {' and '.join(arms)} have collapsed to nearly one vector ({detail})"
     text = f"epoch {row['epoch']}: {what}, which a low loss does not show"
     if objective == "cosine":
         text += "; see docs/collapse.md, or try --objective vicreg --lr 3e-4"

@@ -28,7 +28,7 @@ def refuse_untestable(images, split, seen, allow_seen):
         raise UserError(f"{images.path}: pre-training saw every test image; {fix}")
 
 
-def write_results(job, probabilities, settings, facts):
+def write_results(job, probabilities, settings, training):
     """Print the scores of the test images' probabilities (N, C); write predictions.csv,
     confusion.csv and metrics.json, which is returned."""
     images, split, test = job.images, job.split, job.split == "test"
@@ -39,7 +39,7 @@ def write_results(job, probabilities, settings, facts):
     metrics |= {"seed": job.seed, "classes": classes, "multilabel": multilabel}
     metrics |= {f"n_{name}": int((split == name).sum()) for name in ("train", "val", "test")}
     metrics |= {"n_labelled": int(job.used.sum()), "labelled": class_counts(images, job.used)}
-    metrics |= {"n_test_duplicates": int(copied.sum()), "n_test_seen": int(seen.sum()), **facts}
+    metrics |= {"n_test_duplicates": int(copied.sum()), "n_test_seen": int(seen.sum()), **training}
     parts = [("test", np.zeros_like(copied), "")]
     parts += [("test_without_duplicates", copied, f" without the {copied.sum()} exact duplicates")]
     parts += [("test_without_seen", seen, f" without the {seen.sum()} that pre-training saw")]

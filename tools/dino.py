@@ -294,10 +294,10 @@ def main():
         if rank == 0:
             if (init := settings[f"init_{arm}"]) not in (None, "imagenet", "random"):
                 seen = torch.cat([seen, checkpoint.seen_by(init)]).unique()
-            facts = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "seen": seen}
-            facts |= {"config": settings, "data": data.options(args, data.OPTIONS)}
+            saved = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "seen": seen}
+            saved |= {"config": settings, "data": data.options(args, data.OPTIONS)}
             teacher = model.arms[arm]
-            arms.save(out, arm, teacher, settings[arm], rebuild, args.img_size, facts)
+            arms.save(out, arm, teacher, settings[arm], rebuild, args.img_size, saved)
     print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: the teachers")
     print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac 0.01")
 

@@ -44,13 +44,15 @@ def folders_of(run):
 
 
 def read_run(folder):
-    """What finetune.py wrote of N test images: facts (metrics.json), classes, multilabel, names,
+    """What finetune.py wrote of N test images: metrics (of metrics.json), classes, multilabel, names,
     true (text), labels (N, C) bool, probabilities (N, C) float32, copied, seen (N,) bool."""
-    facts = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    written = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     how = {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
     with open(folder / "predictions.csv", **how) as file:
         rows = list(csv.DictReader(file))
-    test = SimpleNamespace(facts=facts, classes=facts["classes"], multilabel=facts["multilabel"])
+    test = SimpleNamespace(
+        metrics=written, classes=written["classes"], multilabel=written["multilabel"]
+    )
     test.names, test.true = ([row[key] for row in rows] for key in ("path", "true"))
     has = [text.split("|") if test.multilabel else [text] for text in test.true]
     test.labels = np.array([[c in texts for c in test.classes] for texts in has])
@@ -58,7 +60,7 @@ def read_run(folder):
     test.probabilities = np.array(probabilities, np.float32)
     test.copied = np.array([row.get("duplicate") == "1" for row in rows])
     test.seen = np.array([row.get("seen") == "1" for row in rows])
-    counts = [facts[key] for key in ("n_test", "n_test_duplicates", "n_test_seen")]
+    counts = [written[key] for key in ("n_test", "n_test_duplicates", "n_test_seen")]
     texts = [label_text(test.classes, row) for row in test.labels]
     if counts != [len(rows), test.copied.sum(), test.seen.sum()] or texts != test.true:
         raise ValueError("predictions.csv and metrics.json are of different runs")
@@ -143,13 +145,13 @@ def main():
         write_csv(out / seed / "ensemble_predictions.csv", *table)
     by_run = list(zip(*by_seed))
     entries = [{"results": r} | ({"summary": summarize(r)} if len(r) > 1 else {}) for r in by_run]
-    facts = {"classes": first.classes, "multilabel": first.multilabel, "n_test": len(mean)}
-    facts |= {"n_test_duplicates": int(copied.sum()), "n_test_seen": int(seen.sum()), "runs": []}
+    result = {"classes": first.classes, "multilabel": first.multilabel, "n_test": len(mean)}
+    result |= {"n_test_duplicates": int(copied.sum()), "n_test_seen": int(seen.sum()), "runs": []}
     for run, of_seeds, entry in zip(args.runs, zip(*tests.values()), entries):
-        described = {"run": run} | {key: of_seeds[0].facts[key] for key in ("arch", "frac")}
-        described["seeds"] = [test.facts["seed"] for test in of_seeds]
-        facts["runs"].append(described | entry)
-    write_json(out / "ensemble.json", facts | {"mean": entries[-1]})
+        described = {"run": run} | {key: of_seeds[0].metrics[key] for key in ("arch", "frac")}
+        described["seeds"] = [test.metrics["seed"] for test in of_seeds]
+        result["runs"].append(described | entry)
+    write_json(out / "ensemble.json", result | {"mean": entries[-1]})
     print_table(dict(zip([*args.runs, f"mean of the {len(runs)}"], by_run)))
     print(f"wrote {out / 'ensemble.json'}")
 

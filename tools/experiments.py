@@ -484,14 +484,14 @@ def heading(args, about, done):
 
 def write_scores(file, cells):
     """table.csv: a row per cell, with all scores."""
-    facts = "row arm frac seed status pretrain_seconds finetune_seconds".split()
+    keys = "row arm frac seed status pretrain_seconds finetune_seconds".split()
     scores = [*product(("test", "test_without_duplicates"), SCORES)]
     names, rows = [score + part.removeprefix("test") for part, score in scores], []
     for cell in cells:
         metrics = cell.get("metrics", {})
         values = [(metrics.get(part) or {}).get(score) for part, score in scores]
-        rows.append([*map(cell.get, facts), *values, cell.get("error")])
-    write_csv(file, [*facts, *names, "error"], rows)
+        rows.append([*map(cell.get, keys), *values, cell.get("error")])
+    write_csv(file, [*keys, *names, "error"], rows)
 
 
 def write_table(args, paper, metric):
