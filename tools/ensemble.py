@@ -44,7 +44,7 @@ def folders_of(run):
 
 
 def read_run(folder):
-    """What finetune.py wrote of N test images: metrics (of metrics.json), classes, multilabel, names,
+    """What finetune.py wrote of N test images: metrics, classes, multilabel, names,
     true (text), labels (N, C) bool, probabilities (N, C) float32, copied, seen (N,) bool."""
     written = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     how = {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
