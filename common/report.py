@@ -74,7 +74,7 @@ def _print_duplicates(data, split):
     same = duplicates(data)
     if same:
         n, later = sum(map(len, same)), cross_split_duplicates(data, split).sum()
-        print(f"  {n} images are exact duplicates of another; {later} of them of an earlier split")
+        print(f"  {n} images have exact duplicates; {later} of them have one in an earlier split")
     odd = [group for group in same if (data.labels[group] != data.labels[group[0]]).any()]
     if odd:
         pairs = preview(" = ".join(data.names[i] for i in group[:2]) for group in odd)

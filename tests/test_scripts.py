@@ -411,7 +411,7 @@ def test_dedup_and_contradictions_and_the_report(tmp_path, script):
     (d / "test/b/lie.png").write_bytes((d / "train/a/1.png").read_bytes())
     status, out, _ = script(data, d, "--img-size", 32, "--out", tmp_path / "report")
     assert status == 0 and "28 images, 2 classes" in out
-    assert "4 images are exact duplicates of another; 2 of them" in out
+    assert "4 images have exact duplicates; 2 of them" in out
     assert "1 sets of exact duplicates have different labels" in out and "test/b/lie.png" in out
     assert "RGB 28" in out and "ImageNet" in out
     assert len(rows(tmp_path / "report/duplicates.csv")) == 4
