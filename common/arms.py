@@ -52,7 +52,7 @@ def make_arm(flag, name, init, img_size, **model_kwargs):
         raise UserError(f"{flag} {name}: cannot be built with these arguments: {reason}") from error
     except Exception as error:  # the download raises errors of many kinds
         file = "--init FILE" if flag == "--arch" else f"--init-{flag[2:]} FILE"
-        problem = f"ImageNet weights not downloaded; give --init random, or {file}"
+        problem = f"its ImageNet weights could not be downloaded; give --init random, or {file}"
         raise UserError(f"{flag} {name}: {problem}") from error
 
 
