@@ -224,5 +224,5 @@ class Run:
         """Raise FloatingPointError (exit status 1) on a loss that is NaN or infinite."""
         loss = sum(losses, self.loss.item())
         if not math.isfinite(loss):
-            where = f"the loss is {loss} in epoch {self.epoch + 1}"
-            raise FloatingPointError(f"{where}; last.pt is intact: smaller --lr, or --amp off")
+            what = f"the loss is {loss} in epoch {self.epoch + 1}; what was saved before is intact"
+            raise FloatingPointError(f"{what}; try a smaller --lr, or --amp off")
