@@ -105,6 +105,8 @@ def main():
     if args.ckpt:
         start = starts.from_checkpoint(args.ckpt)
         starts.fill_in(args, start.data)
+        if not isinstance(args.data, str):
+            raise UserError(f"{args.ckpt}: names no data; give --data PATH")
         args.seed = start.seed
     else:
         args.init, args.seed = args.init or "imagenet", args.seed or 0

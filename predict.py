@@ -114,9 +114,12 @@ def forward(arm, pixels, device, amp, with_features):
     (images,) = on_device([pixels], device, arm.mean, arm.std)
     with torch.autocast(device.type, amp, enabled=amp is not None):
         hidden = arm.model.forward_features(images)
-        outputs = [arm.model.forward_head(hidden).float().sigmoid()]
+        outputs = [arm.model.forward_head(hidden).float()]
         if with_features:
             outputs.append(arm.model.forward_head(hidden, pre_logits=True).flatten(1).float())
+    if not all(torch.isfinite(output).all() for output in outputs):
+        raise UserError(f"{arm.path}: gives NaN or infinite outputs; try --amp off")
+    outputs[0] = outputs[0].sigmoid()
     return [output.cpu().numpy() for output in outputs]
 
 

@@ -196,6 +196,10 @@ def main():
     head_act = next((x for x in args.ablation if x in ("sigmoid", "softmax")), "none")
     model = build_model(specs, args.img_size, args.objective, head_act, args.grad_checkpointing)
 
+    if state is None:  # what the initial weights saw counts too; read before anything is removed
+        initial_seen = [checkpoint.seen_by(x) for x in {*inits} - {"imagenet", "random"}]
+    else:
+        initial_seen = state["initial_seen"]
     with distributed.process_0_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup)
@@ -208,7 +212,8 @@ def main():
     batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, rank, world_size)
     loader = data.loader(dataset, batches, device, args.workers)
     monitor = collapse.Monitor(images, split, args.seed)
-    metadata = {"script": "pretrain.py", "args": vars(args), "seen": seen, "processes": world_size}
+    metadata = {"script": "pretrain.py", "args": vars(args), "seen": seen}
+    metadata |= {"processes": world_size, "initial_seen": initial_seen}
     react = partial(collapse.react, objective=args.objective, fail=args.fail_on_collapse)
     run = Run(out, device, amp, metadata, state, [], args.save_every, monitor=monitor, react=react)
     run.announce(model, model, loader, args.epochs)
@@ -222,8 +227,7 @@ def main():
         loader = data.loader(dataset, batches, device, args.workers)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             averaged = swa.finish(lambda: on_device(loader, device))
-        for init in {*inits} - {"imagenet", "random"}:  # what initial weights saw counts
-            seen = torch.cat([seen, checkpoint.seen_by(init)]).unique()
+        seen = torch.cat([seen, *initial_seen]).unique()
         saved = {"epoch": args.epochs, "swa_snapshots": swa.snapshots, "seed": args.seed}
         saved |= {"seen": seen, "data": data.options(args, data.OPTIONS), "config": vars(args)}
         for arm, (name, _, kwargs) in specs.items():

@@ -12,6 +12,17 @@ from common import checkpoint
 from common.cli import UserError, positive
 from common.decode import IMAGENET_MEAN, IMAGENET_STD
 
+# arguments of timm.create_model that load files, ask the network, or have flags of their own
+NOT_SHAPE = {"img_size", "init", "name", "model_name", "checkpoint_path", "cache_dir"}
+NOT_SHAPE |= {"features_only", "scriptable", "exportable", "no_jit"}
+
+
+def is_shape_argument(key, value=None):
+    """Whether key=value only shapes a model of timm: plain data that makes it load nothing."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    plain = all(isinstance(x, (int, float, str, type(None))) for x in items)
+    return key not in NOT_SHAPE and not str(key).startswith("pretrained") and plain
+
 
 class KeyValues(ParseKwargs):
     """timm's KEY=VALUE arguments, with a one-line error for anything else."""
@@ -19,8 +30,9 @@ class KeyValues(ParseKwargs):
     def __call__(self, parser, namespace, values, flag=None):
         for value in values:
             key, equals, _ = value.partition("=")
-            if not equals or key in ("img_size", "init", "name"):
-                parser.error(f"{flag}: {value} is no KEY=VALUE (some have flags of their own)")
+            if not equals or not is_shape_argument(key):
+                advice = "image size and weights have flags of their own"
+                parser.error(f"{flag}: {value} is no KEY=VALUE that shapes a model ({advice})")
         super().__call__(parser, namespace, values, flag)
 
 

@@ -1,6 +1,7 @@
 """What a command starts from: a weights file or a timm model, and the images it has seen."""
 
 import copy
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,18 +10,60 @@ import timm
 import torch
 
 from common import checkpoint
-from common.arms import make_arm, rebuild_kwargs
+from common.arms import is_shape_argument, make_arm, rebuild_kwargs
 from common.cli import UserError
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, digest
 
-KEYS = {"state_dict", "arch", "num_classes", "model_kwargs", "img_size", "arm", "seed", "data"}
+
+def _is(kind, low=-math.inf, high=math.inf):
+    """A check: a finite number of this kind within limits; also of each of three in a list."""
+    return lambda x: type(x) in (int, kind) and low <= x <= high and math.isfinite(x)
+
+
+def _three(good):
+    return lambda x: isinstance(x, list) and len(x) == 3 and all(map(good, x))
+
+
+def _finite(state_dict):
+    tensors = state_dict.values() if isinstance(state_dict, dict) else [None]
+    return all(torch.is_tensor(x) and torch.isfinite(x).all() for x in tensors)
+
+
+def _shapes(kwargs):
+    return isinstance(kwargs, dict) and all(is_shape_argument(*pair) for pair in kwargs.items())
+
+
+FIELDS = {  # of a weights file, and what each must be
+    "arch": ("the name of a model in timm", lambda x: isinstance(x, str) and timm.is_model(x)),
+    "model_kwargs": ("arguments that shape a model", _shapes),
+    "num_classes": ("a number of at least 1", _is(int, 1)),
+    "img_size": ("a number from 1 to 8192", _is(int, 1, 8192)),
+    "mean": ("three finite numbers", _three(_is(float))),
+    "std": ("three finite numbers above 0", _three(_is(float, 1e-6))),
+    "arm": ("a text", lambda x: isinstance(x, str)),
+    "seed": ("a number of at least 0", _is(int, 0)),
+    "data": ("a dict of data flags", lambda x: isinstance(x, dict)),
+    "state_dict": ("finite tensors", _finite),
+}
 
 
 def load_weights(path, way_out="; for other weights, give --arch NAME --init FILE"):
-    """The dict of a weights file that pretrain.py or finetune.py wrote. Raises UserError."""
+    """The dict of a weights file that pretrain.py or finetune.py wrote. It may come from anybody:
+    every field that is used later is checked here. Raises UserError."""
     weights = checkpoint.load(path)
-    if not KEYS <= weights.keys():
+    if not FIELDS.keys() <= weights.keys():
         raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py{way_out}")
+    wrong = [
+        f"{key} is not {what}" for key, (what, good) in FIELDS.items() if not good(weights[key])
+    ]
+    names, seen = weights.get("class_names"), weights.get("seen")
+    texts = names is None or isinstance(names, list) and all(isinstance(x, str) for x in names)
+    if not texts or names and len(names) != weights["num_classes"]:
+        wrong.append("class_names is not a text for each of num_classes")
+    if seen is not None and not (torch.is_tensor(seen) and seen.dtype == torch.int64):
+        wrong.append("seen is not a tensor of hashes")
+    if wrong:
+        raise UserError(f"{path}: {'; '.join(wrong)}")
     return weights
 
 
@@ -30,7 +73,7 @@ def build(weights, path):
     try:
         model = timm.create_model(arch, num_classes=weights["num_classes"], **kwargs)
         model.load_state_dict(weights["state_dict"])
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # timm's models raise all kinds on odd arguments
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its weights do not fit {arch} of this timm ({reason})") from error
     return model

@@ -507,3 +507,53 @@ def test_the_ensemble_refuses(tuned, tmp_path, script):
     status, _, err = script(ensemble, cnn, vit)
     assert status == 2 and "--overwrite" in one_line(err)
     assert script(ensemble, cnn, vit, "--overwrite")[0] == 0
+
+
+BROKEN = {
+    "arch": ["hf-hub:evil/repo", "../../x", 3, "no_such_model"],
+    "model_kwargs": [
+        {"pretrained": True},
+        {"pretrained_cfg": {"url": "http://127.0.0.1/x.pth"}},
+        {"checkpoint_path": "x.pt"},
+        {"global_pool": "nope"},
+        3,
+    ],
+    "num_classes": [0, "3", True],
+    "img_size": [-5, "32", 10**6, float("nan")],
+    "mean": [[0.1] * 4, [float("nan")] * 3, 0.5],
+    "std": [[0, 0, 0], [float("inf")] * 3],
+    "class_names": [[1, 2, 3], ["a"], "abc"],
+    "seed": [-1, 0.5, "0"],
+    "data": [None, {"evil": 1}],
+    "seen": [3, torch.zeros(2)],
+    "state_dict": [{}, {"a": 1}, 3],
+    "arm": [1],
+}
+
+
+@pytest.mark.parametrize("field", BROKEN)
+def test_every_field_of_a_weights_file_is_checked(field, pretrained, folder, tmp_path, script):
+    """One line, status 2, whatever a field holds; nothing is fetched."""
+    status, _, err = script(finetune, "--ckpt", pretrained / "cnn.pt", "--epochs", 1)
+    assert status == 0, err
+    good = torch.load(pretrained / "finetune_cnn_1/best.pt", weights_only=True)
+    for value in BROKEN[field]:
+        file = tmp_path / "broken.pt"
+        torch.save({**good, field: value}, file)
+        if field not in ("data",):
+            arguments = ("--ckpt", file, "--data", folder, "--out", tmp_path / "p.csv")
+            status, _, err = script(predict, *arguments)
+            assert status == 2 and str(file) in one_line(err), (value, err)
+        status, _, err = script(finetune, "--ckpt", file, "--out", tmp_path / "tuned")
+        assert status == 2 and one_line(err), (value, err)
+
+
+def test_weights_that_are_not_finite_predict_nothing(pretrained, folder, tmp_path, script):
+    file = pretrained / "cnn.pt"
+    weights = torch.load(file, weights_only=True)
+    next(iter(weights["state_dict"].values()))[0] = float("nan")
+    torch.save(weights, file)
+    out = tmp_path / "features.npz"
+    status, _, err = script(predict, "--ckpt", file, "--data", folder, "--embeddings", out)
+    assert status == 2 and "state_dict is not finite tensors" in one_line(err)
+    assert not out.exists()

@@ -309,3 +309,18 @@ def test_fp16_scaling_trains_and_resumes(folder, tmp_path, script, cut_after):
     status, _, err = script(pretrain, "--resume", tmp_path / "run/last.pt")
     assert status == 0, err
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run/cnn.pt").values())
+
+
+def test_initial_weights_may_lie_in_the_folder_that_is_overwritten(folder, tmp_path, script):
+    """They are read before anything is removed, and a resumed run does without them."""
+    out, common = tmp_path / "run", ["--data", folder, *ARMS, "--epochs", 1]
+    assert script(pretrain, *common, "--out", out)[0] == 0
+    first = torch.load(out / "cnn.pt", weights_only=True)["seen"]
+    inits = ["--init-cnn", out / "cnn.pt", "--init-vit", out / "vit.pt"]
+    status, _, err = script(pretrain, *common, *inits, "--out", out, "--overwrite")
+    assert status == 0, err
+    assert torch.equal(torch.load(out / "cnn.pt", weights_only=True)["seen"], first)
+    (out / "vit.pt").unlink()
+    (out / "cnn.pt").rename(tmp_path / "elsewhere.pt")
+    status, _, err = script(pretrain, "--out", out, "--resume")
+    assert status == 0 and (out / "cnn.pt").exists(), err

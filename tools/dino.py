@@ -272,6 +272,9 @@ def main():
         sizes = (args.img_size, args.outputs, args.crops)
         built[arm] = build(arm, settings[arm], settings[f"{arm}_kwargs"], init, *sizes)
 
+    inits = {arm: settings[f"init_{arm}"] or args.init for arm in built}
+    files = {arm: x for arm, x in inits.items() if x not in ("imagenet", "random")}
+    initial_seen = {arm: checkpoint.seen_by(file) for arm, file in files.items()}
     with distributed.process_0_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup)
@@ -292,9 +295,8 @@ def main():
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
         state, log = None, run.progress["log"]
         if rank == 0:
-            if (init := settings[f"init_{arm}"]) not in (None, "imagenet", "random"):
-                seen = torch.cat([seen, checkpoint.seen_by(init)]).unique()
-            saved = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "seen": seen}
+            known = torch.cat([seen, initial_seen[arm]]).unique() if arm in initial_seen else seen
+            saved = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "seen": known}
             saved |= {"config": settings, "data": data.options(args, data.OPTIONS)}
             teacher = model.arms[arm]
             arms.save(out, arm, teacher, settings[arm], rebuild, args.img_size, saved)
