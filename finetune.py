@@ -221,6 +221,7 @@ def build(job):
     torch.manual_seed(job.seed)
     model = job.start.make()
     model.reset_classifier(len(job.images.classes))
+    starts.refuse_odd_head(model, job.start.metadata, job.linear)
     if job.linear:
         model.requires_grad_(False)
         model.get_classifier().requires_grad_(True)

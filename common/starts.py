@@ -10,7 +10,7 @@ import timm
 import torch
 
 from common import checkpoint
-from common.arms import is_shape_argument, make_arm, rebuild_kwargs
+from common.arms import is_shape_argument, make_arm, output_shape, rebuild_kwargs
 from common.cli import UserError
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, digest
 
@@ -94,12 +94,28 @@ def from_name(arch, init, img_size, model_kwargs):
     """A timm model as a start; init: imagenet, random or a weights file. Raises UserError."""
     anew = partial(make_arm, "--arch", arch, init, img_size, **model_kwargs)
     model = anew()
+    shape = output_shape(model, img_size, f"--arch {arch}")
+    if len(shape) != 2:
+        raise UserError(f"--arch {arch}: gives outputs of shape {shape}, not logits (N, C)")
     make = anew if init == "random" else partial(copy.deepcopy, model)  # a seed, its own weights
     metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size}
     metadata["model_kwargs"] = rebuild_kwargs(arch, img_size, model_kwargs)
     metadata |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     seen = None if init in ("imagenet", "random") else checkpoint.seen_by(init)
     return SimpleNamespace(make=make, metadata=metadata, data={}, seen=seen)
+
+
+def refuse_odd_head(model, metadata, linear):
+    """Raise UserError where the reset head is not the one that timm builds, so that best.pt could
+    not be loaded, or, for --mode linear, is not one module. Leaves torch's random state."""
+    name = metadata["arch"]
+    with torch.random.fork_rng([]):
+        again = timm.create_model(name, num_classes=model.num_classes, **metadata["model_kwargs"])
+    shapes = [{k: x.shape for k, x in m.state_dict().items()} for m in (model, again)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"{name}: its head changes when it is reset; take another model")
+    if linear and not isinstance(model.get_classifier(), torch.nn.Module):
+        raise UserError(f"{name}: has more than one head; leave out --mode linear")
 
 
 def fill_in(args, saved):

@@ -802,3 +802,31 @@ def test_weights_of_an_earlier_version_load(pretrained, folder, tmp_path, script
     torch.save(weights, file)
     status, _, err = script(finetune, "--ckpt", file, "--epochs", 1, "--out", tmp_path / "none")
     assert status == 2 and "no labels" in one_line(err)
+
+
+ODD = "--img-size 32 --init random --epochs 1".split()
+DISTILLED = "patch_size=16 embed_dim=24 depth=1 num_heads=1".split()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["repvit_m0_9"], "its head changes when it is reset"),
+        (
+            ["deit_tiny_distilled_patch16_224", "--arch-kwargs", *DISTILLED, "--mode", "linear"],
+            "has more than one head",
+        ),
+        (["test_resnet", "--arch-kwargs", "in_chans=1"], "accepts no images of 3x32x32"),
+        (["test_resnet", "--arch-kwargs", "global_pool="], "accepts no images of 3x32x32"),
+        (["test_resnet", "--arch-kwargs", "features_only=True"], "that shapes a model"),
+        (["test_resnet", "--arch-kwargs", "checkpoint_path=x.pt"], "that shapes a model"),
+    ],
+)
+def test_models_that_cannot_be_used_are_refused_before_training(
+    folder, tmp_path, script, arguments, message
+):
+    out = tmp_path / "out"
+    command = ["--data", folder, *ODD, "--out", out, "--arch", *arguments]
+    status, _, err = script(finetune, *command)
+    assert status == 2 and message in one_line(err), err
+    assert not (out / "best.pt").exists() and not (out / "last.pt").exists()
