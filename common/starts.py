@@ -30,13 +30,15 @@ def _finite(state_dict):
 
 
 def _shapes(kwargs):
-    return isinstance(kwargs, dict) and all(is_shape_argument(*pair) for pair in kwargs.items())
+    if not isinstance(kwargs, dict) or type(kwargs.get("img_size", 1)) is not int:
+        return False
+    return all(k == "img_size" or is_shape_argument(k, x) for k, x in kwargs.items())
 
 
 FIELDS = {  # of a weights file, and what each must be
     "arch": ("the name of a model in timm", lambda x: isinstance(x, str) and timm.is_model(x)),
     "model_kwargs": ("arguments that shape a model", _shapes),
-    "num_classes": ("a number of at least 1", _is(int, 1)),
+    "num_classes": ("a number of at least 0", _is(int, 0)),
     "img_size": ("a number from 1 to 8192", _is(int, 1, 8192)),
     "mean": ("three finite numbers", _three(_is(float))),
     "std": ("three finite numbers above 0", _three(_is(float, 1e-6))),
