@@ -40,8 +40,7 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--ckpt", metavar="FILE", help="cnn.pt or vit.pt of pretrain.py")
     add("--arch", metavar="NAME", help="timm model to start from instead, the supervised baseline")
-    kwargs = {"nargs": "*", "default": {}, "action": arms.KeyValues, "metavar": "KEY=VALUE"}
-    add("--arch-kwargs", **kwargs, help="arguments for timm.create_model, with --arch")
+    add("--arch-kwargs", **arms.KWARGS, help="arguments for timm.create_model, with --arch")
     add("--init", metavar="WHAT", help="with --arch: imagenet (default), random or a weights file")
     add("--img-size", type=cli.positive, help="with --arch: side of the images (default: 384)")
     add("--allow-seen", action="store_true", help="test on images of pre-training if need be")
@@ -69,7 +68,9 @@ def parse_arguments():
     if args.ckpt and (args.img_size or args.arch_kwargs or args.init or args.seed is not None):
         parser.error("--img-size, --arch-kwargs, --init and --seed go with --arch, not with --ckpt")
     if args.resume is True:
-        out = output_folder(args.out, args.ckpt, args.arch, args.frac, args.mode)
+        named = args.out or not args.ckpt
+        arm = str(args.arch).split(".")[0] if named else starts.load_weights(args.ckpt)["arm"]
+        out = output_folder(args.out, args.ckpt, arm, args.frac, args.mode)
         origin = next(out.glob("**/config.json"), None)
         saved = json.loads(origin.read_text())["arguments"] if origin else {}
         args = cli.parse_again(parser, saved, cli.MAY_CHANGE, origin)
@@ -87,11 +88,10 @@ def parse_arguments():
     return args, state
 
 
-def output_folder(out, ckpt, arch, frac, mode):
+def output_folder(out, ckpt, arm, frac, mode):
     """--out, or finetune_ARM_FRAC beside the checkpoint."""
     if out:
         return Path(out)
-    arm = starts.load_weights(ckpt)["arm"] if ckpt else str(arch).split(".")[0]
     name = f"finetune_{arm}_{frac:g}" + ("" if mode == "e2e" else f"_{mode}")
     return (Path(ckpt).parent if ckpt else Path(".")) / name
 
@@ -112,7 +112,7 @@ def main():
         args.init, args.seed = args.init or "imagenet", args.seed or 0
         start = starts.from_name(args.arch, args.init, args.img_size or 384, args.arch_kwargs)
     start.normalization = start.metadata["mean"], start.metadata["std"]
-    out = output_folder(args.out, args.ckpt, args.arch, args.frac, args.mode)
+    out = output_folder(args.out, args.ckpt, start.metadata["arm"], args.frac, args.mode)
     seeds, args.out = args.seeds or [args.seed], os.path.abspath(out)
     folders = {seed: out / f"seed{seed}" if len(seeds) > 1 else out for seed in seeds}
     for folder in folders.values() if not args.resume else ():

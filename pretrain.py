@@ -197,7 +197,7 @@ def main():
     model = build_model(specs, args.img_size, args.objective, head_act, args.grad_checkpointing)
 
     if state is None:  # what the initial weights saw counts too; read before anything is removed
-        initial_seen = [checkpoint.seen_by(x) for x in {*inits} - {"imagenet", "random"}]
+        initial_seen = [checkpoint.seen_by(init) for init in {*inits}]
     else:
         initial_seen = state["initial_seen"]
     with distributed.process_0_first():

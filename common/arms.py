@@ -36,14 +36,16 @@ class KeyValues(ParseKwargs):
         super().__call__(parser, namespace, values, flag)
 
 
+KWARGS = {"nargs": "*", "default": {}, "action": KeyValues, "metavar": "KEY=VALUE"}  # such a flag
+
+
 def add_arguments(parser):
     """The flags of the two arms."""
     names = {"cnn": "resnet50.a1_in1k", "vit": "vit_base_patch16_384.augreg_in21k_ft_in1k"}
-    kwargs = {"nargs": "*", "default": {}, "action": KeyValues, "metavar": "KEY=VALUE"}
     add, inits = parser.add_argument, ["imagenet", "random"]
     for arm, name in names.items():
         add(f"--{arm}", default=name, metavar="NAME", help=f"the {arm} arm, any timm model")
-        add(f"--{arm}-kwargs", **kwargs, help="for timm.create_model, such as patch_size=8")
+        add(f"--{arm}-kwargs", **KWARGS, help="for timm.create_model, such as patch_size=8")
         add(f"--init-{arm}", metavar="WHAT", help="imagenet, random or a weights file, for one arm")
     add("--init", default="imagenet", choices=inits, help="of both arms (Table 20)")
     add("--img-size", type=positive, default=384, help="side of the images in pixels (F.2.2)")

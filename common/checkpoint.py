@@ -107,9 +107,11 @@ def load_training(path, script):
     return state
 
 
-def seen_by(path):
-    """The hashes of the images that one of our weights files has seen; none for other files."""
-    return load(path).get("seen", torch.zeros(0, dtype=torch.int64))
+def seen_by(init):
+    """The hashes of the images that initial weights have seen: of one of our weights files; none
+    for other files, "imagenet" and "random"."""
+    weights = {} if init in ("imagenet", "random") else load(init)
+    return weights.get("seen", torch.zeros(0, dtype=torch.int64))
 
 
 def load_state_dict(path):

@@ -16,7 +16,7 @@ from common.decode import IMAGENET_MEAN, IMAGENET_STD, digest
 
 
 def _is(kind, low=-math.inf, high=math.inf):
-    """A check: a finite number of this kind within limits; also of each of three in a list."""
+    """A check: a finite number of this kind, or whole, within limits."""
     return lambda x: type(x) in (int, kind) and low <= x <= high and math.isfinite(x)
 
 
@@ -103,8 +103,7 @@ def from_name(arch, init, img_size, model_kwargs):
     metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size}
     metadata["model_kwargs"] = rebuild_kwargs(arch, img_size, model_kwargs)
     metadata |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    seen = None if init in ("imagenet", "random") else checkpoint.seen_by(init)
-    return SimpleNamespace(make=make, metadata=metadata, data={}, seen=seen)
+    return SimpleNamespace(make=make, metadata=metadata, data={}, seen=checkpoint.seen_by(init))
 
 
 def refuse_odd_head(model, metadata, linear):

@@ -273,8 +273,7 @@ def main():
         built[arm] = build(arm, settings[arm], settings[f"{arm}_kwargs"], init, *sizes)
 
     inits = {arm: settings[f"init_{arm}"] or args.init for arm in built}
-    files = {arm: x for arm, x in inits.items() if x not in ("imagenet", "random")}
-    initial_seen = {arm: checkpoint.seen_by(file) for arm, file in files.items()}
+    initial_seen = {arm: checkpoint.seen_by(init) for arm, init in inits.items()}
     with distributed.process_0_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup)
@@ -295,7 +294,7 @@ def main():
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
         state, log = None, run.progress["log"]
         if rank == 0:
-            known = torch.cat([seen, initial_seen[arm]]).unique() if arm in initial_seen else seen
+            known = torch.cat([seen, initial_seen[arm]]).unique()
             saved = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "seen": known}
             saved |= {"config": settings, "data": data.options(args, data.OPTIONS)}
             teacher = model.arms[arm]

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from common import cli, metrics
-from common.checkpoint import write_csv, write_json
+from common.checkpoint import TEXT, write_csv, write_json
 from common.cli import UserError
 from common.metrics import prediction_table, summarize
 from common.report import label_text
@@ -47,8 +47,7 @@ def read_run(folder):
     """What finetune.py wrote of N test images: metrics, classes, multilabel, names,
     true (text), labels (N, C) bool, probabilities (N, C) float32, copied, seen (N,) bool."""
     written = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    how = {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
-    with open(folder / "predictions.csv", **how) as file:
+    with open(folder / "predictions.csv", **TEXT) as file:
         rows = list(csv.DictReader(file))
     test = SimpleNamespace(
         metrics=written, classes=written["classes"], multilabel=written["multilabel"]

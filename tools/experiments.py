@@ -37,7 +37,7 @@ from common.decode import digest
 from common.readers import read
 from common.run import seconds_per_step
 from common.starts import load_weights
-from common.testing import refuse_unlabelled
+from common.testing import SHOWN, refuse_unlabelled
 from pretrain import VERSIONS
 from tools import ensemble
 
@@ -59,7 +59,6 @@ MODELS = {  # the paper's name: (timm's, arguments) at the paper's size, and at 
 SCALES = {"paper": (384, 100, []), "small": (32, 3, ["--init", "random"])}  # px, epochs, flags
 SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
 OTHER_ARMS = "10 11 12 13 16 17 18 19 20".split()  # tables that change arms or start
-SCORES = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
 
 
 @dataclass
@@ -138,7 +137,7 @@ def add_arguments(parser):
     add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="of runs")
     add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
-    add("--metric", choices=SCORES, help="in table.md (macro_f1; in Table 5, balanced_accuracy)")
+    add("--metric", choices=SHOWN, help="in table.md (macro_f1; in Table 5, balanced_accuracy)")
     warm = "start both arms from these weights files of finetune.py, heads included"
     add("--warm", nargs=2, metavar=("CNN", "VIT"), help=warm)
     add("--dry-run", action="store_true", help="print every command and an estimate of the time")
@@ -485,7 +484,7 @@ def heading(args, about, done):
 def write_scores(file, cells):
     """table.csv: a row per cell, with all scores."""
     keys = "row arm frac seed status pretrain_seconds finetune_seconds".split()
-    scores = [*product(("test", "test_without_duplicates"), SCORES)]
+    scores = [*product(("test", "test_without_duplicates"), SHOWN)]
     names, rows = [score + part.removeprefix("test") for part, score in scores], []
     for cell in cells:
         metrics = cell.get("metrics", {})
