@@ -22,10 +22,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from common import report
 from common.checkpoint import write_csv
-from common.cli import Parser, count, positive, refuse_overwrite, run
+from common.cli import Parser, claim, count, positive, run, stop_signals
 from common.decode import default_dir
 from common.readers import read
-from common.splits import cross_split_duplicates, make_split
+from common.splits import cross_split_duplicates, make_split, sides
 
 
 def augmentation(img_size, blur=False, solarize=False):
@@ -98,7 +98,7 @@ class EpochBatches(Sampler):
 
 
 def _ignore_signals(_):
-    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole process group
+    for number in stop_signals():  # they may reach the whole process group
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -112,9 +112,11 @@ def loader(dataset, batches, device, workers=None):
     return DataLoader(dataset, batch_sampler=batches, **options)
 
 
-def split_and_report(images, seed, dedup=False, seen=None, allow_seen=False):
-    """make_split, --dedup, and the report at the start of every run. Returns the split."""
-    split = make_split(images, seed, seen, allow_seen)
+def split_and_report(images, seed, dedup=False, known=None, allow_seen=False):
+    """make_split, --dedup, and the report at the start of every run. known: (2, M) carried split.
+    Returns the split."""
+    known = None if known is None else sides(images, known)
+    split = make_split(images, seed, known, allow_seen)
     if dedup:
         kept = ~cross_split_duplicates(images, split)
         if not kept.all():
@@ -183,12 +185,12 @@ def main():
     parser.add_argument("--out", metavar="DIR", help="write split.csv and duplicates.csv there")
     args = parser.parse_args()
     make_absolute(args)
-    refuse_overwrite(out := Path(args.out or "."), (), False)
+    if args.out:
+        claim(out := Path(args.out))
     images = read(args.data, **options(args))
     images.decode(args.img_size, cache_dir(args.cache), args.skip_bad)
     split = split_and_report(images, args.seed, args.dedup)
     if args.out:
-        out.mkdir(parents=True, exist_ok=True)
         write_split(out, images, split)
 
 

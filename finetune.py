@@ -10,7 +10,6 @@ predictions.csv, confusion.csv, log.jsonl, split.csv, config.json; with several 
 and summary.json. Image size, normalization, data and split come from the checkpoint.
 """
 
-import json
 import math
 import os
 import sys
@@ -22,17 +21,18 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import data
-from common import arms, checkpoint, cli, collapse, distributed, starts, testing
+from common import arms, checkpoint, cli, collapse, distributed, schema, starts, testing
 from common.cli import UserError
 from common.metrics import score, summarize
 from common.readers import read
 from common.report import class_counts
-from common.run import Run, half_cycle, on_device
-from common.splits import label_fraction
+from common.run import Run, half_cycle, load_last, on_device, resumed
+from common.splits import carried, label_fraction
 from losses import class_weights, focal_loss
 
 OUTPUTS = ("metrics.json", "predictions.csv", "confusion.csv", "split.csv", "duplicates.csv")
 OUTPUTS += ("config.json", "best.pt", "log.jsonl", "last.pt")  # best.pt, log.jsonl: of training
+MAY_CHANGE = {*cli.MAY_CHANGE, "seeds"}  # when a run is resumed
 
 
 def add_arguments(parser):
@@ -71,14 +71,12 @@ def parse_arguments():
         named = args.out or not args.ckpt
         arm = str(args.arch).split(".")[0] if named else starts.load_weights(args.ckpt)["arm"]
         out = output_folder(args.out, args.ckpt, arm, args.frac, args.mode)
-        origin = next(out.glob("**/config.json"), None)
-        saved = json.loads(origin.read_text())["arguments"] if origin else {}
-        args = cli.parse_again(parser, saved, cli.MAY_CHANGE, origin)
+        configs = sorted(out.glob("**/config.json"), key=os.path.getmtime)
+        if configs:
+            saved = checkpoint.read_json(configs[-1], "arguments")["arguments"]
+            args = cli.parse_again(parser, saved, MAY_CHANGE, configs[-1])
     elif args.resume:
-        state = checkpoint.load_training(args.resume, "finetune.py")
-        folder, several = Path(args.resume).parent, len(state["args"]["seeds"] or ()) > 1
-        parser.set_defaults(out=str(folder.parent if several else folder))
-        args = cli.parse_again(parser, state["args"], cli.MAY_CHANGE, args.resume)
+        args, state = resumed(parser, args, "finetune.py", MAY_CHANGE)
     if (args.ckpt is None) == (args.arch is None):
         parser.error("give either --ckpt FILE or --arch NAME")
     if args.arch and not args.data:
@@ -115,15 +113,19 @@ def main():
     out = output_folder(args.out, args.ckpt, start.metadata["arm"], args.frac, args.mode)
     seeds, args.out = args.seeds or [args.seed], os.path.abspath(out)
     folders = {seed: out / f"seed{seed}" if len(seeds) > 1 else out for seed in seeds}
-    for folder in folders.values() if not args.resume else ():
+    cli.claim(out)
+    others = {file.parent for file in out.glob("seed*/config.json")} - {*folders.values()}
+    if others:
+        fix = "name these seeds too, with --resume, or give another --out"
+        raise UserError(f"{out}: has {cli.preview(sorted(others))} of an earlier run; {fix}")
+    for folder in {out, *folders.values()} if not args.resume else ():
         cli.refuse_overwrite(folder, ("metrics.json", "best.pt", "last.pt"), args.overwrite)
 
     images = read(args.data, **data.options(args))
     testing.refuse_unlabelled(images)
     images.decode(start.metadata["img_size"], data.cache_dir(args.cache), args.skip_bad)
+    split = data.split_and_report(images, args.seed, args.dedup, start.carried, args.allow_seen)
     seen = starts.seen_in_pretraining(start.seen, images)
-    split = data.split_and_report(images, args.seed, args.dedup, seen, args.allow_seen)
-    seen = starts.seen_in_pretraining(start.seen, images)  # --dedup may have left some out
     testing.refuse_untestable(images, split, seen, args.allow_seen)
 
     results, written = [], OUTPUTS[:-3] if args.mode == "knn" else OUTPUTS[:-1]
@@ -133,7 +135,7 @@ def main():
     for seed, folder in folders.items():
         if args.resume and all((folder / name).exists() for name in written):
             print(f"seed {seed}: {folder} is finished")
-            results.append(json.loads((folder / "metrics.json").read_text()))
+            results.append(checkpoint.read_json(folder / "metrics.json", "test"))
             continue
         used = label_fraction(images, split == "train", args.frac, seed)
         job = SimpleNamespace(**common, seed=seed, out=folder, used=used)
@@ -163,6 +165,7 @@ def main():
             saved = {**start.metadata, "epoch": training["best_epoch"], "seed": args.seed}
             saved |= {"class_names": images.classes, "multilabel": images.multilabel}
             saved |= {"seen": starts.all_seen(images, split, start.seen), "training": training}
+            saved["split"] = carried(images, split, start.carried)
             saved |= {"data": data.options(args, data.OPTIONS), "config": vars(args)}
             checkpoint.save(folder / "best.pt", checkpoint.weights_file(model, **saved))
         outcome = nearest(job) if args.mode == "knn" else tested(job)
@@ -184,10 +187,13 @@ def main():
 def saved_state(folder):
     """What a run in this folder left to resume from: last.pt, the training that best.pt ended, or
     None."""
-    if (folder / "best.pt").exists():
-        return starts.load_weights(folder / "best.pt")["training"]
-    if (folder / "last.pt").exists():
-        return checkpoint.load_training(folder / "last.pt", "finetune.py")
+    best, last = folder / "best.pt", folder / "last.pt"
+    if best.exists():
+        training = starts.load_weights(best).get("training")
+        schema.check(best, training, schema.FINISHED)
+        return training
+    if last.exists():
+        return load_last(last, "finetune.py")
     print(f"{folder}: holds no last.pt, so the run starts from the beginning")
     return None
 

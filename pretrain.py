@@ -26,7 +26,9 @@ from cass import CASS
 from common import arms, checkpoint, cli, collapse, distributed, toy_data
 from common.cli import UserError
 from common.readers import read
-from common.run import Run, half_cycle, on_device
+from common.run import Run, half_cycle, on_device, resumed
+from common.splits import carried
+from common.starts import carried_by
 from swa import SWA
 
 OUTPUTS = ("cnn.pt", "vit.pt", "last.pt", "log.jsonl", "config.json", "split.csv", "duplicates.csv")
@@ -67,14 +69,11 @@ def parse_arguments():
     if args.demo and args.data:
         parser.error("--demo draws its own images; leave out --data")
     if args.resume:
-        last = Path(args.out) / "last.pt" if args.resume is True else Path(args.resume)
-        if last.exists() or args.resume is not True:
-            state = checkpoint.load_training(last, "pretrain.py")
-            parser.set_defaults(out=str(last.parent))
-            args = cli.parse_again(parser, state["args"], MAY_CHANGE, last)
-            check_resumable(state, args.epochs, args.t_max, last)
+        args, state = resumed(parser, args, "pretrain.py", MAY_CHANGE)
+        if state is not None:
+            refuse_other_length(state, args)
         elif args.data or args.demo:
-            print(f"{last}: not there, so the run starts from the beginning")
+            print(f"{args.out}: holds no last.pt, so the run starts from the beginning")
     if args.demo and state is None:
         images, cache = (str(Path(args.out) / name) for name in ("images", "cache"))
         parser.set_defaults(data=images, cache=cache, **toy_data.DEFAULTS)
@@ -89,16 +88,12 @@ def parse_arguments():
     return args, state
 
 
-def check_resumable(state, epochs, t_max, last):
-    """--epochs may grow on resuming, unless that would change what was already done; the number of
-    processes may not change, since the batches would."""
-    before, processes = state["args"]["epochs"], state["processes"]
-    if processes != distributed.world_size():
-        way_out = f"resume with torchrun --nproc-per-node {processes}"
-        raise UserError(f"{last}: was made by {processes} processes; {way_out}")
-    if epochs != before and (epochs < before or state["swa"] or t_max == "run"):
+def refuse_other_length(state, args):
+    """--epochs may grow on resuming, unless that would change what was already done."""
+    before = state["args"]["epochs"]
+    if args.epochs != before and (args.epochs < before or state["swa"] or args.t_max == "run"):
         rule = "it may only grow, before a snapshot was averaged, and not with --t-max run"
-        raise UserError(f"{last}: was made with --epochs {before}; {rule}")
+        raise UserError(f"{args.out}: its run was made with --epochs {before}; {rule}")
 
 
 def train(model, loader, run, epochs, lr=1e-3, min_lr=1e-6, t_max=16, swa_start=0.75, sgd=False):
@@ -179,6 +174,7 @@ def main():
     distributed.start(device)
     amp, out = cli.pick_amp(args.amp, device), Path(args.out)
     rank, world_size = distributed.rank(), distributed.world_size()
+    cli.claim(out)
     if state is None:
         cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
     elif state["epoch"] >= args.epochs and all((out / name).exists() for name in OUTPUTS):
@@ -197,12 +193,12 @@ def main():
     model = build_model(specs, args.img_size, args.objective, head_act, args.grad_checkpointing)
 
     if state is None:  # what the initial weights saw counts too; read before anything is removed
-        initial_seen = [checkpoint.seen_by(init) for init in {*inits}]
+        initial = torch.cat([carried_by(init) for init in dict.fromkeys(inits)], 1)
     else:
-        initial_seen = state["initial_seen"]
+        initial = state["initial"]
     with distributed.process_0_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
-    split = data.split_and_report(images, args.seed, args.dedup)
+    split = data.split_and_report(images, args.seed, args.dedup, initial)
     config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}
     train_index, seen = begin(out, images, split, state, config)
     model.to(device, memory_format=torch.channels_last)
@@ -213,7 +209,7 @@ def main():
     loader = data.loader(dataset, batches, device, args.workers)
     monitor = collapse.Monitor(images, split, args.seed)
     metadata = {"script": "pretrain.py", "args": vars(args), "seen": seen}
-    metadata |= {"processes": world_size, "initial_seen": initial_seen}
+    metadata |= {"processes": world_size, "initial": initial}
     react = partial(collapse.react, objective=args.objective, fail=args.fail_on_collapse)
     run = Run(out, device, amp, metadata, state, [], args.save_every, monitor=monitor, react=react)
     run.announce(model, model, loader, args.epochs)
@@ -227,9 +223,10 @@ def main():
         loader = data.loader(dataset, batches, device, args.workers)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             averaged = swa.finish(lambda: on_device(loader, device))
-        seen = torch.cat([seen, *initial_seen]).unique()
         saved = {"epoch": args.epochs, "swa_snapshots": swa.snapshots, "seed": args.seed}
-        saved |= {"seen": seen, "data": data.options(args, data.OPTIONS), "config": vars(args)}
+        saved |= {"split": carried(images, split, initial), "config": vars(args)}
+        saved["seen"] = torch.cat([seen, initial[0][initial[1] == 0]]).unique()
+        saved["data"] = data.options(args, data.OPTIONS)
         for arm, (name, _, kwargs) in specs.items():
             rebuild = arms.rebuild_kwargs(name, args.img_size, kwargs)
             arms.save(out, arm, averaged[arm], name, rebuild, args.img_size, saved)

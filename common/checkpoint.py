@@ -54,6 +54,16 @@ def write_json(path, value):
         file.write("\n")
 
 
+def read_json(path, *keys):
+    """The JSON object in a file, which has these keys. Raises UserError."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {**value, **{key: value[key] for key in keys}}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        fix = "delete it, and run again what wrote it"
+        raise UserError(f"{path}: is damaged, or holds no {' or '.join(keys)}; {fix}") from error
+
+
 def write_csv(path, header, rows):
     """A header and rows as UTF-8 CSV."""
     with atomic_open(path) as file:
@@ -97,21 +107,6 @@ def load(path):
     except Exception as error:  # both raise errors of many kinds
         problem = "is no checkpoint, is incomplete, or holds more than tensors and plain data"
         raise UserError(f"{path}: {problem}; nothing in it was run") from error
-
-
-def load_training(path, script):
-    """The dict of a last.pt that this script wrote. Raises UserError."""
-    state = load(path)
-    if state.get("script") != script or not isinstance(state.get("loss"), list):
-        raise UserError(f"{path}: holds no training state of {script}, or of another version of it")
-    return state
-
-
-def seen_by(init):
-    """The hashes of the images that initial weights have seen: of one of our weights files; none
-    for other files, "imagenet" and "random"."""
-    weights = {} if init in ("imagenet", "random") else load(init)
-    return weights.get("seen", torch.zeros(0, dtype=torch.int64))
 
 
 def load_state_dict(path):

@@ -1,10 +1,12 @@
 """What the commands share: one-line errors, exit statuses, argument types, device and precision."""
 
 import argparse
-import errno
+import contextlib
+import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import traceback
 
 import torch
@@ -13,13 +15,14 @@ from tqdm import tqdm
 from common import distributed
 
 MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every"}
+_claimed = []  # (descriptor, folder, whether it was made) of the locked output folders
 
 
 class UserError(Exception):
     """Something that the user can fix: its text is shown as one line, exit status 2."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A run that stops early on purpose: an exit status and a line."""
 
 
@@ -37,35 +40,114 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=raw, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def stop_signals():
+    """SIGINT, SIGTERM and SIGHUP, where the system has them and nohup does not hold them back."""
+    numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+    return [n for n in numbers if n is not None and signal.getsignal(n) != signal.SIG_IGN]
+
+
+def _stop(number, _):
+    how = "give the command again; a training run goes on with --resume"
+    raise Stopped(128 + number, f"stopped by {signal.Signals(number).name}; to resume, {how}")
+
+
+def explain(error):
+    """(exit status, line) for an error that a user can do something about, else None."""
+    text, kind = str(error), type(error)
+    if isinstance(error, UserError):  # a loader process sends its traceback along
+        return 2, text.rpartition("UserError: ")[2].strip()
+    if isinstance(error, Stopped):
+        return error.args
+    if isinstance(error, FloatingPointError):
+        return 1, text
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
+        return 1, "out of memory: try a smaller --bs or --img-size"
+    if "DataLoader worker (pid" in text or "unable to write to file </torch" in text:
+        way_out = "try --workers 0 or, in a container, a larger --shm-size"
+        return 1, f"a loader process died, of too little memory or shared memory: {way_out}"
+    if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = " ".join(text.split())[:200]
+        return 1, f"--compile: leave it out, or install a C++ compiler ({reason})"
+    if isinstance(error, OSError) and error.strerror:
+        return 1, f"{error.filename or 'output'}: {error.strerror}; nothing written before is lost"
+    return None
+
+
+def _end_children():
+    """Loader processes ignore signals to stop, and exit would wait for them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when they are killed
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def run(main):
-    """Call main() and exit: 0 done, 2 wrong use or bad data, 1 failed, 130 SIGINT, 143 SIGTERM."""
-
-    def leave(status, message):
-        traceback.clear_frames(sys.exc_info()[2])  # closes the progress bar
-        where = f" (process {distributed.rank()})" if distributed.rank() else ""
-        print(f"error{where}: {message}", file=sys.stderr)
-        sys.exit(status)
-
+    """Call main() and exit: 0 done, 2 wrong use or bad data, 1 failed, 128 + n by signal n."""
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):  # file names may hold any bytes
         stream.reconfigure(errors="backslashreplace")
+    before = {number: signal.signal(number, _stop) for number in stop_signals()}
     try:
         main()
+        sys.stdout.flush()
         distributed.stop()
-    except (UserError, FloatingPointError) as error:
-        leave(2 if isinstance(error, UserError) else 1, error)
-    except torch.OutOfMemoryError:
-        leave(1, "out of GPU memory: try a smaller --bs or --img-size")
+    except (Exception, Stopped) as error:
+        _end_children()
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        known = explain(error)
+        if known is None:
+            traceback.print_exc()
+            what = "every file that was written is whole, and --resume goes on from last.pt"
+            known = 1, f"the program failed, as shown above; {what}"
+        traceback.clear_frames(error.__traceback__)  # closes the progress bar
+        where = f" (process {distributed.rank()})" if distributed.rank() else ""
+        print(f"error{where}: {known[1]}", file=sys.stderr)
+        sys.exit(known[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for descriptor, folder, made in _claimed:
+            os.close(descriptor)
+            if made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # where nothing was written
+        _claimed.clear()
+
+
+def lock(descriptor, shared=False):
+    """Lock an open file or folder until it is closed; False where another process holds it. Where
+    the system has no such locks, True."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
+
+
+def claim(folder):
+    """Make an output folder, for this command alone until it ends. Raises UserError where it cannot
+    be written, or where another run writes there."""
+    if distributed.rank():
+        return
+    try:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            raise
-        leave(1, f"{error.filename or 'output'}: {error.strerror}; what was there before is intact")
-    except Stopped as error:
-        leave(*error.args)
-    except KeyboardInterrupt:
-        leave(130, "interrupted")
+        raise UserError(f"{folder}: {error.strerror}; give another folder with --out") from error
+    descriptor = os.open(folder if os.name == "posix" else os.devnull, os.O_RDONLY)
+    _claimed.append((descriptor, folder, made))
+    if not lock(descriptor):
+        raise UserError(f"{folder}: another run writes there now; give another --out")
 
 
 def _number(kind, allowed, meaning):
@@ -106,30 +188,45 @@ def refuse_overwrite(out, names, overwrite):
         raise UserError(f"{out}: is not a folder (--out)")
 
 
+def words_of(values):
+    """The words that give {name: value} on a command line."""
+    for key, value in values.items():
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, dict):
+            value = [f"{k}={v}" for k, v in value.items()]
+        if isinstance(value, list):
+            yield from [flag, *map(str, value)] if value else ()
+        elif value is not None and value is not False:
+            yield flag if value is True else f"{flag}={value}"
+
+
 def parse_again(parser, saved, may_change, path):
-    """Parse with a checkpoint's arguments as defaults. Raises UserError where one that may not
-    change was given with another value."""
-    settings = vars(parser.parse_args()).keys() - may_change
-    fixed = {key: value for key, value in saved.items() if key in settings}
-    parser.set_defaults(**{key: saved[key] for key in saved if key in fixed or key == "epochs"})
-    args = parser.parse_args()
-    given = dict(vars(args))
+    """Parse as saved, {name: value}, in the file `path`, then as the command line says. Raises
+    UserError where this changes what may not change, or where what was saved is no such thing."""
+    settings = vars(parser.parse_args()).keys() - (may_change - {"epochs"})
+    words = [*words_of({key: saved[key] for key in saved if key in settings})]
+    try:
+        before = vars(parser.parse_args(words))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    args = parser.parse_args(words + sys.argv[1:])
+    given = vars(args).copy()
     for key in ("ckpt", "data", "images", "split"):
         given[key] = given.get(key) and os.path.abspath(given[key])
-    changed = [key for key in fixed if given[key] != fixed[key]]
+    changed = [key for key in settings - may_change if given[key] != before[key]]
     if changed:
-        flags = [f"--{k.replace('_', '-')} {fixed[k]} (not {given[k]})" for k in changed]
+        flags = [f"--{k.replace('_', '-')} {before[k]} (not {given[k]})" for k in changed]
         what = f"was made with {preview(flags, 9)}"
         raise UserError(f"{path}: {what}; leave these flags out, or start anew in another --out")
     return args
 
 
 class Signals:
-    """Inside `with`, SIGINT and SIGTERM are noted, for the loop to stop; a second one acts."""
+    """Inside `with`, the signals to stop are noted, for the loop to heed; a second one acts."""
 
     def __enter__(self):
         self.number = 0
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {n: signal.signal(n, self._note) for n in stop_signals()}
         return self
 
     def __exit__(self, *_):
@@ -141,7 +238,7 @@ class Signals:
         self.__exit__()
 
     def leave(self, message):
-        """Leave with 130 (SIGINT) or 143 (SIGTERM)."""
+        """Leave with 128 + the number of the signal."""
         name = signal.Signals(self.number).name
         raise Stopped(128 + self.number, f"stopped by {name}; {message}")
 

@@ -1,15 +1,18 @@
 """Every image is opened, checked, hashed and decoded once, to a memory-mapped file of uint8 pixels.
 
-One file per data set and image size: a table with a row per image, then (N, 3, S, S) pixels. It is
-written whole or not at all; two runs that write it at once only do the work twice. An image is
-known by path, size and modification time: what changed is decoded again, the rest is copied.
+One file per data set and image size: 8 bytes of checksum, a table with a row per image, which holds
+the checksum of its pixels, and (N, 3, S, S) pixels. It is written whole or not at all; two runs
+that write it at once only do the work twice. An image is known by path, size, and times of its last
+change: what changed is decoded again, the rest is copied.
 """
 
 import contextlib
 import hashlib
 import os
+import tempfile
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,17 +22,26 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
 from common.checkpoint import atomic_open
-from common.cli import UserError, progress
+from common.cli import UserError, lock, progress
 
-VERSION = 1  # of decode(); another number, another file
+VERSION = 2  # of decode(); another number, another file
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FIELDS = {"key": "u8", "hash": "u8", "width": "i4", "height": "i4", "frames": "i4", "mode": "U8"}
+FIELDS = {
+    "key": "u8",
+    "hash": "u8",
+    "width": "i4",
+    "height": "i4",
+    "frames": "i4",
+    "mode": "U8",
+    "crc": "u4",
+}
 ROW = np.dtype(list(FIELDS.items()))
 
 
 def default_dir():
-    """$CASS_CACHE, or a folder `cass` in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """$CASS_CACHE, or a folder `cass` in the user's cache directory, or in that of all."""
+    home = os.path.expanduser("~/.cache")  # stays as it is where nobody has that home
+    base = os.environ.get("XDG_CACHE_HOME") or (tempfile.gettempdir() if home[0] == "~" else home)
     return Path(os.environ.get("CASS_CACHE") or Path(base) / "cass")
 
 
@@ -73,6 +85,8 @@ def decode(source, size):
     uint8, and {"hash": of the full-size RGB pixels, "width", "height", "frames", "mode": as in the
     file}. Raises ValueError with the reason in one line."""
     open_image = Image.open if isinstance(source, str) else Image.fromarray
+    if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
+        raise ValueError("not a regular file")  # to open a named pipe would wait for ever
     Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses above twice as many
     try:
         with open_image(source) as image:
@@ -91,12 +105,13 @@ def decode(source, size):
 
 
 class DecodedImages:
-    """The decoded images by number, as (3, S, S) uint8 arrays: from the map, or from the files."""
+    """The decoded images by number, as (3, S, S) uint8 arrays: from the map, where each is checked,
+    or from the files. An item that cannot be had any more raises UserError."""
 
     def __init__(self, sources, size, file=None, rows=None):
         self.sources, self.size, self.file = sources if file is None else None, size, file
         self.rows = np.arange(len(sources)) if rows is None else rows
-        self.map = None if file is None else _open(file, size)[1]
+        self.table, self.map = (None, None) if file is None else _open(file, size)
 
     def __reduce__(self):  # for spawned workers: a map would travel as pixels
         return DecodedImages, (self.sources, self.size, self.file, self.rows)
@@ -110,23 +125,44 @@ class DecodedImages:
 
     def __getitem__(self, i):
         row = self.rows[i]
-        return decode(self.sources[row], self.size)[0] if self.file is None else self.map[row]
+        if self.file is not None:
+            if zlib.crc32(self.map[row]) == self.table["crc"][row]:
+                return self.map[row]
+            Path(self.file).unlink(missing_ok=True)
+            raise UserError(f"{self.file}: was damaged; it is deleted, and made anew next time")
+        try:
+            return decode(self.sources[row], self.size)[0]
+        except ValueError as error:
+            raise UserError(f"{self.sources[row]}: {error}; it was readable before") from None
 
 
 def _open(file, size):
-    """(table, pixels) of a map. Raises OSError, ValueError or EOFError where it is broken."""
+    """(table, pixels) of a map, which are not removed as long as these pixels are in memory. Raises
+    OSError or ValueError where it is broken."""
     with open(file, "rb") as f:
-        table = np.load(f)
-        return table, np.memmap(f, np.uint8, "r", f.tell(), (len(table), 3, size, size))
+        lock(f, shared=True)
+        n, rest = divmod(os.fstat(f.fileno()).st_size - 8, ROW.itemsize + 3 * size**2)
+        checksum, table = f.read(8), np.frombuffer(f.read(max(n, 0) * ROW.itemsize), ROW)
+        if rest or checksum != digest(table.tobytes()).to_bytes(8, "little"):
+            raise ValueError(f"{file}: is no map of decoded images, or damaged")
+        return table, np.memmap(f, np.uint8, "r", f.tell(), (n, 3, size, size))
+
+
+def _rows(file, size):
+    """{key: (row of the table, pixels)} of the readable images in a map; {} of a broken one."""
+    with contextlib.suppress(OSError, ValueError):
+        table, pixels = _open(file, size)
+        return {int(table["key"][i]): (table[i], pixels[i]) for i in np.flatnonzero(table["width"])}
+    return {}
 
 
 def _key(source):
-    """8 bytes for a file's path, size and modification time, or for an array's pixels."""
+    """8 bytes for a file's path, size and times, or for an array's pixels."""
     if not isinstance(source, str):
         return digest(f"{source.shape}", np.ascontiguousarray(source))
     with contextlib.suppress(OSError):  # decode() will name the reason
         stat = os.stat(source)
-        return digest(f"{source}|{stat.st_size}|{stat.st_mtime_ns}")
+        return digest(f"{source}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}")
     return 0
 
 
@@ -140,28 +176,34 @@ def decode_all(sources, size, name, directory):
     table["key"] = [_key(source) for source in sources]
 
     def pixels(i):
-        if (key := int(table["key"][i])) in known:
-            table[i], array = known[key]
+        row, array = known.get(int(table["key"][i]), (None, None))
+        if array is not None and zlib.crc32(array) == row["crc"]:
+            table[i] = row
             return array
         try:
             array, metadata = decode(sources[i], size)
-            table[i] = (key, *metadata.values())
-            return array
+            table[i] = (table["key"][i], *metadata.values(), zlib.crc32(array))
         except ValueError as error:
-            bad[i] = str(error)
-            return np.zeros((3, size, size), np.uint8)
+            bad[i], array = str(error), np.zeros((3, size, size), np.uint8)
+            table["crc"][i] = zlib.crc32(array)
+        return array
 
     if directory is None:
         _in_order(pixels, len(sources), lambda array: None)
         return table, DecodedImages(sources, size), bad
     stem = f"{digest(name):016x}-{size}-v{VERSION}-"
     file = Path(directory) / f"{stem}{digest(table['key'].tobytes()):016x}.map"
-    try:
-        _update(file, f"{stem}*.map", size, table, known, pixels)
-    except OSError as error:
-        space = f"{error.strerror}; the decoded images need {table.size * 3 * size**2 / 1e9:.2g} GB"
-        raise UserError(f"{file.parent}: {space}: use --cache DIR or --no-cache") from error
-    return table, DecodedImages(sources, size, file), bad
+    for attempt in range(9, -1, -1):
+        try:
+            _update(file, f"{stem}*.map", size, table, known, pixels)
+            return table, DecodedImages(sources, size, file), bad
+        except FileNotFoundError:  # removed by a run on other images of the folder, just now
+            if not attempt:
+                raise
+        except OSError as error:
+            need = f"the decoded images need {table.size * 3 * size**2 / 1e9:.2g} GB"
+            fix = f"{need}: use --cache DIR or --no-cache"
+            raise UserError(f"{file.parent}: {error.strerror}; {fix}") from error
 
 
 def _in_order(function, n, use):
@@ -176,29 +218,29 @@ def _in_order(function, n, use):
 
 
 def _update(file, pattern, size, table, known, pixels):
-    """Write the map, unless it is there, and the table: pixels(i) fills row i, from `known`, {key:
-    (row, pixels)} of what the maps of this pattern hold, or from the image."""
-    maps = {}
-    for earlier in file.parent.glob(pattern):
-        with contextlib.suppress(OSError, ValueError, EOFError):  # not ours: decode again
-            maps[earlier] = _open(earlier, size)
-    if file in maps:
-        for i in np.flatnonzero(maps[file][0]["width"] == 0):  # unreadable then: still so?
+    """Write the map, unless it is there, and the table: pixels(i) makes row i, from `known`, which
+    gets what the maps of this pattern hold, or from the image."""
+    with contextlib.suppress(OSError, ValueError):
+        there, _ = _open(file, size)
+        for i in np.flatnonzero(there["width"] == 0):  # unreadable then: still so?
             pixels(i)
-        if not table["width"].any():
-            table[:] = maps[file][0]
+        if np.array_equal(there["key"], table["key"]) and not table["width"].any():
+            table[:] = there
             return
-    for old, old_pixels in maps.values():
-        known |= {int(old["key"][i]): (old[i], old_pixels[i]) for i in np.flatnonzero(old["width"])}
+    for earlier in file.parent.glob(pattern):
+        known |= _rows(earlier, size)
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in file.parent.glob(".*.map.*.tmp"):  # by runs that were killed
         with contextlib.suppress(FileNotFoundError):  # or that are done just now
             if time.time() - left.stat().st_mtime > 600:
                 left.unlink()
     with atomic_open(file, "wb") as f:
-        np.save(f, table)
+        f.write(bytes(8 + table.nbytes))
         _in_order(pixels, len(table), lambda array: f.write(array.data))
         f.seek(0)
-        np.save(f, table)
+        f.write(digest(table.tobytes()).to_bytes(8, "little") + table.tobytes())
+    known.clear()  # which frees the earlier maps
     for earlier in set(file.parent.glob(pattern)) - {file}:
-        earlier.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), open(earlier, "rb") as f:
+            if lock(f):  # nobody reads it
+                earlier.unlink()

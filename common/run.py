@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from common import checkpoint, collapse, distributed
-from common.cli import Signals, progress
+from common import checkpoint, cli, collapse, distributed, schema
+from common.cli import UserError, progress
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
@@ -60,6 +60,37 @@ def seconds_per_step(step, batch, model, device, amp, limit=3.0):
     return seconds
 
 
+def load_last(path, script):
+    """The dict of a last.pt that this script wrote. Raises UserError."""
+    state = checkpoint.load(path)
+    if state.get("script") != script:
+        raise UserError(f"{path}: holds no training state of {script}")
+    schema.check(path, state, schema.LAST[script])
+    return state
+
+
+def resumed(parser, args, script, may_change):
+    """For --resume: the arguments again, as the run began with them, and its last.pt; or None where
+    there is none yet. Raises UserError."""
+    last = Path(args.out or ".") / "last.pt" if args.resume is True else Path(args.resume)
+    if args.resume is True and not last.exists():
+        return args, None
+    state = load_last(last, script)
+    if (n := state.get("processes", 1)) != distributed.world_size():
+        fix = f"resume with torchrun --nproc-per-node {n}"
+        raise UserError(f"{last}: was made by {n} processes; {fix}")
+    several = len(state["args"].get("seeds") or ()) > 1  # of finetune.py: a folder for each
+    parser.set_defaults(out=str(last.parent.parent if several else last.parent))
+    return cli.parse_again(parser, state["args"], may_change, last), state
+
+
+def set_rng_state(rng):
+    """Random state of the CPU and, as far as both sides have them, of GPUs."""
+    torch.set_rng_state(rng["cpu"])
+    for i, state in zip(range(torch.cuda.device_count()), rng["cuda"]):
+        torch.cuda.set_rng_state(state, i)
+
+
 @dataclass
 class Run:
     """One training run in a folder."""
@@ -87,8 +118,15 @@ class Run:
         """{name: module, optimizer, ...}: what last.pt saves; when resuming, restored here."""
         self.components |= components
         for name, part in components.items() if self.state is not None else ():
-            if self.state[name] or name != "scaler":  # a scaler that was off has no state
-                part.load_state_dict(self.state[name])
+            if self.state.get(name) or name != "scaler":  # a scaler that was off has no state
+                self._restore(name, part.load_state_dict)
+
+    def _restore(self, name, load):
+        try:
+            load(self.state[name])
+        except Exception as error:  # torch raises all kinds
+            what = f"{name} is missing, damaged or of another model"
+            raise UserError(f"{self.out / 'last.pt'}: {what}; begin in another --out") from error
 
     def announce(self, step, model, loader, epochs, val_mask=()):
         """Print how long the epochs take here, from a few timed steps. step: batch -> loss of the
@@ -99,7 +137,11 @@ class Run:
         batch = loader.collate_fn([dataset[0, i] for i in range(size)])
         loading = 0 if loader.num_workers else time.perf_counter() - began
         (batch,) = on_device([batch], self.device, *self.normalization)
-        seconds = seconds_per_step(step, batch, model, self.device, self.amp) + loading
+        try:
+            seconds = seconds_per_step(step, batch, model, self.device, self.amp) + loading
+        except ValueError as error:  # of batch-norm
+            fix = "use larger batches or images, or label more"
+            raise UserError(f"a batch of {size} is too small here: {error}; {fix}") from error
         images = sampler.n / distributed.world_size() + sum(val_mask) / 3
         total, name = seconds / size * images * epochs, self.device.type.upper()
         where = f"on this {name} ({size / seconds:.3g} images/s)"
@@ -123,15 +165,13 @@ class Run:
         self.n, self.loader, self.sampler = n, loader, loader.batch_sampler
         self.saved = time.perf_counter()
         if self.state is not None:
-            torch.set_rng_state(self.state["rng"]["cpu"])
-            for i, gpu_state in zip(range(torch.cuda.device_count()), self.state["rng"]["cuda"]):
-                torch.cuda.set_rng_state(gpu_state, i)
+            self._restore("rng", set_rng_state)
             self.save(log_only=True)
             if self.state["batch"] == 0 and self.progress["log"]:
                 self.react(self.progress["log"][-1])  # the epoch that the run ended with
         before = self.epoch * self.sampler.n + self.progress["batch"] * self.sampler.batch_size
         bar = progress(total=n * self.sampler.n, initial=before)
-        with Signals() as self.signals, bar as self.bar:
+        with cli.Signals() as self.signals, bar as self.bar:
             while self.epoch < n and not done(self.epoch):
                 self.sampler.epoch, self.sampler.start = self.epoch, self.progress["batch"]
                 loss = self.progress["loss"]
@@ -156,7 +196,12 @@ class Run:
                 loss = distributed.gather(self.loss[None]).tolist()  # of each process
                 self.save(batch=batch, loss=loss, seconds=time.perf_counter() - self.began)
             if stop:
-                self.signals.leave(f"to resume from {self.out / 'last.pt'}, give --resume")
+                self._leave()
+
+    def _leave(self, unsaved=False):
+        if unsaved:
+            self.save()
+        self.signals.leave(f"to resume from {self.out / 'last.pt'}, give --resume")
 
     def _agree(self):
         """(a signal arrived, a checkpoint is due): the same in all processes. On several GPUs,
@@ -204,6 +249,8 @@ class Run:
         skip = not self.save_epochs and time.perf_counter() - self.saved <= 20 * self.cost
         self.save(log_only=skip, epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0)
         self.react(row)
+        if self.signals.number and distributed.world_size() == 1:  # came during the monitor
+            self._leave(skip)
 
     def save(self, log_only=False, **progress):
         """Write last.pt and log.jsonl, whole or not at all."""

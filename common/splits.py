@@ -4,9 +4,11 @@ import math
 from collections import Counter, defaultdict
 
 import numpy as np
+import torch
 
 from common.cli import UserError, preview
 
+SIDES = ("train", "val", "test")
 SHARES = {"val": 0.1, "test": 0.2}  # of all images; the rest is for training (section 4.3)
 
 
@@ -20,7 +22,7 @@ def duplicates(data):
 
 def cross_split_duplicates(data, split):
     """(N,) bool: images with an exact duplicate in an earlier split of train, val, test."""
-    rank = np.array([("train", "val", "test").index(s) for s in split])
+    rank = np.array([SIDES.index(side) for side in split])
     copy = np.zeros(len(data), bool)
     for group in duplicates(data):
         copy[group] = rank[group] > rank[group].min()
@@ -72,12 +74,29 @@ def stratified_order(labels, unit, rng):
     return shuffled[np.argsort(position[shuffled], kind="stable")], len(cover)
 
 
-def make_split(data, seed, seen=None, allow_seen=False):
+def carried(data, split, *before):
+    """(2, M) int64, sorted: hashes and sides (0 train, 1 val, 2 test) of these images and of splits
+    carried `before`. So weights files carry a split: by content, without names."""
+    hashes = data.table["hash"].view("int64")
+    own = np.stack([hashes, [SIDES.index(side) for side in split.tolist()]])
+    return torch.unique(torch.cat([torch.from_numpy(own), *before], 1), dim=1)
+
+
+def sides(data, carried):
+    """(N,) "train", "val" or "test" of each image in a carried split, "" where it holds none; of
+    several the earliest."""
+    known = dict(sorted(zip(*carried.tolist()), reverse=True))
+    found = (known.get(h) for h in data.table["hash"].view("int64").tolist())
+    return np.array(["" if side is None else SIDES[side] for side in found], "U5")
+
+
+def make_split(data, seed, known=None, allow_seen=False):
     """(N,) "train", "val" or "test": as given, or drawn, 70/10/20 of a whole, in whole units and
     stratified; images without labels are for training (F.2.1).
 
-    seen: (N,) bool, what pre-training saw: validation and test are drawn from the other images; its
-    own split stays as it was. Raises UserError where no test image is left, unless allow_seen.
+    known: (N,) sides in an earlier split, "" for none, or bool: whether pre-training saw it; a unit
+    stays on the earliest side of its images. Raises UserError where nothing is left to test on,
+    unless allow_seen.
     """
     split = data.given.astype("U5")
     drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
@@ -86,24 +105,30 @@ def make_split(data, seed, seen=None, allow_seen=False):
     if not pool.any():
         raise UserError(f"{data.path}: the given split leaves no image for training")
     if data.groups is not None:
-        sides = Counter(g for g, _ in dict.fromkeys(zip(data.groups.tolist(), split.tolist())))
-        parted = [group for group, n in sides.items() if n > 1]
+        on = Counter(g for g, _ in dict.fromkeys(zip(data.groups.tolist(), split.tolist())))
+        parted = [group for group, n in on.items() if n > 1]
         if parted:
-            what = f"the given split parts {len(parted)} of {len(sides)} groups ({preview(parted)})"
+            what = f"the given split parts {len(parted)} of {len(on)} groups ({preview(parted)})"
             raise UserError(f"{data.path}: {what}; give another, or leave out --group-col")
     if not drawn or not data.classes:
         return split
     unit = np.unique(indivisible_units(data)[pool], return_inverse=True)[1]
     order, _ = stratified_order(data.labels[pool], unit, np.random.default_rng([seed, 0]))
-    size, seen = np.bincount(unit), np.zeros(len(data), bool) if seen is None else seen
-    which, saw = _cut(order, size, drawn), np.bincount(unit, seen[pool]) > 0
-    if saw.all():
+    size, known = np.bincount(unit), np.zeros(len(data), bool) if known is None else known
+    known = np.where(known, "train", "") if known.dtype == bool else known
+    rank = np.full(len(size), 3)  # of each unit: its earliest known side, or none
+    np.minimum.at(rank, unit, [(*SIDES, "").index(side) for side in known[pool]])
+    which = _cut(order, size, drawn)
+    if (rank == 0).all():
         if "test" in drawn and not allow_seen:
             raise UserError(f"{data.path}: pre-training saw all; add images or give --allow-seen")
         data.notes.append(f"pre-training saw every image: {' and '.join(drawn)} hold such images")
-    elif (which[saw] != "train").any():  # another split than pre-training's: seen images first
-        order = order[np.argsort(~saw[order], kind="stable")]
-        which = _cut(order, size, drawn, size[saw].sum())
+    elif any((which != side)[rank == i].any() for i, side in enumerate(SIDES)):
+        key = np.choose(rank, (0, 2, 3, 1))  # known training units first, others before known
+        order = order[np.argsort(key[order], kind="stable")]
+        which = _cut(order, size, drawn, size[rank == 0].sum())
+        for i, side in enumerate(SIDES):
+            which[rank == i] = side
     split[pool] = which[unit]
     return split
 

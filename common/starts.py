@@ -1,7 +1,6 @@
 """What a command starts from: a weights file or a timm model, and the images it has seen."""
 
 import copy
-import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,63 +8,21 @@ import numpy as np
 import timm
 import torch
 
-from common import checkpoint
-from common.arms import is_shape_argument, make_arm, output_shape, rebuild_kwargs
+from common import checkpoint, schema
+from common.arms import make_arm, output_shape, rebuild_kwargs
 from common.cli import UserError
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, digest
 
 
-def _is(kind, low=-math.inf, high=math.inf):
-    """A check: a finite number of this kind, or whole, within limits."""
-    return lambda x: type(x) in (int, kind) and low <= x <= high and math.isfinite(x)
-
-
-def _three(good):
-    return lambda x: isinstance(x, list) and len(x) == 3 and all(map(good, x))
-
-
-def _finite(state_dict):
-    tensors = state_dict.values() if isinstance(state_dict, dict) else [None]
-    return all(torch.is_tensor(x) and torch.isfinite(x).all() for x in tensors)
-
-
-def _shapes(kwargs):
-    if not isinstance(kwargs, dict) or type(kwargs.get("img_size", 1)) is not int:
-        return False
-    return all(k == "img_size" or is_shape_argument(k, x) for k, x in kwargs.items())
-
-
-FIELDS = {  # of a weights file, and what each must be
-    "arch": ("the name of a model in timm", lambda x: isinstance(x, str) and timm.is_model(x)),
-    "model_kwargs": ("arguments that shape a model", _shapes),
-    "num_classes": ("a number of at least 0", _is(int, 0)),
-    "img_size": ("a number from 1 to 8192", _is(int, 1, 8192)),
-    "mean": ("three finite numbers", _three(_is(float))),
-    "std": ("three finite numbers above 0", _three(_is(float, 1e-6))),
-    "arm": ("a text", lambda x: isinstance(x, str)),
-    "seed": ("a number of at least 0", _is(int, 0)),
-    "data": ("a dict of data flags", lambda x: isinstance(x, dict)),
-    "state_dict": ("finite tensors", _finite),
-}
-
-
 def load_weights(path, way_out="; for other weights, give --arch NAME --init FILE"):
-    """The dict of a weights file that pretrain.py or finetune.py wrote. It may come from anybody:
-    every field that is used later is checked here. Raises UserError."""
+    """The dict of a weights file that pretrain.py or finetune.py wrote. Raises UserError."""
     weights = checkpoint.load(path)
-    if not FIELDS.keys() <= weights.keys():
+    if not {"arch", "state_dict", "model_kwargs"} <= weights.keys():
         raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py{way_out}")
-    wrong = [
-        f"{key} is not {what}" for key, (what, good) in FIELDS.items() if not good(weights[key])
-    ]
-    names, seen = weights.get("class_names"), weights.get("seen")
-    texts = names is None or isinstance(names, list) and all(isinstance(x, str) for x in names)
-    if not texts or names and len(names) != weights["num_classes"]:
-        wrong.append("class_names is not a text for each of num_classes")
-    if seen is not None and not (torch.is_tensor(seen) and seen.dtype == torch.int64):
-        wrong.append("seen is not a tensor of hashes")
-    if wrong:
-        raise UserError(f"{path}: {'; '.join(wrong)}")
+    schema.check(path, weights, schema.WEIGHTS)
+    names = weights.get("class_names")
+    if names and len(names) != weights["num_classes"]:
+        raise UserError(f"{path}: class_names does not name each of num_classes")
     return weights
 
 
@@ -83,13 +40,29 @@ def build(weights, path):
 
 def from_checkpoint(path):
     """A weights file as a start: make() builds its model; metadata says how; seen, hashes of its
-    training images, or None; data, its data flags; seed, of its split. Raises UserError."""
+    training images, or None; carried, its split by content; data, its data flags; seed, of its
+    split. Raises UserError."""
     weights = load_weights(path)
     make = partial(build, weights, path)
     make()  # weights that do not fit are better known before the images are read
     keys = ("arch", "arm", "model_kwargs", "img_size", "mean", "std")
     history = {key: weights.get(key) for key in ("seen", "data", "seed")}
+    history["carried"] = carried_by(path, weights)
     return SimpleNamespace(make=make, metadata={key: weights[key] for key in keys}, **history)
+
+
+def carried_by(init, weights=None):
+    """splits.carried() of what initial weights were trained on: of our weights files; nothing of
+    other files, "imagenet" and "random". Raises UserError."""
+    if weights is None:
+        weights = {} if init in ("imagenet", "random") else checkpoint.load(init)
+    schema.check(init, weights, schema.HISTORY)
+    if weights.get("split") is not None:
+        return weights["split"]
+    if weights.get("seen") is None:
+        return torch.zeros(2, 0, dtype=torch.int64)
+    print(f"{init}: is of an earlier version and carries no split, which is drawn as before")
+    return torch.stack([weights["seen"], torch.zeros_like(weights["seen"])])
 
 
 def from_name(arch, init, img_size, model_kwargs):
@@ -103,7 +76,9 @@ def from_name(arch, init, img_size, model_kwargs):
     metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size}
     metadata["model_kwargs"] = rebuild_kwargs(arch, img_size, model_kwargs)
     metadata |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    return SimpleNamespace(make=make, metadata=metadata, data={}, seen=checkpoint.seen_by(init))
+    carried = carried_by(init)
+    history = {"seen": carried[0][carried[1] == 0], "carried": carried}
+    return SimpleNamespace(make=make, metadata=metadata, data={}, **history)
 
 
 def refuse_odd_head(model, metadata, linear):

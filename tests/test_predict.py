@@ -556,5 +556,5 @@ def test_weights_that_are_not_finite_predict_nothing(pretrained, folder, tmp_pat
     torch.save(weights, file)
     out = tmp_path / "features.npz"
     status, _, err = script(predict, "--ckpt", file, "--data", folder, "--embeddings", out)
-    assert status == 2 and "state_dict is not finite tensors" in one_line(err)
+    assert status == 2 and "state_dict missing or not valid" in one_line(err)
     assert not out.exists()

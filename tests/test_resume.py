@@ -33,7 +33,7 @@ LONG = [
 ]
 
 
-class Cut(Exception):
+class Cut(BaseException):
     pass
 
 
