@@ -16,18 +16,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 import data
 import pretrain
-from common import arms, checkpoint, cli, collapse, distributed
+from common import arms, cli, collapse, distributed
 from common.cli import UserError
 from common.distributed import all_reduce, world_size
 from common.readers import read
-from common.run import Run
+from common.run import Run, resumed
+from common.splits import carried
+from common.starts import carried_by
 
-ARMS = ("cnn", "vit")
 WARMUP, TEMP_WARMUP, FREEZE = 0.1, 0.3, 0.01  # shares of the run: 10, 30 and 1 of 100 epochs
 STUDENT_TEMP, TEACHER_TEMPS = 0.1, (0.04, 0.07)  # the teacher's rises from the first to the second
 CENTER_MOMENTUM, TEACHER_MOMENTUM = 0.9, 0.996
@@ -132,11 +134,9 @@ class DINO(nn.Module):
         return network["head"](network["backbone"](images)).float()
 
     def optimizer(self, lr):
-        """AdamW; biases and norms are not decayed."""
-        trained = list(self.student.parameters())
-        decayed = {"params": [p for p in trained if p.ndim > 1]}
-        plain = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
-        return torch.optim.AdamW([decayed, plain], lr=lr, weight_decay=0.04, fused=True)
+        """AdamW; biases and norms, the second group, are not decayed."""
+        plain, decayed = param_groups_weight_decay(self.student, 0.04)
+        return torch.optim.AdamW([decayed, plain], lr, fused=True)
 
     def before_step(self, optimizer, lr, min_lr, progress):
         """After the backward pass: learning rate, weight decay 0.04 -> 0.4, gradients clipped to
@@ -186,8 +186,8 @@ def train(model, loader, run, epochs, lr, min_lr):
 
 def make_backbone(flag, name, init, img_size, **kwargs):
     """make_arm without a head and, where timm has it, for images of several sizes and with the
-    original's stochastic depth. Returns (model, the arguments that rebuild it)."""
-    kwargs = {**kwargs, "num_classes": 0}
+    original's stochastic depth. Returns the model and the number of its features."""
+    kwargs["num_classes"] = 0
     extra = {"dynamic_img_size": True, "drop_path_rate": 0.1, **kwargs}
     try:
         model = arms.make_arm(flag, name, init, img_size, **extra)
@@ -195,7 +195,7 @@ def make_backbone(flag, name, init, img_size, **kwargs):
         if not isinstance(error.__cause__, TypeError):
             raise
         model = arms.make_arm(flag, name, init, img_size, **kwargs)
-    return model, arms.rebuild_kwargs(name, img_size, kwargs)
+    return model, arms.output_shape(model, img_size, f"{flag} {name}")[1]
 
 
 def local_size(model, img_size):
@@ -212,14 +212,6 @@ def local_size(model, img_size):
     return size
 
 
-def build(arm, name, kwargs, init, img_size, outputs, crops):
-    """A DINO of one arm, the arguments that rebuild its backbone, and its transform."""
-    backbone, rebuild = make_backbone(f"--{arm}", name, init, img_size, **kwargs)
-    features = arms.output_shape(backbone, img_size, f"--{arm} {name}")
-    transform = multi_crop(img_size, local_size(backbone, img_size), crops)
-    return DINO(arm, backbone, features[1], outputs), rebuild, transform
-
-
 def parse_arguments():
     """The arguments, and the state to resume from or None."""
     parser, state = cli.Parser(__doc__), None
@@ -233,13 +225,8 @@ def parse_arguments():
     cli.add_run_arguments(parser, epochs=100, lr=None)
     parser.set_defaults(t_max="run")
     args = parser.parse_args()
-    last = Path(args.out) / "last.pt" if args.resume is True else Path(args.resume or "")
-    if args.resume and (last.exists() or args.resume is not True):
-        state = checkpoint.load_training(last, "tools.dino")
-        parser.set_defaults(out=str(last.parent))
-        args = cli.parse_again(parser, state["args"], cli.MAY_CHANGE, last)
-        if state["processes"] != world_size():
-            raise UserError(f"{last}: was made by {state['processes']} processes")
+    if args.resume:
+        args, state = resumed(parser, args, "tools.dino", cli.MAY_CHANGE)
     if args.data is None:
         parser.error("--data PATH is missing")
     if args.t_max != "run":
@@ -251,39 +238,40 @@ def parse_arguments():
 
 def main():
     args, state = parse_arguments()
-    device, settings, out = cli.pick_device(args.device), vars(args), Path(args.out)
+    device, out = cli.pick_device(args.device), Path(args.out)
     distributed.start(device)
     amp, rank = cli.pick_amp(args.amp, device), distributed.rank()
-    first = 0 if state is None else state["phase"]
+    specs = {"cnn": (args.cnn, args.init_cnn or args.init, args.cnn_kwargs)}
+    specs["vit"] = args.vit, args.init_vit or args.init, args.vit_kwargs
+    cli.claim(out)
     if state is None:
         cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
-    elif (
-        first == 1
-        and state["epoch"] >= args.epochs
-        and all((out / x).exists() for x in pretrain.OUTPUTS)
-    ):
-        print(f"{out}: the run is finished")
-        return
-    images, built = read(args.data, **data.options(args)), {}
-    for arm in ARMS[first:]:  # both: a wrong --vit is an error before any training
+        first, initial = 0, torch.cat([carried_by(init) for _, init, _ in specs.values()], 1)
+    else:
+        first, initial = state["phase"], state["initial"]
+    images, models = read(args.data, **data.options(args)), {}
+    for arm in list(specs)[first:]:  # both: a wrong --vit is an error before any training
         torch.manual_seed(args.seed)
-        restored = state is not None and not built
-        init = "random" if restored else settings[f"init_{arm}"] or args.init
-        sizes = (args.img_size, args.outputs, args.crops)
-        built[arm] = build(arm, settings[arm], settings[f"{arm}_kwargs"], init, *sizes)
+        name, init, kwargs = specs[arm]
+        init = init if state is None or models else "random"  # the weights of last.pt follow
+        backbone, dim = make_backbone(f"--{arm}", name, init, args.img_size, **kwargs)
+        models[arm] = DINO(arm, backbone, dim, args.outputs)
 
-    inits = {arm: settings[f"init_{arm}"] or args.init for arm in built}
-    initial_seen = {arm: checkpoint.seen_by(init) for arm, init in inits.items()}
     with distributed.process_0_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
-    split = data.split_and_report(images, args.seed, args.dedup)
-    config = {"arguments": settings, "device": str(device), "amp": str(amp)}
+    split = data.split_and_report(images, args.seed, args.dedup, initial)
+    config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}
     train_index, seen = pretrain.begin(out, images, split, state, config, stale=())
-
     monitor, log = collapse.Monitor(images, split, args.seed), []
-    metadata = {"script": "tools.dino", "args": settings, "seen": seen, "processes": world_size()}
-    for phase, arm in enumerate(list(built), first):
-        model, rebuild, transform = built.pop(arm)
+    metadata = {"script": "tools.dino", "args": vars(args), "processes": world_size()}
+    metadata |= {"seen": seen, "initial": initial}
+    saved = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "config": vars(args)}
+    saved |= {"split": carried(images, split, initial), "data": data.options(args, data.OPTIONS)}
+    saved["seen"] = torch.cat([seen, initial[0][initial[1] == 0]]).unique()
+    for phase, arm in enumerate(list(models), first):
+        model, (name, _, kwargs) = models.pop(arm), specs[arm]
+        crop_size = local_size(model.arms[arm], args.img_size)
+        transform = multi_crop(args.img_size, crop_size, args.crops)
         model.to(device, memory_format=torch.channels_last)
         dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
         batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, rank, world_size())
@@ -294,11 +282,8 @@ def main():
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
         state, log = None, run.progress["log"]
         if rank == 0:
-            known = torch.cat([seen, initial_seen[arm]]).unique()
-            saved = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "seen": known}
-            saved |= {"config": settings, "data": data.options(args, data.OPTIONS)}
-            teacher = model.arms[arm]
-            arms.save(out, arm, teacher, settings[arm], rebuild, args.img_size, saved)
+            rebuild = arms.rebuild_kwargs(name, args.img_size, kwargs)
+            arms.save(out, arm, model.arms[arm], name, rebuild, args.img_size, saved)
     print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: the teachers")
     print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac 0.01")
 
