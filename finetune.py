@@ -27,7 +27,7 @@ from common.metrics import score, summarize
 from common.readers import read
 from common.report import class_counts
 from common.run import Run, half_cycle, load_last, on_device, resumed
-from common.splits import carried, label_fraction
+from common.splits import TOO_FEW, carried, label_fraction
 from losses import class_weights, focal_loss
 
 OUTPUTS = ("metrics.json", "predictions.csv", "confusion.csv", "split.csv", "duplicates.csv")
@@ -247,6 +247,9 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
     run.announce(lambda x: focal_loss(model(x[0]), x[1]), model, train_loader, epochs, val_mask)
     run.track(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     best = run.progress.setdefault("best", {"best_loss": math.inf, "best_epoch": 0})
+    if val_mask.sum() < TOO_FEW:
+        print(f"--patience is ignored: {val_mask.sum()} validation images are too few to stop on")
+        patience = epochs
     for _ in run.epochs(epochs, train_loader, lambda epoch: epoch >= best["best_epoch"] + patience):
         model.train(not job.linear)  # linear: batch-norm stays as pre-training left it
         for batch, target in run.batches():

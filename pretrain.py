@@ -160,6 +160,10 @@ def begin(out, images, split, state, config, stale=("cnn.pt", "vit.pt")):
     seen = torch.from_numpy(images.table["hash"][index].view("int64"))
     if state is not None and not torch.equal(state["seen"], seen):
         raise UserError(f"{images.path}: its training images are not those that the run began with")
+    begun = -1 if state is None else state["iteration"]
+    if not distributed.agree([seen.sum().item(), begun], config["device"]):
+        way_out = "copy the data and last.pt to every machine"
+        raise UserError(f"{images.path}: the processes found other images or states; {way_out}")
     if distributed.rank() == 0:
         checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else stale)
         data.write_split(out, images, split)
@@ -180,8 +184,8 @@ def main():
     elif state["epoch"] >= args.epochs and all((out / name).exists() for name in OUTPUTS):
         print(f"{out}: the run is finished")
         return
-    with distributed.process_0_first():
-        if args.demo and state is None and rank == 0:
+    with distributed.one_first() as first:
+        if args.demo and state is None and first:
             toy_data.draw(Path(args.data), args.seed)
     images = read(args.data, **data.options(args))
     torch.manual_seed(args.seed)
@@ -196,7 +200,7 @@ def main():
         initial = torch.cat([carried_by(init) for init in dict.fromkeys(inits)], 1)
     else:
         initial = state["initial"]
-    with distributed.process_0_first():
+    with distributed.one_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup, initial)
     config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}

@@ -57,7 +57,7 @@ def write_json(path, value):
 def read_json(path, *keys):
     """The JSON object in a file, which has these keys. Raises UserError."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(TEXT["encoding"], TEXT["errors"]))
         return {**value, **{key: value[key] for key in keys}}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fix = "delete it, and run again what wrote it"
@@ -95,6 +95,8 @@ def weights_file(model, **metadata):
 
 def load(path):
     """The dict in a torch or safetensors file, of which nothing is run. Raises UserError."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: there is no such file")
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
@@ -102,8 +104,6 @@ def load(path):
         if isinstance(content, dict):
             return content
         raise TypeError("it holds no dict")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{path}: there is no such file") from error
     except Exception as error:  # both raise errors of many kinds
         problem = "is no checkpoint, is incomplete, or holds more than tensors and plain data"
         raise UserError(f"{path}: {problem}; nothing in it was run") from error

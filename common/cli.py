@@ -203,7 +203,7 @@ def words_of(values):
 def parse_again(parser, saved, may_change, path):
     """Parse as saved, {name: value}, in the file `path`, then as the command line says. Raises
     UserError where this changes what may not change, or where what was saved is no such thing."""
-    settings = vars(parser.parse_args()).keys() - (may_change - {"epochs"})
+    settings = [key for key in vars(parser.parse_args()) if key not in may_change - {"epochs"}]
     words = [*words_of({key: saved[key] for key in saved if key in settings})]
     try:
         before = vars(parser.parse_args(words))
@@ -213,7 +213,7 @@ def parse_again(parser, saved, may_change, path):
     given = vars(args).copy()
     for key in ("ckpt", "data", "images", "split"):
         given[key] = given.get(key) and os.path.abspath(given[key])
-    changed = [key for key in settings - may_change if given[key] != before[key]]
+    changed = [k for k in settings if k not in may_change and given[k] != before[k]]
     if changed:
         flags = [f"--{k.replace('_', '-')} {before[k]} (not {given[k]})" for k in changed]
         what = f"was made with {preview(flags, 9)}"

@@ -51,6 +51,12 @@ def all_reduce(tensor, op="SUM"):
     return tensor
 
 
+def agree(numbers, device):
+    """Whether all processes, which may not share a disk, have the same whole numbers."""
+    mine = torch.tensor(numbers, device=device)
+    return torch.equal(all_reduce(mine.clone(), "MAX"), all_reduce(mine.clone(), "MIN"))
+
+
 def gather(x):
     """(n, ...) of this process -> (N, ...) of all, in the order of their ranks; n may differ. The
     gradient into x is multiplied by the number of processes, over which DistributedDataParallel
@@ -74,10 +80,11 @@ def of_whole_batch(loss):
 
 
 @contextlib.contextmanager
-def process_0_first():
-    """The others enter once process 0 has left (images are decoded once)."""
-    if world_size() > 1 and rank():
+def one_first():
+    """The first process of each machine enters first (images are decoded once)."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if world_size() > 1 and not first:
         dist.barrier()
-    yield
-    if world_size() > 1 and not rank():
+    yield first
+    if world_size() > 1 and first:
         dist.barrier()

@@ -120,7 +120,7 @@ def read(path, label_col=None, multilabel=False, split=None, **table):
     from common import tables  # which imports this module
 
     path, unlabelled = Path(path), label_col == ["none"]
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{path}: there is no such file or folder (--data)")
     told = {**table, "label_col": None if unlabelled else label_col}
     unused = [f"--{key.replace('_', '-')}" for key, value in told.items() if value]

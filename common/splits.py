@@ -9,6 +9,7 @@ import torch
 from common.cli import UserError, preview
 
 SIDES = ("train", "val", "test")
+FEW, TOO_FEW = 10, 3  # images: to judge by; to stop training on
 SHARES = {"val": 0.1, "test": 0.2}  # of all images; the rest is for training (section 4.3)
 
 
@@ -130,6 +131,9 @@ def make_split(data, seed, known=None, allow_seen=False):
         for i, side in enumerate(SIDES):
             which[rank == i] = side
     split[pool] = which[unit]
+    for name in drawn:
+        if 0 < (n := (split == name).sum()) < FEW:
+            data.notes.append(f"only {n} images are drawn for {name}: too few to judge by")
     return split
 
 

@@ -17,18 +17,22 @@ IMAGE_NAMES = {"image", "images", "image_id", "img", "file", "filename", "file_n
 
 
 class Table:
-    """A CSV file (comma, semicolon or tab; UTF-8): columns {name: N cells}, and the N lines."""
+    """A CSV file (comma, semicolon or tab; UTF-8): columns {name: N cells}, and the N lines. own: of
+    a run, whose names may begin with a space or be no UTF-8."""
 
-    def __init__(self, file):
+    def __init__(self, file, own=False):
         self.file = file
         try:
-            with open(file, encoding="utf-8-sig", newline="") as f:
+            if not os.path.isfile(file):
+                raise FileNotFoundError("there is no such file")
+            errors = "surrogateescape" if own else "strict"
+            with open(file, encoding="utf-8-sig", errors=errors, newline="") as f:
                 head = f.readline()
                 f.seek(0)
                 reader = csv.reader(f, delimiter=max(",;\t", key=head.count), strict=True)
                 header = [c.strip() for c in next(reader, [])]
-                rows = [(reader.line_num, [c.strip() for c in row]) for row in reader if any(row)]
-        except (UnicodeDecodeError, csv.Error) as error:
+                rows = [(reader.line_num, row) for row in reader if any(row)]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{file}: is no CSV file in UTF-8 ({error})") from error
         if not rows or not all(header) or len(set(header)) < len(header):
             raise UserError(
@@ -37,7 +41,8 @@ class Table:
         self.lines, rows = zip(*rows)
         n = [len(row) for row in rows]
         self.refuse(n, [x != len(header) for x in n], f"do not have {len(header)} cells")
-        self.columns = dict(zip(header, zip(*rows)))
+        cells = zip(*(row if own else map(str.strip, row) for row in rows))
+        self.columns = dict(zip(header, cells))
 
     def column(self, name, flag):
         """The N cells below a column name that a flag gave. Raises UserError if there is none."""
@@ -149,6 +154,8 @@ def _labels(table, columns, label_sep):
         used = set().union(*labels)
         return labels, [c for c in columns if c in used]
     (cells,) = cells
+    if label_sep == "":
+        raise UserError("--label-sep: is empty; give a character, or none")
     if label_sep is None:
         seps = [sep for sep in "|;," if any(sep in cell for cell in cells)]
         if len(seps) > 1 or seps == [","]:
@@ -168,13 +175,12 @@ def _labels(table, columns, label_sep):
 def read_split(file, names):
     """(N,) "train", "val" or "test" of a CSV file with the columns path and split, such as a run
     writes; "" for images that it does not name. Raises UserError where it names others."""
-    table, known = Table(file), set(names)
-    paths, cells = table.column("path", "--split"), table.column("split", "--split")
-    table.refuse(
-        cells, [c.lower() not in SPLITS for c in cells], "name neither train, val nor test"
-    )
+    table, known = Table(file, own=True), set(names)
+    paths = [p if p in known else p.strip() for p in table.column("path", "--split")]
+    cells = [cell.strip().lower() for cell in table.column("split", "--split")]
+    table.refuse(cells, [c not in SPLITS for c in cells], "name neither train, val nor test")
     table.refuse(paths, [path not in known for path in paths], "name no image of the data")
-    given = {path: SPLITS[cell.lower()] for path, cell in zip(paths, cells)}
+    given = {path: SPLITS[cell] for path, cell in zip(paths, cells)}
     twice = [n > 1 for n in map(Counter(paths).get, paths)]
     table.refuse(paths, twice, "name an image twice", "keep one of each")
     return np.array([given.get(name, "") for name in names])
@@ -192,14 +198,18 @@ def read_npz(file, unlabelled=False):
         held = preview(arrays, 9) or "none"
         raise UserError(f"{file}: needs arrays {{train,val,test}}_images and _labels, not {held}")
     images = [arrays[f"{s}_images"] for s in splits]
-    none = [np.zeros((len(x), 0), bool) for x in images]
-    labels = none if unlabelled else [arrays[f"{s}_labels"] for s in splits]
-    sizes = list(map(len, images))
-    if list(map(len, labels)) != sizes:
-        raise UserError(f"{file}: a split has another number of labels than of images")
-    if any(x.dtype != np.uint8 or x.shape[3:] not in ((), (3,)) for x in images):
+    kinds = {(x.dtype == np.uint8, x.ndim > 2, x.shape[3:], x.size > 0) for x in images}
+    if not kinds <= {(True, True, (), True), (True, True, (3,), True)}:
         raise UserError(f"{file}: the images must be uint8 of shape (N, H, W) or (N, H, W, 3)")
-    labels = np.concatenate([x.reshape(len(x), -1) for x in labels])
+    sizes = list(map(len, images))
+    none = [np.zeros((n, 0), bool) for n in sizes]
+    labels = none if unlabelled else [arrays[f"{s}_labels"] for s in splits]
+    shapes = [(x.shape[:1], x.shape[1:], x.dtype.kind in "iub") for x in labels]
+    if shapes != [((n,), labels[0].shape[1:], True) for n in sizes] or labels[0].ndim > 2:
+        raise UserError(f"{file}: the labels must be whole numbers, (N, C), N as of the images")
+    labels = np.concatenate(labels).reshape(sum(sizes), -1)
+    if labels.shape[1] > 1 and not np.isin(labels, (0, 1)).all():
+        raise UserError(f"{file}: several columns of labels must hold 0 and 1 alone")
     classes = np.unique(labels) if labels.shape[1] == 1 else np.arange(labels.shape[1])
     labels = labels == classes if labels.shape[1] == 1 else labels.astype(bool)
     names = [f"{s}/{i}" for s, n in zip(splits, sizes) for i in range(n)]

@@ -319,7 +319,7 @@ def test_bad_npz_files_are_refused_and_not_run(tmp_path):
     for arrays, message in (
         ({"x": np.zeros(2)}, "needs arrays"),
         ({**medmnist(), "train_images": np.array([Bomb()] * 9)}, "plain arrays"),
-        ({**medmnist(), "val_labels": np.zeros((6, 1), int)}, "another number"),
+        ({**medmnist(), "val_labels": np.zeros((6, 1), int)}, "N as of the images"),
         ({**medmnist(), "val_images": np.zeros((3, 28, 28))}, "uint8"),
     ):
         np.savez(file, **arrays)
