@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from common import report
 from common.checkpoint import write_csv
-from common.cli import Parser, claim, count, positive, run, stop_signals
+from common.cli import Parser, claim, count, on_stop, positive, run
 from common.decode import default_dir
 from common.readers import read
 from common.splits import cross_split_duplicates, make_split, sides
@@ -98,8 +98,7 @@ class EpochBatches(Sampler):
 
 
 def _ignore_signals(_):
-    for number in stop_signals():  # they may reach the whole process group
-        signal.signal(number, signal.SIG_IGN)
+    on_stop(signal.SIG_IGN)  # they may reach the whole process group
 
 
 def loader(dataset, batches, device, workers=None):

@@ -158,7 +158,7 @@ def main():
             metadata = {"script": "finetune.py", "args": vars(args), "seed": seed}
             metadata["digest"] = job.digest
             run = Run(folder, device, amp, metadata, state, save_every=args.save_every)
-            run.save_epochs, run.normalization = False, start.normalization
+            run.seconds_between_saves, run.normalization = 30, start.normalization
             schedule = (args.epochs, args.patience, args.lr, args.min_lr, args.t_max)
             model = build(job)
             training = finetune(job, model, run, *schedule)

@@ -15,7 +15,10 @@ from tqdm import tqdm
 from common import distributed
 
 MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every"}
-_claimed = []  # (descriptor, folder, whether it was made) of the locked output folders
+_afterwards = contextlib.ExitStack()  # what is undone when a command ends
+
+
+PATHS = ("ckpt", "data", "images", "split")  # flags that are saved as absolute paths
 
 
 class UserError(Exception):
@@ -43,20 +46,22 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def stop_signals():
-    """SIGINT, SIGTERM and SIGHUP, where the system has them and nohup does not hold them back."""
+def on_stop(handler):
+    """Let a handler have SIGINT, SIGTERM and SIGHUP, where the system has them and nohup does not
+    hold them back. Returns what had them before, {number: handler}."""
     numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
-    return [n for n in numbers if n is not None and signal.getsignal(n) != signal.SIG_IGN]
+    mine = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in mine}
 
 
 def _stop(number, _):
-    how = "give the command again; a training run goes on with --resume"
-    raise Stopped(128 + number, f"stopped by {signal.Signals(number).name}; to resume, {how}")
+    advice = "to resume, give the command again, where it trains with --resume"
+    raise Stopped(128 + number, f"stopped by {signal.Signals(number).name}; {advice}")
 
 
 def explain(error):
-    """(exit status, line) for an error that a user can do something about, else None."""
-    text, kind = str(error), type(error)
+    """(exit status, line) for an error, where a line is enough; else (1, None)."""
+    text = str(error)
     if isinstance(error, UserError):  # a loader process sends its traceback along
         return 2, text.rpartition("UserError: ")[2].strip()
     if isinstance(error, Stopped):
@@ -66,22 +71,16 @@ def explain(error):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
         return 1, "out of memory: try a smaller --bs or --img-size"
     if "DataLoader worker (pid" in text or "unable to write to file </torch" in text:
-        way_out = "try --workers 0 or, in a container, a larger --shm-size"
-        return 1, f"a loader process died, of too little memory or shared memory: {way_out}"
-    if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
-        reason = " ".join(text.split())[:200]
-        return 1, f"--compile: leave it out, or install a C++ compiler ({reason})"
+        advice = "try --workers 0 or, in a container, a larger --shm-size"
+        return 1, f"a loader process died for want of memory or shared memory: {advice}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return 1, f"--compile failed, for want of a C++ compiler? ({' '.join(text.split())[:200]})"
     if isinstance(error, OSError) and error.strerror:
-        return 1, f"{error.filename or 'output'}: {error.strerror}; nothing written before is lost"
-    return None
-
-
-def _end_children():
-    """Loader processes ignore signals to stop, and exit would wait for them."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when they are killed
-    for child in multiprocessing.active_children():
-        child.kill()
+        return (
+            1,
+            f"{error.filename or 'output'}: {error.strerror}; what was written before is whole",
+        )
+    return 1, None
 
 
 def run(main):
@@ -89,34 +88,30 @@ def run(main):
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):  # file names may hold any bytes
         stream.reconfigure(errors="backslashreplace")
-    before = {number: signal.signal(number, _stop) for number in stop_signals()}
-    try:
-        main()
-        sys.stdout.flush()
-        distributed.stop()
-    except (Exception, Stopped) as error:
-        _end_children()
+    for number, handler in on_stop(_stop).items():
+        _afterwards.callback(signal.signal, number, handler)
+    with _afterwards:
+        try:
+            main()
+            sys.stdout.flush()
+            return distributed.stop()
+        except (Exception, Stopped) as caught:
+            error = caught
+        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise when a loader process dies
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():  # they ignore all signals but this
+            child.kill()
+        status, line = explain(error)
         if isinstance(error, BrokenPipeError):  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        known = explain(error)
-        if known is None:
-            traceback.print_exc()
-            what = "every file that was written is whole, and --resume goes on from last.pt"
-            known = 1, f"the program failed, as shown above; {what}"
+        if line is None:
+            traceback.print_exception(error)
+            line = "failed as shown above; what was written is whole, --resume goes on from last.pt"
         traceback.clear_frames(error.__traceback__)  # closes the progress bar
         where = f" (process {distributed.rank()})" if distributed.rank() else ""
-        print(f"error{where}: {known[1]}", file=sys.stderr)
-        sys.exit(known[0])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for descriptor, folder, made in _claimed:
-            os.close(descriptor)
-            if made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()  # where nothing was written
-        _claimed.clear()
+        print(f"error{where}: {line}", file=sys.stderr)
+        sys.exit(status)
 
 
 def lock(descriptor, shared=False):
@@ -133,19 +128,25 @@ def lock(descriptor, shared=False):
     return True
 
 
+def _remove_if_empty(folder):
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def claim(folder):
     """Make an output folder, for this command alone until it ends. Raises UserError where it cannot
     be written, or where another run writes there."""
     if distributed.rank():
         return
     try:
-        made = not folder.exists()
+        if not folder.exists():
+            _afterwards.callback(_remove_if_empty, folder)
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; give another folder with --out") from error
     descriptor = os.open(folder if os.name == "posix" else os.devnull, os.O_RDONLY)
-    _claimed.append((descriptor, folder, made))
+    _afterwards.callback(os.close, descriptor)
     if not lock(descriptor):
         raise UserError(f"{folder}: another run writes there now; give another --out")
 
@@ -201,23 +202,23 @@ def words_of(values):
 
 
 def parse_again(parser, saved, may_change, path):
-    """Parse as saved, {name: value}, in the file `path`, then as the command line says. Raises
-    UserError where this changes what may not change, or where what was saved is no such thing."""
-    settings = [key for key in vars(parser.parse_args()) if key not in may_change - {"epochs"}]
-    words = [*words_of({key: saved[key] for key in saved if key in settings})]
+    """Parse as saved in the file `path`, {name: value}, then as the command line says. Raises
+    UserError where that changes what may not change, or where what was saved is no such thing."""
+    flags = [key for key in vars(parser.parse_args()) if key not in may_change - {"epochs"}]
+    words = [*words_of({key: saved[key] for key in saved if key in flags})]
     try:
         before = vars(parser.parse_args(words))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     args = parser.parse_args(words + sys.argv[1:])
     given = vars(args).copy()
-    for key in ("ckpt", "data", "images", "split"):
-        given[key] = given.get(key) and os.path.abspath(given[key])
-    changed = [k for k in settings if k not in may_change and given[k] != before[k]]
+    given |= {k: v and os.path.abspath(v) for k, v in given.items() if k in PATHS}
+    changed = [k for k in flags if k not in may_change and given[k] != before[k]]
     if changed:
-        flags = [f"--{k.replace('_', '-')} {before[k]} (not {given[k]})" for k in changed]
-        what = f"was made with {preview(flags, 9)}"
-        raise UserError(f"{path}: {what}; leave these flags out, or start anew in another --out")
+        what = preview(
+            [f"--{k.replace('_', '-')} {before[k]} (not {given[k]})" for k in changed], 9
+        )
+        raise UserError(f"{path}: was made with {what}; leave these out, or give another --out")
     return args
 
 
@@ -225,8 +226,7 @@ class Signals:
     """Inside `with`, the signals to stop are noted, for the loop to heed; a second one acts."""
 
     def __enter__(self):
-        self.number = 0
-        self.before = {n: signal.signal(n, self._note) for n in stop_signals()}
+        self.number, self.before = 0, on_stop(self._note)
         return self
 
     def __exit__(self, *_):

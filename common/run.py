@@ -42,17 +42,16 @@ def seconds_per_step(step, batch, model, device, amp, limit=3.0):
     """Seconds of a forward and backward pass: the last of up to three within `limit` seconds.
     Leaves weights, buffers and random state as they were. step: batch -> loss."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    began = time.perf_counter()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for _ in range(3):
-            began = time.perf_counter()
+            start = time.perf_counter()
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 loss = step(batch)
             loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-            limit -= seconds
-            if limit < 0:
+            loss.item()  # waits for the device
+            seconds = time.perf_counter() - start
+            if start + seconds - began > limit:
                 break
     for buffer, value in buffers:
         buffer.copy_(value)
@@ -77,8 +76,7 @@ def resumed(parser, args, script, may_change):
         return args, None
     state = load_last(last, script)
     if (n := state.get("processes", 1)) != distributed.world_size():
-        fix = f"resume with torchrun --nproc-per-node {n}"
-        raise UserError(f"{last}: was made by {n} processes; {fix}")
+        raise UserError(f"{last}: resume with as many processes: torchrun --nproc-per-node {n}")
     several = len(state["args"].get("seeds") or ()) > 1  # of finetune.py: a folder for each
     parser.set_defaults(out=str(last.parent.parent if several else last.parent))
     return cli.parse_again(parser, state["args"], may_change, last), state
@@ -102,13 +100,13 @@ class Run:
     state: Any = None  # the dict of a last.pt to resume from
     log: list | tuple = ()  # rows that log.jsonl begins with
     save_every: Any = None  # as the flag
-    save_epochs: bool = True  # False: skip last.pt where it would cost over a twentieth of the time
+    seconds_between_saves: float = 0.0  # at least, of epochs that end
     normalization: tuple = (IMAGENET_MEAN, IMAGENET_STD)
     monitor: Any = None  # {arm: model}, device -> {measure: number} after every epoch
     react: Any = lambda row: None  # takes each row of the log once it is saved
 
     def __post_init__(self):
-        self.components, self.cost, self.status = {}, 0.0, ""
+        self.components, self.status = {}, ""
         start = {"epoch": 0, "batch": 0, "iteration": 0, "loss": [0.0], "seconds": 0.0}
         self.progress = {**start, "log": list(self.log)}
         known = {*self.progress, "best"} & (self.state or {}).keys()  # best: of fine-tuning
@@ -125,14 +123,18 @@ class Run:
         try:
             load(self.state[name])
         except Exception as error:  # torch raises all kinds
-            what = f"{name} is missing, damaged or of another model"
+            what = f"its {name} is missing, damaged or of another model"
             raise UserError(f"{self.out / 'last.pt'}: {what}; begin in another --out") from error
 
     def announce(self, step, model, loader, epochs, val_mask=()):
         """Print how long the epochs take here, from a few timed steps. step: batch -> loss of the
         model; val_mask: true for images that are only evaluated, at a third of the cost."""
-        sampler, dataset = loader.batch_sampler, loader.dataset
-        size = min(sampler.batch_size // distributed.world_size(), len(dataset))
+        sampler, dataset, world_size = (
+            loader.batch_sampler,
+            loader.dataset,
+            distributed.world_size(),
+        )
+        size = min(sampler.batch_size // world_size, len(dataset))
         began = time.perf_counter()
         batch = loader.collate_fn([dataset[0, i] for i in range(size)])
         loading = 0 if loader.num_workers else time.perf_counter() - began
@@ -142,13 +144,12 @@ class Run:
         except ValueError as error:  # of batch-norm
             fix = "use larger batches or images, or label more"
             raise UserError(f"a batch of {size} is too small here: {error}; {fix}") from error
-        images = sampler.n / distributed.world_size() + sum(val_mask) / 3
-        total, name = seconds / size * images * epochs, self.device.type.upper()
-        where = f"on this {name} ({size / seconds:.3g} images/s)"
-        if total > 86400 and name == "CPU":
+        total = seconds / size * (sampler.n / world_size + sum(val_mask) / 3) * epochs
+        where = f"on this {self.device.type.upper()} ({size / seconds:.3g} images/s)"
+        if total > 86400 and self.device.type == "cpu":
             where += "; smaller settings: README, recipe for a laptop"
-        work, total = f"{epochs} epochs of {sampler.n} images", timedelta(seconds=round(total))
-        print(f"{work}: about {total} {where}", flush=True)
+        work = f"{epochs} epochs of {sampler.n} images"
+        print(f"{work}: about {timedelta(seconds=round(total))} {where}", flush=True)
 
     @property
     def iteration(self):
@@ -196,12 +197,7 @@ class Run:
                 loss = distributed.gather(self.loss[None]).tolist()  # of each process
                 self.save(batch=batch, loss=loss, seconds=time.perf_counter() - self.began)
             if stop:
-                self._leave()
-
-    def _leave(self, unsaved=False):
-        if unsaved:
-            self.save()
-        self.signals.leave(f"to resume from {self.out / 'last.pt'}, give --resume")
+                self.signals.leave(f"to resume from {self.out / 'last.pt'}, give --resume")
 
     def _agree(self):
         """(a signal arrived, a checkpoint is due): the same in all processes. On several GPUs,
@@ -246,15 +242,17 @@ class Run:
             row["monitor_seconds"] = round(time.perf_counter() - self.began - seconds, 3)
             self.status = collapse.in_brief(row)
         self.progress["log"] = [*self.progress["log"], row]
-        skip = not self.save_epochs and time.perf_counter() - self.saved <= 20 * self.cost
+        stop = (
+            self.signals.number if distributed.world_size() == 1 else 0
+        )  # came since the last step
+        skip = time.perf_counter() - self.saved < self.seconds_between_saves and not stop
         self.save(log_only=skip, epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0)
         self.react(row)
-        if self.signals.number and distributed.world_size() == 1:  # came during the monitor
-            self._leave(skip)
+        if stop:
+            self.signals.leave(f"to resume from {self.out / 'last.pt'}, give --resume")
 
     def save(self, log_only=False, **progress):
         """Write last.pt and log.jsonl, whole or not at all."""
-        began = time.perf_counter()
         self.progress.update(progress)
         if distributed.rank() == 0 and not log_only:
             rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
@@ -265,7 +263,6 @@ class Run:
             checkpoint.write_json_lines(self.out / "log.jsonl", self.progress["log"])
         if not log_only:
             self.saved = time.perf_counter()
-            self.cost = self.saved - began
 
     def check_finite(self, *losses):
         """Raise FloatingPointError (exit status 1) on a loss that is NaN or infinite."""
