@@ -257,7 +257,7 @@ def main():
         backbone, dim = make_backbone(f"--{arm}", name, init, args.img_size, **kwargs)
         models[arm] = DINO(arm, backbone, dim, args.outputs)
 
-    with distributed.process_0_first():
+    with distributed.one_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup, initial)
     config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}
