@@ -21,7 +21,7 @@ import torch
 from PIL import ImageOps
 
 import data
-from common import checkpoint, cli, starts
+from common import checkpoint, cli, collapse, starts
 from common.cli import UserError, preview
 from common.decode import default_dir, normalize, square, to_rgb
 from common.metrics import predicted_labels
@@ -40,7 +40,7 @@ def load(path):
     weights = starts.load_weights(path, way_out="")
     size, mean, std = weights["img_size"], weights["mean"], weights["std"]
     arm = SimpleNamespace(path=str(path), img_size=size, mean=mean, std=std)
-    arm.class_names, arm.multilabel = weights.get("class_names"), weights.get("multilabel", False)
+    arm.class_names, arm.multilabel = weights.get("class_names"), bool(weights.get("multilabel"))
     arm.transform = functools.partial(transform, size=size, mean=mean, std=std)
     arm.model = starts.build(weights, path).eval()
     return arm
@@ -69,7 +69,7 @@ def parse_arguments():
     add("--amp", default="off", choices=["off", "auto", "bf16", "fp16"], help=amp)
     add("--workers", type=cli.count, metavar="N", help="loader processes (CPU: 0; GPU: up to 8)")
     add("--cache", metavar="DIR", help=f"folder of the decoded images (default: {default_dir()})")
-    no_cache = {"action": "store_const", "const": "none", "help": "decode every image twice"}
+    no_cache = {"action": "store_const", "const": "none", "help": "decode for every file, twice"}
     add("--no-cache", dest="cache", **no_cache)
     args = parser.parse_args()
     if not args.out and not args.embeddings:
@@ -93,50 +93,31 @@ def prepare_file(path, flag, overwrite):
 
 def refuse_unequal(arms):
     """Raise UserError unless all have classes, and the same ones."""
-    first = arms[0]
+    first, has = arms[0], ("has the classes", "predicts several labels, of")
     for arm in arms:
         if arm.class_names is None:
             what = f"{arm.path}: has no classes to predict, since it comes from pretrain.py"
             raise UserError(f"{what}; fine-tune it, or write its --embeddings without --out")
-        if arm.class_names != first.class_names:
-            names, others = preview(arm.class_names, 9), preview(first.class_names, 9)
-            what = f"{arm.path}: has the classes {names}, but {first.path} has {others}"
+        if (arm.class_names, arm.multilabel) != (first.class_names, first.multilabel):
+            this, other = (f"{has[a.multilabel]} {preview(a.class_names, 9)}" for a in (arm, first))
+            what = f"{arm.path}: {this}, but {first.path} {other}"
             raise UserError(f"{what}; only equal classes in equal order can be averaged (--ckpt)")
-        if arm.multilabel != first.multilabel:
-            several, one = (arm, first) if arm.multilabel else (first, arm)
-            kinds = f"{several.path}: predicts several labels, {one.path} one"
-            raise UserError(f"{kinds}; average files of one kind (--ckpt)")
 
 
 @torch.inference_mode()
-def forward(arm, pixels, device, amp, with_features):
-    """Of pixels (n, 3, S, S) uint8: [probabilities (n, C)] and, if asked for, features (n, D)."""
-    (images,) = on_device([pixels], device, arm.mean, arm.std)
-    with torch.autocast(device.type, amp, enabled=amp is not None):
-        hidden = arm.model.forward_features(images)
-        outputs = [arm.model.forward_head(hidden).float()]
-        if with_features:
-            outputs.append(arm.model.forward_head(hidden, pre_logits=True).flatten(1).float())
-    if not all(torch.isfinite(output).all() for output in outputs):
-        raise UserError(f"{arm.path}: gives NaN or infinite outputs; try --amp off")
-    outputs[0] = outputs[0].sigmoid()
-    return [output.cpu().numpy() for output in outputs]
-
-
-def forward_all(arms, pixels, bs, workers, device, amp, features):
-    """For each arm what forward() gives of all N images. pixels: {size: DecodedImages}."""
-    n, outputs = len(pixels[arms[0].img_size]), []
-    batches = data.EpochBatches(n, bs, drop_single=False)
-    datasets = [data.AugmentedImages(decoded, np.arange(n)) for decoded in pixels.values()]
-    loaders = [data.loader(dataset, batches, device, workers) for dataset in datasets]
-    with cli.Signals() as signals, cli.progress(total=n, desc="predicting") as bar:
-        for batch in zip(*loaders):
-            images = dict(zip(pixels, batch))
-            outputs.append([forward(a, images[a.img_size], device, amp, features) for a in arms])
-            bar.update(len(batch[0]))
-            if signals.number:
-                signals.leave("nothing was written")
-    return [[np.concatenate(parts) for parts in zip(*of_arm)] for of_arm in zip(*outputs)]
+def outputs_of(arm, pixels, bs, workers, device, amp, with_features):
+    """[probabilities (N, C)] of N DecodedImages and, if asked for, features (N, D)."""
+    batches = data.EpochBatches(len(pixels), bs, drop_single=False)
+    dataset, outputs = data.AugmentedImages(pixels, range(len(pixels))), []
+    loader = cli.progress(data.loader(dataset, batches, device, workers), unit_scale=bs)
+    for images in on_device(loader, device, arm.mean, arm.std):
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            features, logits = collapse.embed(arm.model, [images])
+        if not (torch.isfinite(features).all() and torch.isfinite(logits).all()):
+            raise UserError(f"{arm.path}: gives NaN or infinite outputs; try --amp off")
+        both = logits.sigmoid(), features.flatten(1)
+        outputs.append([x.cpu().numpy() for x in both[: 1 + with_features]])
+    return [np.concatenate(parts) for parts in zip(*outputs)]
 
 
 def write_predictions(path, names, probabilities, classes, multilabel):
@@ -171,15 +152,13 @@ def main():
     if args.out:
         refuse_unequal(arms)
     images = read(args.data, images=args.images, image_col=args.image_col, label_col=["none"])
-    pixels = {}
-    for size in {arm.img_size for arm in arms}:
-        images.decode(size, data.cache_dir(args.cache), args.skip_bad)
-        pixels[size] = images.images
+    run, outputs = (args.bs, args.workers, device, amp, bool(args.embeddings)), []
+    for arm in arms:
+        images.decode(arm.img_size, data.cache_dir(args.cache), args.skip_bad)
+        arm.model.to(device, memory_format=torch.channels_last)
+        outputs.append(outputs_of(arm, images.images, *run))
     for note in dict.fromkeys(images.notes):  # each once, though there are several sizes
         print(note)
-    for arm in arms:
-        arm.model.to(device, memory_format=torch.channels_last)
-    outputs = forward_all(arms, pixels, args.bs, args.workers, device, amp, bool(args.embeddings))
     print(f"{len(images)} images" + f", the mean of {len(arms)} files" * (len(arms) > 1))
     if args.out:
         mean = np.mean([probabilities for probabilities, *_ in outputs], axis=0)
