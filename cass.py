@@ -39,8 +39,9 @@ def build_arm(name, img_size, num_classes=NUM_LOGITS, init="random", **model_kwa
     kwargs = {"num_classes": num_classes, **size_argument(name, img_size), **model_kwargs}
     if isinstance(init, str):
         return timm.create_model(name, pretrained=init == "imagenet", **kwargs)
-    cfg = timm.get_pretrained_cfg(name)
-    head = init.get(f"{cfg.classifier}.weight") if cfg is not None else None
+    classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None)
+    first = classifier[0] if isinstance(classifier, tuple) else classifier  # some have two heads
+    head = init.get(f"{first}.weight")
     source = {**kwargs, "num_classes": 0 if head is None else head.shape[0]}
     overlay = {"state_dict": dict(init), "num_classes": source["num_classes"]}
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **source)

@@ -45,26 +45,25 @@ def add_arguments(parser):
     add("--img-size", type=cli.positive, help="with --arch: side of the images (default: 384)")
     add("--allow-seen", action="store_true", help="test on images of pre-training if need be")
     add("--frac", type=cli.fraction, default=1.0, help="share of the training labels used (4.2)")
-    modes = "e2e: all weights (4.2); linear: the head alone; knn: 20 nearest features, no training"
+    modes = "train all weights (4.2), the head alone, or nothing: 20 nearest features"
     add("--mode", default="e2e", choices=["e2e", "linear", "knn"], help=modes)
-    patience = "epochs without a lower validation loss before it stops (F.3.2)"
+    patience = "stop after N epochs without a lower validation loss (F.3.2)"
     add("--patience", type=cli.positive, default=5, metavar="N", help=patience)
-    weights = "minmax: the paper's, favors the majority; inverse: favors the rare"
-    kinds = ["minmax", "inverse", "none"]
-    add("--class-weights", default="minmax", choices=kinds, help=weights)
+    kinds = {"choices": ["minmax", "inverse", "none"], "default": "minmax"}
+    add("--class-weights", **kinds, help="minmax: the paper's, favors the majority")
     add("--seed", type=cli.count, help="with --arch: of the split (default: 0)")
-    seeds = "one run each, with its own label draw, head, order and augmentation; same split"
+    seeds = "a run each: its own labels, head, order, augmentation; the same split"
     add("--seeds", type=cli.count, nargs="+", metavar="N", help=seeds)
     add("--out", metavar="DIR", help="output folder (default: finetune_ARM_FRAC by the checkpoint)")
 
 
 def parse_arguments():
-    """The arguments, and the state of --resume FILE or None."""
+    """The arguments; where a run is resumed, those that it began with."""
     parser = cli.Parser(__doc__)
     data.add_arguments(parser)
     add_arguments(parser)
     cli.add_run_arguments(parser, epochs=50, lr=3e-4)  # F.3.2
-    args, state = parser.parse_args(), None
+    args = parser.parse_args()
     if args.ckpt and (args.img_size or args.arch_kwargs or args.init or args.seed is not None):
         parser.error("--img-size, --arch-kwargs, --init and --seed go with --arch, not with --ckpt")
     if args.resume is True:
@@ -76,14 +75,14 @@ def parse_arguments():
             saved = checkpoint.read_json(configs[-1], "arguments")["arguments"]
             args = cli.parse_again(parser, saved, MAY_CHANGE, configs[-1])
     elif args.resume:
-        args, state = resumed(parser, args, "finetune.py", MAY_CHANGE)
+        args, _ = resumed(parser, args, "finetune.py", MAY_CHANGE)
     if (args.ckpt is None) == (args.arch is None):
         parser.error("give either --ckpt FILE or --arch NAME")
     if args.arch and not args.data:
         parser.error("--arch needs --data PATH")
     args.ckpt = args.ckpt and os.path.abspath(args.ckpt)
     data.make_absolute(args)
-    return args, state
+    return args
 
 
 def output_folder(out, ckpt, arm, frac, mode):
@@ -97,7 +96,7 @@ def output_folder(out, ckpt, arm, frac, mode):
 def main():
     if distributed.world_size() > 1:
         raise UserError("finetune.py runs in one process, without torchrun: one GPU is enough")
-    args, given_state = parse_arguments()
+    args = parse_arguments()
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     if args.ckpt:
@@ -127,61 +126,55 @@ def main():
     split = data.split_and_report(images, args.seed, args.dedup, start.carried, args.allow_seen)
     seen = starts.seen_in_pretraining(start.seen, images)
     testing.refuse_untestable(images, split, seen, args.allow_seen)
-
+    job = SimpleNamespace(start=start, images=images, split=split, seen=seen, bs=args.bs)
+    job.device, job.amp, job.workers, job.linear = device, amp, args.workers, args.mode == "linear"
     results, written = [], OUTPUTS[:-3] if args.mode == "knn" else OUTPUTS[:-1]
-    common = {"start": start, "images": images, "split": split, "seen": seen, "bs": args.bs}
-    common |= {"device": device, "amp": amp, "workers": args.workers}
-    common["linear"] = args.mode == "linear"
-    for seed, folder in folders.items():
-        if args.resume and all((folder / name).exists() for name in written):
-            print(f"seed {seed}: {folder} is finished")
-            results.append(checkpoint.read_json(folder / "metrics.json", "test"))
+    for job.seed, job.out in folders.items():
+        if args.resume and all((job.out / name).exists() for name in written):
+            print(f"seed {job.seed}: {job.out} is finished")
+            results.append(checkpoint.read_json(job.out / "metrics.json", "test"))
             continue
-        used = label_fraction(images, split == "train", args.frac, seed)
-        job = SimpleNamespace(**common, seed=seed, out=folder, used=used)
-        job.weights = class_weights(images.labels[used].sum(0), args.class_weights).to(device)
-        job.digest = starts.data_digest(images, split, used)
-        state = given_state if given_state and given_state["seed"] == seed else None
-        if args.resume and state is None:
-            state = saved_state(folder)
+        job.used = label_fraction(images, split == "train", args.frac, job.seed)
+        job.weights = class_weights(images.labels[job.used].sum(0), args.class_weights).to(device)
+        job.digest = starts.data_digest(images, split, job.used)
+        state = saved_state(job.out) if args.resume else None
         if state is not None and state["digest"] != job.digest:
             what = "the images, their split or their labels are not those that the run"
-            raise UserError(f"{images.path}: {what} in {folder} began with")
-        checkpoint.start_folder(folder, OUTPUTS, OUTPUTS if state is None else ())
-        counts = ", ".join(f"{c} {n}" for c, n in class_counts(images, used).items())
-        labels = f"labels of {used.sum()} of {(split == 'train').sum()} training images"
-        print(f"seed {seed}: {labels}: {counts}")
+            raise UserError(f"{images.path}: {what} in {job.out} began with")
+        checkpoint.start_folder(job.out, OUTPUTS, OUTPUTS if state is None else ())
+        counts = ", ".join(f"{c} {n}" for c, n in class_counts(images, job.used).items())
+        of = f"{job.used.sum()} of {(split == 'train').sum()} training images"
+        print(f"seed {job.seed}: labels of {of}: {counts}")
         config = {"command": sys.argv, "arguments": vars(args)}
-        checkpoint.write_json(folder / "config.json", config)
-        data.write_split(folder, images, split, used)
+        checkpoint.write_json(job.out / "config.json", config)
+        data.write_split(job.out, images, split, job.used)
         if args.mode != "knn" and (state is None or "rng" in state):
-            metadata = {"script": "finetune.py", "args": vars(args), "seed": seed}
-            metadata["digest"] = job.digest
-            run = Run(folder, device, amp, metadata, state, save_every=args.save_every)
+            metadata = {"script": "finetune.py", "args": vars(args)}
+            metadata |= {"seed": job.seed, "digest": job.digest}
+            run = Run(job.out, device, amp, metadata, state, save_every=args.save_every)
             run.seconds_between_saves, run.normalization = 30, start.normalization
-            schedule = (args.epochs, args.patience, args.lr, args.min_lr, args.t_max)
-            model = build(job)
-            training = finetune(job, model, run, *schedule)
+            model, schedule = build(job), (args.patience, args.lr, args.min_lr, args.t_max)
+            training = finetune(job, model, run, args.epochs, *schedule)
             saved = {**start.metadata, "epoch": training["best_epoch"], "seed": args.seed}
             saved |= {"class_names": images.classes, "multilabel": images.multilabel}
             saved |= {"seen": starts.all_seen(images, split, start.seen), "training": training}
-            saved["split"] = carried(images, split, start.carried)
-            saved |= {"data": data.options(args, data.OPTIONS), "config": vars(args)}
-            checkpoint.save(folder / "best.pt", checkpoint.weights_file(model, **saved))
+            saved |= {"split": carried(images, split, start.carried), "config": vars(args)}
+            saved["data"] = data.options(args, data.OPTIONS)
+            checkpoint.save(job.out / "best.pt", checkpoint.weights_file(model, **saved))
         outcome = nearest(job) if args.mode == "knn" else tested(job)
         settings = {"ckpt": args.ckpt, "mode": args.mode, "frac": args.frac}
         results.append(testing.write_results(job, *outcome, {**settings, "split_seed": args.seed}))
-        (folder / "last.pt").unlink(missing_ok=True)
+        (job.out / "last.pt").unlink(missing_ok=True)
     if len(results) > 1:
         summary = summarize(results)
         checkpoint.write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
-        shown = {key: summary[key] for key in testing.SHOWN if key in summary}
-        scores = (f"{key} {x['mean']:.4f} ± {x['std']:.4f}" for key, x in shown.items())
-        print(f"{len(seeds)} seeds: {', '.join(scores)}")
+        shown = [(key, summary[key]) for key in testing.SHOWN if key in summary]
+        scores = ", ".join(f"{key} {x['mean']:.4f} ± {x['std']:.4f}" for key, x in shown)
+        print(f"{len(seeds)} seeds: {scores}")
     print(f"wrote {out}")
     if args.mode != "knn":
-        best = folder / "best.pt"
-        print(f"next: python predict.py --ckpt {best} --data new_images/ --out predictions.csv")
+        files = f"--ckpt {job.out / 'best.pt'} --data new_images/ --out predictions.csv"
+        print(f"next: python predict.py {files}")
 
 
 def saved_state(folder):
@@ -231,7 +224,7 @@ def build(job):
     if job.linear:
         model.requires_grad_(False)
         model.get_classifier().requires_grad_(True)
-    return model.to(job.device, memory_format=torch.channels_last).train(not job.linear)
+    return model.to(job.device).train(not job.linear)
 
 
 def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
@@ -280,7 +273,7 @@ def tested(job):
     """The test probabilities (N, C) of best.pt, and what metrics.json says of its training."""
     best = starts.load_weights(job.out / "best.pt")
     model = starts.build(best, job.out / "best.pt")
-    model.to(job.device, memory_format=torch.channels_last)
+    model.to(job.device)
     _, probabilities = evaluate(job, model, batches_of(job, job.split == "test"))
     training, log = best["training"], best["training"]["log"]
     checkpoint.write_json_lines(job.out / "log.jsonl", log)
@@ -294,7 +287,7 @@ def nearest(job):
     """--mode knn: label the test images by the used ones (collapse.knn). Returns as tested()."""
     began, images = time.perf_counter(), job.images
     torch.manual_seed(job.seed)
-    model = job.start.make().to(job.device, memory_format=torch.channels_last)
+    model = job.start.make().to(job.device)
 
     def features(mask):
         loader = on_device(batches_of(job, mask), job.device, *job.start.normalization)

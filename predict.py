@@ -155,7 +155,7 @@ def main():
     run, outputs = (args.bs, args.workers, device, amp, bool(args.embeddings)), []
     for arm in arms:
         images.decode(arm.img_size, data.cache_dir(args.cache), args.skip_bad)
-        arm.model.to(device, memory_format=torch.channels_last)
+        arm.model.to(device)
         outputs.append(outputs_of(arm, images.images, *run))
     for note in dict.fromkeys(images.notes):  # each once, though there are several sizes
         print(note)

@@ -40,21 +40,19 @@ ABLATIONS = ("blur", "solarize", "sgd", "sigmoid", "softmax")
 
 def add_arguments(parser):
     """The flags of pre-training, besides those of the data and of every run."""
-    add = parser.add_argument
-    add("--demo", action="store_true", help="draw labelled images to OUT/images; small arms")
-    objective = "cosine: equation 1; vicreg: does not let the arms collapse (docs/collapse.md)"
-    add("--objective", default="cosine", choices=list(losses.OBJECTIVES), help=objective)
-    fail = "stop with status 1 after an epoch whose logits have collapsed"
-    add("--fail-on-collapse", action="store_true", help=fail)
+    add, flag = parser.add_argument, {"action": "store_true"}
+    add("--demo", **flag, help="draw labelled images to OUT/images; small arms")
+    objectives = {"default": "cosine", "choices": list(losses.OBJECTIVES)}
+    add("--objective", **objectives, help="equation 1, or one that keeps the arms from collapse")
+    add("--fail-on-collapse", **flag, help="stop, status 1, after an epoch of collapsed logits")
     ablation = "more augmentation (Table 8), SGD for the CNN (9), an activation on the logits (21)"
     add("--ablation", nargs="+", default=[], choices=ABLATIONS, help=ablation)
     swa = "share of the run before weight averaging begins; 1: no averaging"
     add("--swa-start", type=cli.rate, default=0.75, metavar="SHARE", help=swa)
     add("--seed", type=cli.count, default=0, help="determines the split and everything after it")
     add("--out", metavar="DIR", help="output folder (default: here; with --demo: demo)")
-    add("--compile", action="store_true", help="torch.compile the step")
-    checkpointing = "recompute activations in the backward pass: less memory, more time"
-    add("--grad-checkpointing", action="store_true", help=checkpointing)
+    add("--compile", **flag, help="torch.compile the step")
+    add("--grad-checkpointing", **flag, help="recompute activations: less memory, more time")
 
 
 def parse_arguments():
@@ -202,10 +200,10 @@ def main():
         initial = state["initial"]
     with distributed.one_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
-    split = data.split_and_report(images, args.seed, args.dedup, initial)
+    split = data.split_and_report(images, args.seed, args.dedup, initial, allow_seen=True)
     config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}
     train_index, seen = begin(out, images, split, state, config)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device)
     augment = {name: name in args.ablation for name in ("blur", "solarize")}
     transform = data.augmentation(args.img_size, **augment)
     dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from common import checkpoint, schema
-from common.arms import make_arm, output_shape, rebuild_kwargs
+from common.arms import channels_last, make_arm, output_shape, rebuild_kwargs
 from common.cli import UserError
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, digest
 
@@ -35,7 +35,7 @@ def build(weights, path):
     except Exception as error:  # timm's models raise all kinds on odd arguments
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its weights do not fit {arch} of this timm ({reason})") from error
-    return model
+    return channels_last(model)
 
 
 def from_checkpoint(path):
