@@ -2,17 +2,22 @@
 
 import csv
 import itertools
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import one_line, picture
+from conftest import ROOT, one_line, picture, run
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import nn
 
 import finetune
-from tools import plotting as drawing
+from common.decode import decode
 from tools import visualize
 from tools.introspect import (
     attention,
@@ -103,10 +108,6 @@ def test_the_map_lands_on_the_patch_that_is_looked_at(kind):
         for one, place in zip(expected, places):
             one[place] = 1
         torch.testing.assert_close(maps, expected)
-        for one, image in zip(maps, images):  # and, resized, on its pixels
-            over = visualize.resized(one, 48)
-            assert image[0].flatten()[over.argmax()] == 1
-            assert over.reshape(6, 8, 6, 8).mean((1, 3)).argmax() == one.argmax()
 
 
 def test_class_token_s_row_and_mean_attention_received():
@@ -269,29 +270,137 @@ def test_cka_ignores_rotation_scale_and_shift_and_knows_what_is_unrelated_or_con
 # pictures
 
 
-def test_the_colours_grow_lighter_and_ticks_can_be_told_apart():
-    rgb = drawing.colours(np.append(np.linspace(-1, 3, 200), np.nan), -1, 3)
-    assert (np.diff(rgb[:200] @ (0.299, 0.587, 0.114)) > -0.5).all()  # but for rounding
-    assert tuple(rgb[0]) == tuple(drawing.SCALE[0]) and tuple(rgb[199]) == tuple(drawing.SCALE[-1])
-    assert tuple(rgb[200]) == drawing.UNKNOWN
-    for low, high in ((0, 1), (0.693146, 0.693149), (-1e-9, 1e9), (5, 5)):
-        marks = drawing.ticks(low, high)
-        assert marks[0][0] == low and marks[-1][0] == high
-        assert len({mark for _, mark in marks}) == len(marks) == (3 if high > low else 1)
+@pytest.fixture
+def texts(monkeypatch):
+    """texts() -> [(text, its box)] of what was drawn last, after a check that no two overlap and
+    none is cut off."""
+    boxes, real = {}, Text.draw
+
+    def draw(self, renderer):
+        if self.get_visible() and self.get_text().strip():
+            boxes[self] = self.get_window_extent(renderer), renderer
+        real(self, renderer)
+
+    def check():
+        found = [(text.get_text(), box) for text, (box, _) in boxes.items()]
+        for (one, a), (other, b) in itertools.combinations(found, 2):
+            both = Bbox.intersection(a, b)
+            assert both is None or min(both.size) < 1, f"{one!r} overlaps {other!r}"
+        for text, (box, renderer) in boxes.items():
+            width, height = renderer.width, renderer.height
+            within = box.min.min() > -1 and box.x1 < width + 1 and box.y1 < height + 1
+            assert within, f"{text.get_text()!r} is cut off"
+        boxes.clear()
+        return found
+
+    monkeypatch.setattr(Text, "draw", draw)
+    return check
 
 
-def test_text_keeps_to_its_width_and_tables_to_their_cells():
-    for string in ("a few words that need several lines", "/a/long/path" * 9, "Ödem 浮腫", ""):
-        assert drawing.text(string, 100).width <= 101
-    assert drawing.plain("Ödem é 浮") == "Odem e ?"
-    values = np.array([[0.0, 1.0, np.nan]])
-    table, side = drawing.matrix(values, ["a long name"], ["x", "y", "z"], [["0", "1", "-"]], 0, 1)
-    corners = [(table.width - cells * side + 1, table.height - 1) for cells in (3, 2, 1)]
-    assert [table.getpixel(corner) for corner in corners] == [
-        tuple(drawing.SCALE[0]),
-        tuple(drawing.SCALE[-1]),
-        drawing.UNKNOWN,
-    ]
+def rendered(figure):
+    """(H, W, 3) uint8 of a figure."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def start(model, label):
+    """What visualize.load gives of a weights file; pixels from 0 to 1."""
+    metadata = {"mean": [0] * 3, "std": [1] * 3}
+    device = torch.device("cpu")
+    return SimpleNamespace(model=model, size=48, label=label, device=device, metadata=metadata)
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """drawn(figure, starts, image (3, 48, 48), **args) -> the matplotlib figure."""
+
+    def draw(figure, starts, image, **args):
+        found = iter(starts)
+        monkeypatch.setattr(visualize, "load", lambda *_: next(found))
+        path = str(tmp_path / "a.png")
+        Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()).save(path)
+        args = SimpleNamespace(ckpt="a", compare="b", image=path, **args)
+        return figure(args)[0]
+
+    return draw
+
+
+@pytest.mark.parametrize("place", [(1, 4), (5, 0), (2, 2)])
+def test_the_map_is_drawn_over_the_patch_that_is_looked_at(place, drawn):
+    torch.manual_seed(0)
+    models = look_at_bright(KINDS["class token"]()), KINDS["class token"]().eval()
+    (image,), starts = bright(48, 8, [place]), [start(model, "vit") for model in models]
+    figure = drawn(visualize.attention, starts, image, block=1, n=None)
+    light = rendered(figure) @ (0.299, 0.587, 0.114)
+    *panels, bar = figure.axes
+    assert len(panels) == 6  # a row to a model: the image, the map over it, the map
+    for ax in panels[:3]:
+        (x0, y0), (x1, y1) = ax.get_window_extent().get_points().round().astype(int)
+        shown = light[len(light) - y1 : len(light) - y0, x0:x1]
+        at = np.argwhere(shown > shown.max() - 1).mean(0)  # the middle of what is brightest
+        assert tuple((6 * at / shown.shape).astype(int)) == place
+    scales = [panels[i].images[-1].get_clim() for i in (1, 2, 4, 5)]
+    assert scales == [scales[0]] * 4 and scales[0] == pytest.approx((0, 36))  # of equal shares
+
+
+def test_compared_feature_maps_share_a_scale_in_each_layer(drawn):
+    torch.manual_seed(0)
+    models = [timm.create_model("test_resnet").eval() for _ in range(2)]
+    starts, image = [start(model, "cnn") for model in models], torch.rand(3, 48, 48)
+    figure = drawn(visualize.features, starts, image, layers=2)
+    panels = figure.axes[:6]
+    images = (255 * image).byte()[None] / 255
+    for layer in (0, 1):
+        maps = [feature_maps(model, images, 2)[layer][1][0, :16] for model in models]
+        ends = min(m.min() for m in maps).item(), max(m.max() for m in maps).item()
+        for i, channels in enumerate(maps):
+            (shown,) = panels[3 * i + 1 + layer].images
+            assert shown.get_clim() == pytest.approx(ends, abs=1e-6)
+            values = np.ma.getdata(shown.get_array())[~np.ma.getmaskarray(shown.get_array())]
+            np.testing.assert_allclose(np.sort(values), channels.flatten().sort()[0], atol=1e-6)
+
+
+def test_tables_are_coloured_from_0_to_1_and_grey_where_there_is_no_number(texts):
+    values = np.array([[0.0, 1.0, np.nan], [0.5, 0.5, 0.5]])
+    names = ["W" * 60, "$x_$ and $y$", "b\udcff"]
+    cells = [[0, 1, "nan"], [99999, 12345, 0]]
+    panels, rows = {"before": (values, cells), "after": (values, cells)}, ["name " * 90] * 2
+    with visualize.matplotlib.rc_context(visualize.STYLE):
+        figure = visualize.tables(panels, rows, names, "share")
+        picture = rendered(figure)
+    words = {text.replace("\n", "") for text, _ in texts()}
+    assert {"before", "after", "share", "W" * 60, "$x_$ and $y$", "b?", "99999", "nan"} <= words
+    for ax in figure.axes[:2]:
+        ends = (68, 1, 84), (253, 231, 37), (211, 211, 211)  # of viridis, and light grey
+        for c, colour in enumerate(ends):
+            x, y = ax.transData.transform((c - 0.4, 0.4)).astype(int)
+            assert np.abs(picture[len(picture) - y, x] - np.array(colour)).max() <= 1
+
+
+def test_text_is_folded_to_its_width():
+    for text in ("a few words that need several lines", "/a/long/path" * 9, "Ödem 浮腫", ""):
+        folded = visualize.fold(text, 2)
+        assert max(map(len, folded.split("\n"))) <= 22
+        assert folded.replace("\n", "").replace(" ", "") == text.replace(" ", "")
+    assert visualize.fold("a\udcffb\nc", 2) == "a?b\nc"
+
+
+def test_curves_of_long_names_and_of_one_epoch_do_not_overlap(tmp_path, script, texts):
+    runs = [tmp_path / f"{i} {'a_long_name' * 9}" for i in range(7)]
+    for i, folder in enumerate(runs):
+        folder.mkdir()
+        row = {"epoch": 1, "train_loss": i, "val_loss": 1e9, "a_measure" * 9: 1e-9}
+        (folder / "log.jsonl").write_text(json.dumps(row))
+    out = tmp_path / "a.png"
+    for shown in (runs[:1], runs[:6]):
+        assert script(visualize, "curves", *shown, "--out", out)[0] == 0
+        words = [text.replace("\n", "") for text, _ in texts()]
+        assert words.count("a_measure" * 9) == 1
+        legend = map(str, shown) if len(shown) > 1 else ["train", "val"]
+        assert all(word.replace(" ", "") in [w.replace(" ", "") for w in words] for word in legend)
+    status, _, err = script(visualize, "curves", *runs, "--out", out)
+    assert status == 2 and "7 runs: only 6 can be told apart" in one_line(err)
 
 
 def test_curves_put_train_and_val_and_both_arms_together():
@@ -334,13 +443,31 @@ def test_the_sample_holds_every_class_and_keeps_the_proportions():
     assert len(visualize.sample(labels, 200, seed=0)) == 92
 
 
+def test_images_that_a_model_has_seen_are_avoided_while_there_are_others(pretrained, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["visualize.py", "attention", "--ckpt", "a"])
+    args = visualize.parse_arguments()
+    first = visualize.load(args, str(pretrained / "vit.pt"))
+    every = list(map(str, (pretrained.parent / "images").rglob("*.png")))
+
+    def seen(sources):
+        hashes = np.array([decode(source, 32)[1]["hash"] for source in sources], "u8").view("i8")
+        carried = torch.stack([torch.from_numpy(hashes), torch.zeros(len(hashes), dtype=int)])
+        return SimpleNamespace(**vars(first) | {"carried": carried})
+
+    for args.split in (None, str(pretrained / "split.csv")):  # drawn, or given
+        sources, _ = visualize.choose(args, [first], 100)
+        others, what = visualize.choose(args, [first, seen(sources[:3])], 100)
+        assert others and not set(others) & set(sources[:3]) and "of the test split" in what
+        assert visualize.choose(args, [first, seen(every)], 100)[0]
+
+
 def size_of(path):
     with Image.open(path) as image:
         image.load()
         return image.format, image.size
 
 
-def test_every_figure_of_a_run(pretrained, tmp_path, script, monkeypatch):
+def test_every_figure_of_a_run(pretrained, tmp_path, script, monkeypatch, texts):
     monkeypatch.chdir(tmp_path)
     assert script(finetune, "--ckpt", pretrained / "vit.pt", "--epochs", 2, "--out", "fine")[0] == 0
     with open(pretrained / "split.csv", newline="") as file:
@@ -375,9 +502,11 @@ def test_every_figure_of_a_run(pretrained, tmp_path, script, monkeypatch):
         assert status == 0 and "wrote out/figure.png" in out, err
         kind, (width, height) = size_of("out/figure.png")
         assert kind == "PNG" and min(width, height) > 150
+        words = "".join("".join(text for text, _ in texts()).split())
         sources, what = chosen.pop() if images else ([], "")
         assert len(sources) == images and {"/".join(s.split("/")[-2:]) for s in sources} <= test
         assert "test split" in what or not images
+        assert "".join(what.split()) in words
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["figure.png"]  # nothing half written
 
 
@@ -393,6 +522,14 @@ def test_one_image_needs_no_data_and_the_default_name_is_the_figure_s(
     assert status == 0 and size_of("attention.png")[0] == "PNG", err
     status, _, err = script(visualize, "features", "--ckpt", pretrained / "cnn.pt")
     assert status == 2 and "no such file or folder" in one_line(err)
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path):
+    code = "import sys, runpy; sys.modules['matplotlib'] = None; sys.argv[0] = 'visualize.py';"
+    code += "runpy.run_module('tools.visualize', run_name='__main__')"
+    done = run("-c", code, "curves", "anywhere", "--out", tmp_path / "a.png", cwd=ROOT)
+    assert done.returncode == 2
+    assert "pip install -r requirements-extra.txt" in one_line(done.stderr)
 
 
 def test_bad_input_gives_one_line_and_status_2(pretrained, folder, tmp_path, script, monkeypatch):

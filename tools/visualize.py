@@ -7,36 +7,43 @@
     python -m tools.visualize confusion RUN_FOLDER                       (confusion.csv)
 
 Images come from the test split of the checkpoint's data, or are named by --image and data flags.
+Needs matplotlib: pip install -r requirements-extra.txt
 """
 
 import contextlib
 import csv
 import json
+import textwrap
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch.nn.functional import interpolate
-from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import data
 from common import cli
 from common.arms import make_arm
-from common.checkpoint import atomic_open
+from common.checkpoint import TEXT, atomic_open
 from common.cli import UserError
-from common.decode import decode, normalize
+from common.decode import decode
 from common.readers import read
-from common.report import class_counts
+from common.run import on_device
 from common.splits import stratified_order
-from common.starts import fill_in, from_checkpoint, load_weights, seen_in_pretraining
+from common.starts import fill_in, from_checkpoint, load_weights
 from tools import introspect
-from tools import plotting as draw
 
-SIDE = 240  # pixels of an image with attention
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+except ImportError:
+    matplotlib = None  # main() says so
+
+STYLE = {"image.cmap": "viridis", "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9}
+STYLE |= {"text.parse_math": False, "lines.markersize": 4, "legend.frameon": False}
+OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
+COLOURS = {"train": "#0072b2", "val": "#d55e00", "cnn": "#56b4e9", "vit": "#e69f00", "": "black"}
 
 
 def parse_arguments():
@@ -72,7 +79,7 @@ def parse_arguments():
 
 def load(args, path, check=lambda model, images: None):
     """A weights file: model, metadata and label. Its data and seed fill in args where these lack.
-    check(model, images) raises ValueError where the model cannot be drawn."""
+    What check(model, images) finds is kept; it raises ValueError for what cannot be drawn."""
     start = from_checkpoint(path)
     fill_in(args, start.data)
     args.seed = getattr(args, "seed", start.seed)
@@ -81,7 +88,8 @@ def load(args, path, check=lambda model, images: None):
     start.path, start.size = path, start.metadata["img_size"]
     start.label = f"{short(path)}: {start.metadata['arch']}"
     try:
-        check(start.model, torch.zeros(1, 3, start.size, start.size, device=start.device))
+        zeros = torch.zeros(1, 3, start.size, start.size, device=start.device)
+        start.checked = check(start.model, zeros)
     except ValueError as error:
         raise UserError(f"{path}: {start.metadata['arch']} {error}") from error
     return start
@@ -94,20 +102,18 @@ def choose(args, starts, n):
         return [args.image], short(args.image)
     images = read(args.data, **data.options(args))
     images.decode(starts[0].size, data.cache_dir(args.cache), args.skip_bad)
-    seen = seen_in_pretraining(starts[0].seen, images)
-    split = data.split_and_report(images, args.seed, args.dedup, seen, allow_seen=True)
+    split = data.split_and_report(images, args.seed, args.dedup, starts[0].carried, allow_seen=True)
     part = "test" if (split == "test").any() else "train"
-    seen = torch.cat([s.seen for s in starts if s.seen is not None] or [torch.zeros(0)])
-    unseen = (split == part) & ~seen_in_pretraining(seen, images)
+    seen = torch.cat([hashes[side < 2] for hashes, side in (s.carried for s in starts)])
+    unseen = (split == part) & ~np.isin(images.table["hash"].view("int64"), seen)
     index = np.flatnonzero(unseen if unseen.any() else split == part)
     rarest = images.labels[index].sum(0).min(initial=len(index))
     n = n or (30 if 30 * rarest >= len(index) else 100)
     index = index[sample(images.labels[index], n, args.seed)]
-    several = len(index) > 1
-    classes = [f"{c} {k}" if several else c for c, k in class_counts(images, index).items() if k]
+    several, counts = len(index) > 1, images.labels[index].sum(0)
+    classes = [f"{c} {k}" if several else c for c, k in zip(images.classes, counts) if k]
     what = f"{len(index)} images" if several else images.names[index[0]]
-    origin = "test split" if part == "test" else "training split, for want of a test split"
-    what += f" of the {origin}" + (f": {cli.preview(classes, 8)}" if classes else "")
+    what += f" of the {part} split" + (f": {cli.preview(classes, 8)}" if classes else "")
     return [images.sources[i] for i in index], what
 
 
@@ -125,16 +131,33 @@ def sample(labels, n, seed):
 def pixels(sources, size):
     """Image files or arrays -> (N, 3, size, size) uint8. Raises UserError."""
     try:
-        with cli.progress(sources) as bar:
-            return torch.from_numpy(np.stack([decode(source, size)[0] for source in bar]))
+        return torch.from_numpy(np.stack([decode(source, size)[0] for source in sources]))
     except ValueError as error:
         raise UserError(f"{cli.preview(sources)}: cannot be read ({error})") from error
 
 
 def batches(start, sources, batch_size=16):
     """Images as a model wants them: (n, 3, S, S) float, normalized, on its device."""
-    for images in pixels(sources, start.size).tensor_split(max(1, len(sources) // batch_size)):
-        yield normalize(images.to(start.device), start.metadata["mean"], start.metadata["std"])
+    parts = pixels(sources, start.size).tensor_split(max(1, len(sources) // batch_size))
+    return on_device(parts, start.device, start.metadata["mean"], start.metadata["std"])
+
+
+def fold(text, inches):
+    """Text in lines of so many inches; ? for the bytes of a file's name that are no UTF-8."""
+    lines = text.encode(errors="replace").decode().split("\n")
+    return "\n".join(textwrap.fill(line, int(11 * inches)) for line in lines)
+
+
+def beside_images(starts, sources, n):
+    """A figure and its axes, a row to a model: (len(starts), 1 + n), the images' mean in front."""
+    figure = Figure((3 * n + 4, 3.6 * len(starts) + 1), layout="compressed")
+    bare = {"frame_on": False, "xticks": [], "yticks": []}
+    axes = figure.subplots(len(starts), 1 + n, squeeze=False, subplot_kw=bare)
+    image = pixels(sources, starts[0].size).double().mean(0).permute(1, 2, 0).numpy() / 255
+    for ax, start in zip(axes[:, 0], starts):
+        ax.imshow(image)
+        ax.set_title(fold(start.label, 3))
+    return figure, axes
 
 
 def attention(args):
@@ -143,30 +166,25 @@ def attention(args):
     starts = [load(args, path, check) for path in (args.ckpt, args.compare) if path]
     sources, what = choose(args, starts, args.n)
     maps = [introspect.mean_attention(s.model, batches(s, sources), args.block) for s in starts]
-    maps = [m * m.numel() for m in maps]  # 1 is an equal share, whatever the number of patches
-    low, high = min(m.min() for m in maps).item(), max(m.max() for m in maps).item()
-    mean = pixels(sources, starts[0].size).double().mean(0).round().byte()
-    image = to_pil_image(mean).resize((SIDE, SIDE))
-    over = "heads and images" if len(sources) > 1 else "the heads"
-    what = f"Mean of {what}" if len(sources) > 1 else f"The image: {what}"
-    note = draw.text(f"{what}.\nAttention: mean over {over}.", SIDE)
-    border = (0, 0, SIDE - note.width, max(SIDE - note.height, 0))
-    panels = [draw.above(image, ImageOps.expand(note, border, "white"))]
-    for start, values in zip(starts, maps):
+    maps = [
+        m.numpy() * m.numel() for m in maps
+    ]  # 1 is an equal share, whatever the number of patches
+    scale = {"vmin": min(m.min() for m in maps), "vmax": max(m.max() for m in maps)}
+    figure, axes = beside_images(starts, sources, 2)
+    image = axes[0, 0].images[0]
+    scale |= {"extent": image.get_extent(), "interpolation": "bilinear"}
+    for (_, over, alone), start, values in zip(axes, starts, maps):
         kind = "no class token: mean attention that each patch receives"
         kind = kind if getattr(start.model, "cls_token", None) is None else "class token"
         blocks = len(introspect.attention_names(start.model))
-        title = f"{start.label}\nblock {args.block} of {blocks}, {kind}"
-        rgb = draw.colours(resized(values, SIDE), low, high)
-        over = 0.4 * np.asarray(image.convert("L"))[..., None] + 0.6 * rgb
-        pictures = [Image.fromarray(x.round().astype(np.uint8)) for x in (over, rgb)]
-        panels.append(draw.above(draw.text(title, SIDE), *pictures))
-    return draw.beside(*panels, draw.colour_bar(low, high, SIDE, "attention (1: an equal share)"))
-
-
-def resized(values, size):
-    """An (h, w) map of patches -> (size, size), with each value over the middle of its patch."""
-    return interpolate(values[None, None], (size, size), mode="bilinear")[0, 0]
+        over.set_title(fold(f"block {args.block} of {blocks}, {kind}", 3))
+        over.imshow(image.get_array().mean(-1), cmap="gray")
+        over.imshow(values, alpha=0.6, **scale)
+        drawn = alone.imshow(values, **scale)
+    figure.colorbar(drawn, ax=axes, label="attention (1: an equal share)")
+    if len(sources) == 1:
+        return figure, f"The image: {what}. Attention: mean over the heads."
+    return figure, f"Mean of {what}. Attention: mean over heads and images."
 
 
 def features(args):
@@ -175,24 +193,18 @@ def features(args):
     starts = [load(args, path, check) for path in (args.ckpt, args.compare) if path]
     sources, what = choose(args, starts, 1)
     found = [check(s.model, images) for s in starts for images in batches(s, sources)]
-    n, rows = 64 if args.layers == 1 else 16, []
-    for layer in zip(*found):  # the same convolution of each model
-        shown = [maps[0, :n].float().cpu() for _, maps in layer]
-        low, high = min(c.min() for c in shown).item(), max(c.max() for c in shown).item()
-        tile = min(max(shown[0].shape[-1], 44), 96)
-        grids = []
-        for start, (name, maps), channels in zip(starts, layer, shown):
-            c, h, w = channels.shape
-            title = "" if rows else f"{start.label}\n"
-            title += f"{name}: {c} of {maps.shape[1]} channels, {h} x {w}"
-            tiles = torch.from_numpy(draw.colours(channels, low, high)).permute(0, 3, 1, 2).float()
-            tiles = interpolate(tiles, (tile, tile), mode="area" if w > tile else "nearest")
-            grid = to_pil_image(make_grid(tiles.round().byte(), pad_value=255))
-            grids.append(draw.above(draw.text(title, grid.width), grid))
-        rows.append(draw.beside(*grids, draw.colour_bar(low, high, grid.height, "output")))
-    image = to_pil_image(pixels(sources, starts[0].size)[0]).resize((160, 160))
-    what = draw.text(what, rows[0].width - 160 - draw.GAP)
-    return draw.above(draw.beside(image, what), *rows, gap=draw.GAP)
+    figure, axes = beside_images(starts, sources, args.layers)
+    side = 8 if args.layers == 1 else 4
+    for column, *layer in zip(axes.T[1:], *found):  # the same convolution of each model
+        shown = [maps[0, : side**2, None].float().cpu() for _, maps in layer]
+        scale = {"vmin": min(m.min() for m in shown), "vmax": max(m.max() for m in shown)}
+        for ax, (name, maps), tiles in zip(column, layer, shown):
+            _, c, h, w = maps.shape
+            ax.set_title(fold(f"{name}: {len(tiles)} of {c} channels, {h}x{w}", 3))
+            grid = make_grid(tiles, nrow=side, padding=1 + w // 20, pad_value=np.nan)
+            drawn = ax.imshow(grid[0].numpy(), **scale)
+        figure.colorbar(drawn, ax=column, label="output")
+    return figure, f"The image: {what}"
 
 
 def before_training(args, arm, start):
@@ -219,49 +231,66 @@ def cka(args):
     sources, what = choose(args, after, args.n)
     if min(len(sources), args.bs) < 4:
         raise UserError(f"{len(sources)} images, --bs {args.bs}: CKA needs 4 images in a minibatch")
-    origin = began[0] if len({*began}) == 1 else "{} (rows), {} (columns)".format(*began)
-    names = [introspect.layer_names(start.model) for start in after]
-    pairs = {f"before training: {origin}": before, "after training": after}
-    panels, note = [], ""
-    for title, pair in pairs.items():
-        grams = []
-        for start, layers in zip(pair, names):
-            look = partial(introspect.layer_grams, start.model, names=layers)
-            grams.append(list(map(look, batches(start, sources, args.bs))))
+    panels = {}
+    for title, pair in (("before training", before), ("after training", after)):
+        parts = [(s, batches(s, sources, args.bs)) for s in pair]
+        grams = [[introspect.layer_grams(s.model, x, s.checked) for x in xs] for s, xs in parts]
         values = introspect.minibatch_cka(zip(*grams)).numpy()
-        labels = [["-" if np.isnan(v) else f"{v:.2f}" for v in row] for row in values]
-        table, height = draw.matrix(values, *names, labels, 0, 1)
-        panels.append(draw.above(draw.text(title, table.width), table))
+        panels[title] = values, np.char.mod("%.2f", values)
         if np.isnan(values).any():
-            note = "\nGrey: a layer that gives the same for every image."
-    figure = draw.beside(*panels, draw.colour_bar(0, 1, height, "linear CKA"), gap=2 * draw.GAP)
-    note = f"Rows: {after[0].label}. Columns: {after[1].label}.\n{what}{note}"
-    return draw.above(figure, draw.text(note, figure.width))
+            what += f"\nGrey, {title}: a layer that gives the same for every image."
+    rows, columns = (f"{s.label} (before training: {x})" for s, x in zip(after, began))
+    figure = tables(panels, *(start.checked for start in after), "linear CKA")
+    return figure, f"Rows: {rows}.\nColumns: {columns}.\n{what}"
+
+
+def tables(panels, rows, columns, measure):
+    """Tables beside each other, {title: (numbers (R, C) in [0, 1], the texts of the cells)}, of
+    equal rows and columns, with one colour bar; grey for NaN."""
+    rows, columns = ([fold(name, 2.5) for name in names] for names in (rows, columns))
+    lines = 1 + max(name.count("\n") for name in rows + columns)
+    cell = max(0.6, 0.17 * lines, 3 / len(columns))  # inches
+    width = cell * len(columns) * len(panels) + 4
+    figure = Figure((width, cell * len(rows) + 4), layout="compressed")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (title, (values, texts)) in zip(axes, panels.items()):
+        drawn = ax.imshow(values, vmin=0, vmax=1)
+        ax.set(title=title, facecolor="lightgrey")
+        ax.set_xticks(range(len(columns)), columns, rotation=90)
+        ax.set_yticks(range(len(rows)), rows)
+        for (r, c), value in np.ndenumerate(values):
+            ink = "white" if value < 0.6 else "black"
+            ax.text(c, r, texts[r][c], color=ink, ha="center", va="center")
+    figure.colorbar(drawn, ax=axes, label=measure)
+    return figure
 
 
 def curves(args):
     """The numbers in log.jsonl over the epochs; of several runs, a colour for each."""
-    runs, panels = [short(run) for run in args.run], {}
+    runs, panels, drawn = args.run, {}, {}
     several = len(runs) > 1
-    if len(runs) > len(draw.MORE):
-        raise UserError(f"{len(runs)} runs: only {len(draw.MORE)} can be told apart in one picture")
-    for run, path in zip(runs, args.run):
-        with lines_of(path, "log.jsonl") as lines:
+    if len(runs) > len(OKABE_ITO):
+        raise UserError(f"{len(runs)} runs: only {len(OKABE_ITO)} can be told apart in one picture")
+    for run in runs:
+        with lines_of(run, "log.jsonl") as lines:
             for title, found in series(map(json.loads, lines), several).items():
                 panels.setdefault(title, {}).update({run: found[""]} if several else found)
     only = args.only or [""]
     panels = {title: panels[title] for title in panels if any(word in title for word in only)}
     if not panels:
         none = f"nothing is called {' or '.join(only)}" if args.only else "holds no finished epoch"
-        raise UserError(f"{cli.preview(args.run)}/log.jsonl: {none}")
-    palette = dict(zip(runs, draw.MORE)) if several else draw.COLOURS
-    plots = [draw.plot(title, lines, palette) for title, lines in panels.items()]
-    width = max(p.width for p in plots)
-    plots = [ImageOps.expand(p, (0, 0, width - p.width, 0), "white") for p in plots]
-    rows = [draw.beside(*plots[i : i + 3], gap=2 * draw.GAP) for i in range(0, len(plots), 3)]
-    head = [draw.text("by epoch:" if several else f"{runs[0]}, by epoch")]
-    head += draw.legend(runs, palette) if several else []
-    return draw.above(draw.beside(*head), *rows, gap=draw.GAP)
+        raise UserError(f"{cli.preview(runs)}/log.jsonl: {none}")
+    palette = dict(zip(runs, OKABE_ITO)) if several else COLOURS
+    rows, columns = -(-len(panels) // 3), min(3, len(panels))
+    figure = Figure((4 * columns + 1, 2.3 * rows + 0.6), layout="constrained")
+    for i, (title, lines) in enumerate(panels.items(), 1):
+        ax = figure.add_subplot(rows, columns, i, title=fold(title, 3))
+        ax.locator_params("x", integer=True, min_n_ticks=1)
+        for name, points in lines.items():
+            kwargs = {"label": fold(name, 2), "color": palette[name]}
+            (drawn[name],) = ax.plot(*zip(*points), ".-", **kwargs)
+    figure.legend(handles=[drawn[name] for name in drawn if name], loc="outside right upper")
+    return figure, "by epoch" if several else f"{short(runs[0])}, by epoch"
 
 
 def series(rows, parted=False):
@@ -269,13 +298,12 @@ def series(rows, parted=False):
     val share a panel, and so do the arms, unless parted; a row of DINO's log is of one arm."""
     panels = {}
     for i, row in enumerate(rows, 1):
-        nested = [(key, value) for key, value in row.items() if isinstance(value, dict)]
-        inner = {f"{key}_{k}": v for key, value in nested for k, v in value.items()}
-        alone = row["arms"] if row.get("arms") in draw.COLOURS else ""
+        inner = {f"{a}_{b}": v for a, x in row.items() if isinstance(x, dict) for b, v in x.items()}
+        alone = row["arms"] if row.get("arms") in COLOURS else ""
         for key, value in (row | inner).items():
             if isinstance(value, (int, float)) and key not in ("epoch", "iteration"):
                 parts = key.split("_")
-                line = next((part for part in parts if part in draw.COLOURS), alone)
+                line = next((part for part in parts if part in COLOURS), alone)
                 panel = "_".join(part for part in parts if part != line) or key
                 if parted and line:
                     line, panel = "", f"{line}_{panel}"
@@ -290,15 +318,13 @@ def confusion(args):
         (_, *columns), *rows = csv.reader(lines)
         counts = np.array([row[1:] for row in rows], int).reshape(len(rows), len(columns))
         shares = counts / np.where(counts.any(1), counts.sum(1), np.nan)[:, None]
-        names, labels = [row[0] for row in rows], counts.astype(str).tolist()
-        table, height = draw.matrix(shares, names, columns, labels, 0, 1)
-    grey = "" if counts.any(1).all() else "; grey: no such image"
-    note = f"{counts.sum()} test images; rows: true classes; columns: predicted ones{grey}"
+        panels = {"": (shares, counts)}
+        figure = tables(panels, [row[0] for row in rows], columns, "share of row")
+    note = f"{counts.sum()} test images; rows: true classes; columns: predicted ones"
+    note += "" if counts.any(1).all() else "; grey: no such image"
     if columns == ["tp", "fp", "fn", "tn"]:
         note = f"{counts[0].sum()} test images; rows: labels; true/false positives/negatives"
-    figure = draw.beside(table, draw.colour_bar(0, 1, height, "share of row"))
-    note = draw.text(note, max(figure.width, SIDE))
-    return draw.above(draw.text(short(args.run)), figure, note)
+    return figure, f"{short(args.run)}\n{note}"
 
 
 @contextlib.contextmanager
@@ -306,7 +332,7 @@ def lines_of(run, name):
     """An open file of a run folder. Missing or of another kind, it gives a one-line error."""
     file = Path(run) / name
     try:
-        with open(file, encoding="utf-8", newline="") as lines:
+        with open(file, **TEXT) as lines:
             yield lines
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give the folder of one run") from error
@@ -316,16 +342,20 @@ def lines_of(run, name):
 
 def main():
     args = parse_arguments()
+    if matplotlib is None:
+        raise UserError("figures need matplotlib: pip install -r requirements-extra.txt")
     out = Path(args.out)
     cli.refuse_overwrite(out.parent, (), False)  # it may be no folder
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"{out}: is no name for a .png file (--out)")
     if args.image and out.exists() and Path(args.image).exists() and out.samefile(args.image):
         raise UserError(f"{out}: is the image to look at; write elsewhere with --out")
-    figure = ImageOps.expand(args.figure(args), draw.GAP, "white")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_open(out, "wb") as file:
-        figure.save(file, "PNG", optimize=True)
+    with matplotlib.rc_context(STYLE):
+        figure, note = args.figure(args)
+        figure.suptitle(fold(note, figure.get_figwidth() - 1), x=0.02, ha="left")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_open(out, "wb") as file:
+            figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
     print(f"wrote {out}")
 
 
