@@ -1,8 +1,6 @@
 """A labelled image folder drawn from scratch, to try everything without data of your own: four
 kinds of cells, told apart by outline and texture; colours, sizes and noise vary alike in all."""
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
@@ -18,19 +16,16 @@ DEFAULTS |= {"objective": "vicreg", "lr": 3e-4}  # equation 1 would collapse fro
 def cells(kind, rng):
     """(SIZE, SIZE, 3) uint8: an image of three to five cells of CLASSES[kind]."""
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    background = np.array([225, 195, 210]) + rng.normal(0, 10, 3)
-    stain = np.array([130, 90, 150]) + rng.normal(0, 12, 3)
+    background = [225, 195, 210] + rng.normal(0, 10, 3)
+    stain = [130, 90, 150] + rng.normal(0, 12, 3)
     image = background + rng.normal(0, 4, (SIZE, SIZE, 1))
     for _ in range(rng.integers(3, 6)):
         dx, dy = x - rng.uniform(8, SIZE - 8), y - rng.uniform(8, SIZE - 8)
-        angle, distance, radius = np.arctan2(dy, dx), np.hypot(dx, dy), rng.uniform(8, 11)
-        turn = rng.uniform(0, 2 * np.pi)
-        texture = {
-            "granular": np.kron(rng.choice([-1, 1], (SIZE // 2, SIZE // 2)), np.ones((2, 2))),
-            "ringed": np.cos(distance * 1.2 + turn),
-            "spiky": 0 * x,
-            "striped": np.cos((dx * np.cos(turn) + dy * np.sin(turn)) * 1.2),
-        }[CLASSES[kind]]
+        angle, distance = np.arctan2(dy, dx), np.hypot(dx, dy)
+        radius, turn = rng.uniform(8, 11), rng.uniform(0, 2 * np.pi)
+        grains = np.kron(rng.choice([-1, 1], (SIZE // 2, SIZE // 2)), np.ones((2, 2)))
+        stripes = np.cos((dx * np.cos(turn) + dy * np.sin(turn)) * 1.2)
+        texture = (grains, np.cos(distance * 1.2 + turn), 0 * x, stripes)[kind]
         spikes = 0.4 if CLASSES[kind] == "spiky" else 0.05
         edge = radius * (1 + spikes * np.sin(rng.integers(6, 9) * angle + turn))
         inside = np.clip(edge - distance, 0, 1)[..., None]
@@ -39,9 +34,9 @@ def cells(kind, rng):
 
 
 def draw(folder, seed):
-    """Write the images as folder/CLASS/000.png, the same ones for the same seed."""
+    """Write the images as folder/CLASS/000.png, the same ones for the same seed. folder: a Path."""
     for i in progress(range(PER_CLASS * len(CLASSES)), desc="drawing images"):
         number, kind = divmod(i, len(CLASSES))
-        file = Path(folder) / CLASSES[kind] / f"{number:03}.png"
+        file = folder / CLASSES[kind] / f"{number:03}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(cells(kind, np.random.default_rng([seed, i]))).save(file)
