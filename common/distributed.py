@@ -32,10 +32,9 @@ def start(device):
 
 
 def stop():
-    """Leave the others after a successful run. What is left of DistributedDataParallel must be gone
-    by then, or its threads may abort the process at exit (seen in torch 2.15)."""
+    """Leave the others after a successful run."""
     if dist.is_available() and dist.is_initialized():
-        gc.collect()
+        gc.collect()  # threads of DistributedDataParallel may abort the exit (seen in torch 2.15)
         dist.destroy_process_group()
 
 
@@ -53,25 +52,23 @@ def all_reduce(tensor, op="SUM"):
 
 def agree(numbers, device):
     """Whether all processes, which may not share a disk, have the same whole numbers."""
-    mine = torch.tensor(numbers, device=device)
-    return torch.equal(all_reduce(mine.clone(), "MAX"), all_reduce(mine.clone(), "MIN"))
+    return len(gather(torch.tensor([numbers], device=device)).unique(dim=0)) == 1
 
 
 def gather(x):
     """(n, ...) of this process -> (N, ...) of all, in the order of their ranks; n may differ. The
-    gradient into x is multiplied by the number of processes, over which DistributedDataParallel
-    averages: a loss over the whole batch needs the sum."""
+    gradient into x is that of the sum over the processes: DistributedDataParallel averages it."""
     if world_size() == 1:
         return x
     sizes = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
     sizes[rank()] = len(x)
     sizes = all_reduce(sizes).tolist()
-    padded = torch.cat([x.detach(), x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    parts = [part[:n] for part, n in zip(parts, sizes)]
-    parts[rank()] = x * world_size() - x.detach() * (world_size() - 1)
-    return torch.cat(parts)
+    whole = x.new_zeros(sum(sizes), *x.shape[1:])
+    mine = whole.narrow(0, sum(sizes[: rank()]), len(x))
+    mine.copy_(x.detach())
+    all_reduce(whole)
+    mine += (x - x.detach()) * world_size()  # zeros that carry the gradient
+    return whole
 
 
 def of_whole_batch(loss):
@@ -82,7 +79,7 @@ def of_whole_batch(loss):
 @contextlib.contextmanager
 def one_first():
     """The first process of each machine enters first (images are decoded once)."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if world_size() > 1 and not first:
         dist.barrier()
     yield first
