@@ -12,40 +12,28 @@ from common.decode import normalize
 COLLAPSED_SPREAD, COLLAPSED_AGREEMENT = 0.1, 0.25  # calibration: docs/collapse.md
 
 
-def spread(x):
-    """Mean std of the L2-normalized rows times sqrt(D): 0 for one vector, 1 for random ones."""
-    return (F.normalize(x, dim=1).std(0).mean() * x.shape[1] ** 0.5).item()
-
-
-def mean_cosine(x):
-    """Mean cosine between different rows, -1 to 1."""
-    total = F.normalize(x, dim=1).sum(0).square().sum()
-    return ((total - len(x)) / (len(x) * (len(x) - 1))).item()
-
-
-def effective_rank(x):
-    """RankMe (Garrido et al., arXiv 2210.02885), 1 to min(N, D): exp of the entropy of the singular
-    values. Differs from it: of centred rows, since a common offset hides the rest."""
+def measures(x):
+    """{name: number}. spread: mean std of the L2-normalized rows times sqrt(D), 0 for one vector, 1
+    for random ones; mean_cosine: of different rows; effective_rank: RankMe (Garrido et al., arXiv
+    2210.02885), 1 to min(N, D), exp of the entropy of the singular values. Differs from it: of
+    centred rows, since a common offset hides the rest."""
+    unit, n = F.normalize(x, dim=1), len(x)
     values = torch.linalg.svdvals(x - x.mean(0))
     p = values / values.sum().clamp(min=1e-30)
-    return torch.exp(-(p * (p + 1e-30).log()).sum()).item()
-
-
-def measures(x, name):
-    """{name_MEASURE: number} of the three above."""
-    return {f"{name}_{f.__name__}": f(x) for f in (spread, mean_cosine, effective_rank)}
+    found = {"spread": unit.std(0).mean() * x.shape[1] ** 0.5}
+    found["mean_cosine"] = (unit.sum(0).square().sum() - n) / (n * (n - 1))
+    found["effective_rank"] = torch.exp(-(p * (p + 1e-30).log()).sum())
+    return {name: value.item() for name, value in found.items()}
 
 
 def agreement(a, b):
     """Mean cosines of the rows of both arms, columns standardized, for the same image and different
     ones; and how often an image's row in `a` is nearest to its own in `b` (chance: 1 / N)."""
-    a, b = (x - x.mean(0) for x in (a, b))
-    a, b = (F.normalize(x / x.std(0).clamp(min=1e-12), dim=1) for x in (a, b))  # constants: 0
-    cosines, n = a @ b.T, len(a)
-    same = cosines.diagonal().mean()
+    a, b = ((x - x.mean(0)) / x.std(0).clamp(min=1e-12) for x in (a, b))  # constants: 0
+    cosines, n = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T, len(a)
     others = (cosines.sum() - cosines.trace()) / (n * (n - 1))
-    own = cosines.argmax(1) == torch.arange(n, device=cosines.device)
-    return same.item(), others.item(), own.float().mean().item()
+    own = cosines.argmax(1).cpu() == torch.arange(n)
+    return cosines.diagonal().mean().item(), others.item(), own.float().mean().item()
 
 
 def knn(features, labels, queries, k=20, temperature=0.07):
@@ -59,8 +47,7 @@ def knn(features, labels, queries, k=20, temperature=0.07):
 
 @torch.no_grad()
 def embed(model, batches):
-    """Features (N, D) before the head and logits (N, C), float32, in evaluation mode. batches: of
-    (N, 3, H, W), normalized."""
+    """Features (N, D) before the head and logits (N, C), float32, of normalized (n, 3, H, W)."""
     was_training, outputs = model.training, []
     model.eval()
     for images in batches:
@@ -72,26 +59,22 @@ def embed(model, batches):
 
 class Monitor:
     """Measures the arms on a fortieth of the training images, 32 to 512, unaugmented; with labels,
-    also by k-NN from these on as many validation images. Training sees nothing of it.
-
-    images: an ImageSet, decoded; split: (N,) "train", "val" or "test".
-    """
+    also by k-NN from these on as many validation images. Training sees nothing of it. images: an
+    ImageSet, decoded; split: (N,) "train", "val" or "test"."""
 
     def __init__(self, images, split, seed):
+        self.data, draw = images, torch.Generator().manual_seed(seed)
         train, val = (np.flatnonzero(split == part) for part in ("train", "val"))
         n = min(len(train), max(32, min(512, len(train) // 40)))
-        draw = torch.Generator().manual_seed(seed)
-        chosen = (torch.randperm(len(x), generator=draw)[:n].sort().values for x in (train, val))
-        self.train, self.val = (x[i.numpy()] for x, i in zip((train, val), chosen))
-        self.data = images
+        orders = (torch.randperm(len(x), generator=draw).numpy() for x in (train, val))
+        self.train, self.val = (np.sort(x[i[:n]]) for x, i in zip((train, val), orders))
 
     def __call__(self, arms, device):
-        """arms: {name: timm model}. Returns {measure: number}, in float32: bfloat16 would round
-        away what nearly equal rows differ by."""
+        """{name: timm model} -> {measure: number}, in float32: bfloat16 would hide a collapse."""
         result, logits = {}, {}
         for name, model in arms.items():
             features, logits[name] = embed(model, self._batches(self.train, device))
-            result |= measures(features, f"{name}_features")
+            result |= {f"{name}_features_{key}": x for key, x in measures(features).items()}
             if self.data.classes and len(self.val):
                 queries, _ = embed(model, self._batches(self.val, device))
                 result[f"{name}_knn_readout"] = self._accuracy(features.cpu(), queries.cpu())
@@ -99,15 +82,15 @@ class Monitor:
             numbers = agreement(*logits.values())
             result |= zip(("agreement", "agreement_others", "retrieval"), numbers)
             for name, x in logits.items():
-                result |= measures(x, f"{name}_logits")
+                result |= {f"{name}_logits_{key}": x for key, x in measures(x).items()}
                 narrow = result[f"{name}_logits_spread"] < COLLAPSED_SPREAD
                 result[f"{name}_logits_collapsed"] = narrow and numbers[0] < COLLAPSED_AGREEMENT
         return {key: x if isinstance(x, bool) else round(x, 5) for key, x in result.items()}
 
     def _batches(self, index, device):
-        for start in range(0, len(index), 64):
-            part = np.stack([self.data.images[i] for i in index[start : start + 64]])
-            yield normalize(torch.from_numpy(part).to(device))
+        for part in np.split(index, range(64, len(index), 64)):
+            pixels = np.stack([self.data.images[i] for i in part])
+            yield normalize(torch.from_numpy(pixels).to(device))
 
     def _accuracy(self, features, queries):
         labels = torch.from_numpy(self.data.labels).float()
@@ -120,12 +103,10 @@ class Monitor:
 def in_brief(row):
     """What the progress line shows of a log row."""
     arms = row["arms"].split("+")
-    parts = [f"{arm} rank {row[f'{arm}_features_effective_rank']:.0f}" for arm in arms]
-    if "agreement" in row:
-        parts.append(f"agreement {row['agreement']:.2f}")
-    if f"{arms[0]}_knn_readout" in row:
-        parts.append("k-NN: " + " ".join(f"{arm} {row[f'{arm}_knn_readout']:.2f}" for arm in arms))
-    return ", " + ", ".join(parts)
+    shown = {f"{arm} rank": row[f"{arm}_features_effective_rank"] for arm in arms}
+    shown |= {f"{arm} k-NN": row.get(f"{arm}_knn_readout") for arm in arms}
+    shown["agreement"] = row.get("agreement")
+    return "".join(f", {name} {x:.3g}" for name, x in shown.items() if x is not None)
 
 
 def react(row, objective, fail):
@@ -134,11 +115,9 @@ def react(row, objective, fail):
     if not arms:
         return
     spreads = ", ".join(f"{row[f'{arm}_logits_spread']:.2g}" for arm in arms)
-    detail = f"spread {spreads}; agreement {row['agreement']:.2f}"
-    what = f"the logits of {' and '.join(arms)} have collapsed to nearly one vector ({detail})"
-    text = f"epoch {row['epoch']}: {what}, which a low loss does not show"
-    if objective == "cosine":
-        text += "; see docs/collapse.md, or try --objective vicreg --lr 3e-4"
+    text = f"epoch {row['epoch']}: the logits of {' and '.join(arms)} have collapsed to nearly one"
+    text += f" vector (spread {spreads}; agreement {row['agreement']:.2f}), which a low loss hides"
+    text += "; see docs/collapse.md, or try --objective vicreg --lr 3e-4" * (objective == "cosine")
     if fail:
         raise FloatingPointError(f"{text} (--fail-on-collapse)")
     tqdm.write(text, file=sys.stderr)

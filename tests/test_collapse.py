@@ -21,25 +21,25 @@ def test_spread_and_mean_cosine_equal_the_loops():
     rows = [[v / math.sqrt(sum(u * u for u in row)) for v in row] for row in x.tolist()]
     columns = list(zip(*rows))
     sds = [math.sqrt(sum((v - sum(c) / 7) ** 2 for v in c) / 6) for c in columns]
-    assert collapse.spread(x) == pytest.approx(sum(sds) / 5 * math.sqrt(5), rel=1e-5)
+    assert collapse.measures(x)["spread"] == pytest.approx(sum(sds) / 5 * math.sqrt(5), rel=1e-5)
     pairs = [
         sum(a * b for a, b in zip(p, q))
         for i, p in enumerate(rows)
         for j, q in enumerate(rows)
         if i != j
     ]
-    assert collapse.mean_cosine(x) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+    assert collapse.measures(x)["mean_cosine"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
 
 
 def test_measures_of_a_constant_and_of_everything():
     constant = torch.ones(20, 4) * torch.rand(4)
-    assert collapse.spread(constant) == pytest.approx(0, abs=1e-6)
-    assert collapse.mean_cosine(constant) == pytest.approx(1, abs=1e-5)
+    assert collapse.measures(constant)["spread"] == pytest.approx(0, abs=1e-6)
+    assert collapse.measures(constant)["mean_cosine"] == pytest.approx(1, abs=1e-5)
     torch.manual_seed(0)
     everywhere = torch.randn(2000, 16)
-    assert collapse.spread(everywhere) == pytest.approx(1, abs=0.02)
-    assert collapse.mean_cosine(everywhere) == pytest.approx(0, abs=0.01)
-    assert collapse.effective_rank(everywhere) == pytest.approx(16, abs=0.2)
+    assert collapse.measures(everywhere)["spread"] == pytest.approx(1, abs=0.02)
+    assert collapse.measures(everywhere)["mean_cosine"] == pytest.approx(0, abs=0.01)
+    assert collapse.measures(everywhere)["effective_rank"] == pytest.approx(16, abs=0.2)
 
 
 def test_effective_rank_of_known_singular_values():
@@ -51,8 +51,10 @@ def test_effective_rank_of_known_singular_values():
     x = u @ torch.diag(values) @ v.T
     p = (values / 8).tolist()
     expected = math.exp(-sum(q * math.log(q) for q in p))
-    assert collapse.effective_rank(x) == pytest.approx(expected, rel=1e-4)
-    assert collapse.effective_rank(x + 100 * torch.randn(6)) == pytest.approx(expected, rel=1e-2)
+    assert collapse.measures(x)["effective_rank"] == pytest.approx(expected, rel=1e-4)
+    assert collapse.measures(x + 100 * torch.randn(6))["effective_rank"] == pytest.approx(
+        expected, rel=1e-2
+    )
 
 
 def test_agreement_of_equal_of_unrelated_and_of_shuffled_arms():
