@@ -1,5 +1,6 @@
 """The two arms from what a user typed: timm models, initial weights, and one-line errors."""
 
+import argparse
 import difflib
 import logging
 
@@ -24,30 +25,28 @@ def is_shape_argument(key, value=None):
     return key not in NOT_SHAPE and not str(key).startswith("pretrained") and plain
 
 
-class KeyValues(ParseKwargs):
-    """timm's KEY=VALUE arguments, with a one-line error for anything else."""
-
-    def __call__(self, parser, namespace, values, flag=None):
-        for value in values:
-            key, equals, _ = value.partition("=")
-            if not equals or not is_shape_argument(key):
-                advice = "image size and weights have flags of their own"
-                parser.error(f"{flag}: {value} is no KEY=VALUE that shapes a model ({advice})")
-        super().__call__(parser, namespace, values, flag)
+def key_value(text):
+    """An argparse type: KEY=VALUE that shapes a model."""
+    if "=" not in text or not is_shape_argument(text.partition("=")[0]):
+        what = f"{text} is no KEY=VALUE that shapes a model"
+        raise argparse.ArgumentTypeError(f"{what} (size and weights have flags of their own)")
+    return text
 
 
-KWARGS = {"nargs": "*", "default": {}, "action": KeyValues, "metavar": "KEY=VALUE"}  # such a flag
+# such a flag, for timm.create_model
+KWARGS = {"nargs": "*", "default": {}, "type": key_value, "action": ParseKwargs}
+KWARGS["metavar"] = "KEY=VALUE"
 
 
 def add_arguments(parser):
     """The flags of the two arms."""
-    names = {"cnn": "resnet50.a1_in1k", "vit": "vit_base_patch16_384.augreg_in21k_ft_in1k"}
-    add, inits = parser.add_argument, ["imagenet", "random"]
-    for arm, name in names.items():
+    add, vit = parser.add_argument, "vit_base_patch16_384.augreg_in21k_ft_in1k"
+    for arm, name in (("cnn", "resnet50.a1_in1k"), ("vit", vit)):
         add(f"--{arm}", default=name, metavar="NAME", help=f"the {arm} arm, any timm model")
         add(f"--{arm}-kwargs", **KWARGS, help="for timm.create_model, such as patch_size=8")
         add(f"--init-{arm}", metavar="WHAT", help="imagenet, random or a weights file, for one arm")
-    add("--init", default="imagenet", choices=inits, help="of both arms (Table 20)")
+    init = {"default": "imagenet", "choices": ["imagenet", "random"]}
+    add("--init", **init, help="of both arms (Table 20)")
     add("--img-size", type=positive, default=384, help="side of the images in pixels (F.2.2)")
 
 
@@ -60,14 +59,20 @@ def make_arm(flag, name, init, img_size, **model_kwargs):
     if init not in ("imagenet", "random"):
         init = checkpoint.load_state_dict(init)
     try:
-        return build_arm(name, img_size, init=init, **model_kwargs)
+        return channels_last(build_arm(name, img_size, init=init, **model_kwargs))
     except (TypeError, AssertionError, RuntimeError, KeyError, AttributeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{flag} {name}: cannot be built with these arguments: {reason}") from error
+        problem = "cannot be built with these arguments: " + " ".join(str(error).split())[:300]
+        raise UserError(f"{flag} {name}: {problem}") from error
     except Exception as error:  # the download raises errors of many kinds
         file = "--init FILE" if flag == "--arch" else f"--init-{flag[2:]} FILE"
         problem = f"its ImageNet weights could not be downloaded; give --init random, or {file}"
         raise UserError(f"{flag} {name}: {problem}") from error
+
+
+def channels_last(model):
+    """The model in the memory format that is faster, unless some weights have five dimensions."""
+    plain = all(x.ndim < 5 for x in model.state_dict().values())
+    return model.to(memory_format=torch.channels_last) if plain else model
 
 
 def rebuild_kwargs(name, img_size, model_kwargs):
@@ -83,7 +88,7 @@ def output_shape(model, img_size, name):
     try:
         return tuple(model.eval()(torch.zeros(1, 3, img_size, img_size)).shape)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise UserError(f"{name} accepts no images of 3x{img_size}x{img_size}: {reason}") from error
     finally:
         model.train(was_training)
@@ -104,26 +109,20 @@ def save(out, arm, model, name, kwargs, img_size, metadata):
 
 
 def enable_grad_checkpointing(model, name):
-    """Recompute activations in the backward pass; hooks keep batch-norm from counting that second
-    forward pass in its running statistics. Raises UserError."""
+    """Recompute activations in the backward pass; batch-norm does not count that second forward
+    pass in its running statistics. Raises UserError."""
     try:
         model.set_grad_checkpointing()
     except (AssertionError, AttributeError) as error:
         raise UserError(f"--grad-checkpointing: timm has none for {name}") from error
 
-    graph = torch._C._current_graph_task_id  # -1 outside a backward pass
-
-    def hold(module, _):
-        if graph() != -1:
-            module.held = module.momentum, module.num_batches_tracked.clone()
-            module.momentum = 0.0
-
-    def release(module, *_):
-        if graph() != -1:
-            module.momentum, count = module.held
-            module.num_batches_tracked.copy_(count)
+    def swap(module, *_):
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass
+            now = module.momentum, module.num_batches_tracked
+            (module.momentum, module.num_batches_tracked), module.second = module.second, now
 
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(hold)
-            module.register_forward_hook(release, always_call=True)  # recomputation may stop early
+            module.second = 0.0, torch.tensor(0)
+            module.register_forward_pre_hook(swap)
+            module.register_forward_hook(swap, always_call=True)  # recomputation may stop early
