@@ -29,23 +29,17 @@ from common.splits import cross_split_duplicates, make_split, sides
 
 
 def augmentation(img_size, blur=False, solarize=False):
-    """The augmentations of F.2.2 (v6) on (3, H, W) uint8, after resizing.
-
-    With p = 0.3 color jitter or perspective, with p = 0.3 color jitter or affine, at equal odds;
-    then both flips, p = 0.3 each. The strengths of the jitter are not in the paper: 0.2 as in its
-    notebooks, hue 0.05 ours. blur, solarize: for Table 8, with DINO's parameters, our choice.
-    """
+    """F.2.2 (v6), on (3, H, W) uint8: with p = 0.3 color jitter or perspective, with p = 0.3 color
+    jitter or affine, at equal odds; then both flips, p = 0.3 each. Jitter, not in the paper: 0.2 as
+    in its notebooks, hue 0.05 ours. blur, solarize: Table 8, DINO's parameters, our choice."""
     jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
     perspective = v2.RandomPerspective(0.2, 1.0, InterpolationMode.BILINEAR)
     affine = v2.RandomAffine(10, interpolation=InterpolationMode.BILINEAR)
     steps = [v2.RandomApply([v2.RandomChoice([jitter, x])], 0.3) for x in (perspective, affine)]
     steps += [v2.RandomHorizontalFlip(0.3), v2.RandomVerticalFlip(0.3)]
-    if blur:
-        kernel = max(3, img_size // 10 // 2 * 2 + 1)  # odd, a tenth of the image
-        steps.append(v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], 0.5))
-    if solarize:
-        steps.append(v2.RandomSolarize(128, 0.2))
-    return v2.Compose(steps)
+    kernel = max(3, img_size // 10 // 2 * 2 + 1)  # odd, a tenth of the image
+    steps += [v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], 0.5)] * blur
+    return v2.Compose(steps + [v2.RandomSolarize(128, 0.2)] * solarize)
 
 
 class AugmentedImages(Dataset):
@@ -60,11 +54,10 @@ class AugmentedImages(Dataset):
         epoch, i = item
         image = torch.from_numpy(np.array(self.images[self.index[i]]))
         if self.transform is not None:
-            state = torch.get_rng_state()
-            draw = np.random.SeedSequence([self.seed, epoch, i]).generate_state(1)[0]
-            torch.default_generator.manual_seed(int(draw))
-            image = self.transform(image)
-            torch.set_rng_state(state)
+            with torch.random.fork_rng([]):
+                draw = np.random.SeedSequence([self.seed, epoch, i]).generate_state(1)[0]
+                torch.default_generator.manual_seed(int(draw))
+                image = self.transform(image)
         return image if self.targets is None else (image, self.targets[i])
 
     def __len__(self):
@@ -72,21 +65,18 @@ class AugmentedImages(Dataset):
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, i), shuffled by (seed, epoch). Every image comes once an epoch, except a
-    last batch of a single image, which is left out where drop_single (batch-norm).
-
-    Set `epoch` before each pass, and `start` to skip its first batches. With several processes,
-    each takes its share, number `rank`, of batches that are `world_size` times as large.
-    """
+    """Batches of (epoch, i), shuffled by (seed, epoch); a last batch of a single image is left out
+    where drop_single (batch-norm). Set `epoch` before each pass, and `start` to skip its first
+    batches. Each process takes its share, number `rank`, of batches `world_size` times as large."""
 
     def __init__(self, n, batch_size, seed=None, drop_single=True, rank=0, world_size=1):
         self.n, self.batch_size, self.seed = n, batch_size * world_size, seed
         self.rank, self.world_size, self.epoch, self.start = rank, world_size, 0, 0
-        rest = n % self.batch_size
-        self.single = drop_single and n > self.batch_size and 0 < rest < 2 * world_size
+        single = drop_single and n > self.batch_size and 0 < n % self.batch_size < 2 * world_size
+        self.length = math.ceil(n / self.batch_size) - single
 
     def __len__(self):
-        return math.ceil(self.n / self.batch_size) - self.single
+        return self.length
 
     def __iter__(self):
         order = np.arange(self.n)
@@ -107,56 +97,50 @@ def loader(dataset, batches, device, workers=None):
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
     options = {"num_workers": workers, "persistent_workers": workers > 0}
     options |= {"worker_init_fn": _ignore_signals, "pin_memory": device.type == "cuda"}
-    options["generator"] = torch.Generator().manual_seed(0)  # leaves torch's own as it is
-    return DataLoader(dataset, batch_sampler=batches, **options)
+    generator = torch.Generator().manual_seed(0)  # leaves torch's own as it is
+    return DataLoader(dataset, batch_sampler=batches, generator=generator, **options)
 
 
 def split_and_report(images, seed, dedup=False, known=None, allow_seen=False):
-    """make_split, --dedup, and the report at the start of every run. known: (2, M) carried split.
-    Returns the split."""
-    known = None if known is None else sides(images, known)
-    split = make_split(images, seed, known, allow_seen)
-    if dedup:
-        kept = ~cross_split_duplicates(images, split)
-        if not kept.all():
-            what = f"{(~kept).sum()} exact duplicates of images in an earlier split"
-            images.notes.append(f"left out by --dedup: {what}")
-        images.keep(kept)
-        split = split[kept]
+    """make_split, --dedup, and the report of every run; known: (2, M) carried split. The split."""
+    split = make_split(images, seed, None if known is None else sides(images, known), allow_seen)
+    if dedup and (copies := cross_split_duplicates(images, split)).any():
+        what = f"{copies.sum()} exact duplicates of images in an earlier split"
+        images.notes.append(f"left out by --dedup: {what}")
+        images.keep(~copies)
+        split = split[~copies]
     report.print_report(images, split)
     return split
 
 
-def add_arguments(parser, positional=False):
+def path(text):
+    """An argparse type: an absolute path, which holds from any folder; none: that of --no-cache."""
+    return text if text in ("", "none") else os.path.abspath(text)
+
+
+def add_arguments(parser, data="--data"):
     """The data flags, the same for every script."""
     add = parser.add_argument
-    path = "image folder, CSV file or MedMNIST .npz (layouts: data.py --help)"
-    add("data" if positional else "--data", metavar="PATH", help=path)
-    add("--images", metavar="DIR", help="folder of a CSV file's images")
+    layouts = "image folder, CSV file or MedMNIST .npz (layouts: data.py --help)"
+    add(data, metavar="PATH", type=path, help=layouts)
+    add("--images", metavar="DIR", type=path, help="folder of a CSV file's images")
     add("--image-col", metavar="NAME", help="CSV column of image names")
     labels = "CSV column of labels, or several 0/1 columns; none: ignore labels, train on all"
     add("--label-col", metavar="NAME", nargs="+", help=labels)
     add("--label-sep", metavar="SEP", help="separator of several labels in one cell, or none")
     add("--multilabel", action="store_true", help="several labels per image, if each here has one")
     add("--group-col", metavar="NAME", help="CSV column of patients or lesions, kept on one side")
-    add("--split", metavar="FILE", help="CSV with path and split, made elsewhere")
+    add("--split", metavar="FILE", type=path, help="CSV with path and split, made elsewhere")
     add("--dedup", action="store_true", help="drop exact duplicates of images in earlier splits")
     add("--skip-bad", action="store_true", help="leave unreadable images out")
-    add("--cache", metavar="DIR", help=f"folder of the decoded images (default: {default_dir()})")
+    cache = f"folder of the decoded images (default: {default_dir()})"
+    add("--cache", metavar="DIR", type=path, help=cache)
     no_cache = {"action": "store_const", "const": "none", "help": "decode again in every epoch"}
     add("--no-cache", dest="cache", **no_cache)
 
 
 READING = ("images", "image_col", "label_col", "label_sep", "multilabel", "group_col", "split")
 OPTIONS = ("data", *READING, "skip_bad", "dedup", "cache")  # what a weights file carries
-
-
-def make_absolute(args):
-    """Make the paths among the data flags absolute, so that they hold from any folder."""
-    for key in ("data", "images", "split", "cache"):
-        value = getattr(args, key, None)
-        if value and (key, value) != ("cache", "none"):
-            setattr(args, key, os.path.abspath(value))
 
 
 def options(args, keys=READING):
@@ -178,12 +162,11 @@ def write_split(out, images, split, used=None):
 
 def main():
     parser = Parser(__doc__)
-    add_arguments(parser, positional=True)
+    add_arguments(parser, "data")
     parser.add_argument("--img-size", type=positive, default=384, help="side of the decoded images")
     parser.add_argument("--seed", type=count, default=0, help="of the split")
     parser.add_argument("--out", metavar="DIR", help="write split.csv and duplicates.csv there")
     args = parser.parse_args()
-    make_absolute(args)
     if args.out:
         claim(out := Path(args.out))
     images = read(args.data, **options(args))

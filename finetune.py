@@ -81,7 +81,6 @@ def parse_arguments():
     if args.arch and not args.data:
         parser.error("--arch needs --data PATH")
     args.ckpt = args.ckpt and os.path.abspath(args.ckpt)
-    data.make_absolute(args)
     return args
 
 

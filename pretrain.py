@@ -82,7 +82,6 @@ def parse_arguments():
         parser.error(f"--objective {args.objective} compares the images of a batch: --bs 2 or more")
     if {"sigmoid", "softmax"} <= set(args.ablation):
         parser.error("--ablation takes sigmoid or softmax, not both")
-    data.make_absolute(args)
     return args, state
 
 

@@ -52,7 +52,8 @@ def all_reduce(tensor, op="SUM"):
 
 def agree(numbers, device):
     """Whether all processes, which may not share a disk, have the same whole numbers."""
-    return len(gather(torch.tensor([numbers], device=device)).unique(dim=0)) == 1
+    mine = torch.tensor(numbers, device=device)
+    return torch.equal(all_reduce(mine.clone(), "MAX"), all_reduce(mine.clone(), "MIN"))
 
 
 def gather(x):

@@ -232,7 +232,6 @@ def parse_arguments():
     if args.t_max != "run":
         parser.error("--t-max: DINO's learning rate has one descent; leave the flag out")
     args.lr = 5e-4 * args.bs * world_size() / 256 if args.lr is None else args.lr
-    data.make_absolute(args)
     return args, state
 
 

@@ -103,7 +103,6 @@ def parse_arguments():
     args.warm = dict(zip(("cnn", "vit"), args.warm or ()))
     args.warm_weights = {arm: load_weights(path) for arm, path in args.warm.items()}
     args.device_flags = ["--device", args.device] if args.device != "auto" else []
-    data.make_absolute(args)
     args.out = Path(args.out or f"runs/{'table' * args.table.isdigit()}{args.table}")
     cli.refuse_overwrite(args.out, (), False)  # it may be no folder
     return args
