@@ -20,12 +20,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
-from common import report
-from common.checkpoint import write_csv
 from common.cli import Parser, claim, count, on_stop, positive, run
 from common.decode import default_dir
 from common.readers import read
-from common.splits import cross_split_duplicates, make_split, sides
+from common.splits import cross_split_duplicates, make_split, print_report, write_split
 
 
 def augmentation(img_size, blur=False, solarize=False):
@@ -103,13 +101,13 @@ def loader(dataset, batches, device, workers=None):
 
 def split_and_report(images, seed, dedup=False, known=None, allow_seen=False):
     """make_split, --dedup, and the report of every run; known: (2, M) carried split. The split."""
-    split = make_split(images, seed, None if known is None else sides(images, known), allow_seen)
+    split = make_split(images, seed, known, allow_seen)
     if dedup and (copies := cross_split_duplicates(images, split)).any():
         what = f"{copies.sum()} exact duplicates of images in an earlier split"
         images.notes.append(f"left out by --dedup: {what}")
         images.keep(~copies)
         split = split[~copies]
-    report.print_report(images, split)
+    print_report(images, split)
     return split
 
 
@@ -151,13 +149,6 @@ def options(args, keys=READING):
 def cache_dir(value):
     """The folder that --cache means, None for --no-cache."""
     return None if value == "none" else value or default_dir()
-
-
-def write_split(out, images, split, used=None):
-    """split.csv and duplicates.csv."""
-    write_csv(out / "split.csv", report.SPLIT_HEADER, report.split_rows(images, split, used))
-    duplicates = report.duplicate_rows(images, split)
-    write_csv(out / "duplicates.csv", report.DUPLICATES_HEADER, duplicates)
 
 
 def main():

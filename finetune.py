@@ -21,13 +21,12 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import data
-from common import arms, checkpoint, cli, collapse, distributed, schema, starts, testing
+from common import arms, checkpoint, cli, collapse, distributed, metrics, schema, starts
 from common.cli import UserError
 from common.metrics import score, summarize
 from common.readers import read
-from common.report import class_counts
 from common.run import Run, half_cycle, load_last, on_device, resumed
-from common.splits import TOO_FEW, carried, label_fraction
+from common.splits import TOO_FEW, carried, class_counts, label_fraction
 from losses import class_weights, focal_loss
 
 OUTPUTS = ("metrics.json", "predictions.csv", "confusion.csv", "split.csv", "duplicates.csv")
@@ -120,11 +119,11 @@ def main():
         cli.refuse_overwrite(folder, ("metrics.json", "best.pt", "last.pt"), args.overwrite)
 
     images = read(args.data, **data.options(args))
-    testing.refuse_unlabelled(images)
+    metrics.refuse_unlabelled(images)
     images.decode(start.metadata["img_size"], data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup, start.carried, args.allow_seen)
     seen = starts.seen_in_pretraining(start.seen, images)
-    testing.refuse_untestable(images, split, seen, args.allow_seen)
+    metrics.refuse_untestable(images, split, seen, args.allow_seen)
     job = SimpleNamespace(start=start, images=images, split=split, seen=seen, bs=args.bs)
     job.device, job.amp, job.workers, job.linear = device, amp, args.workers, args.mode == "linear"
     results, written = [], OUTPUTS[:-3] if args.mode == "knn" else OUTPUTS[:-1]
@@ -162,12 +161,12 @@ def main():
             checkpoint.save(job.out / "best.pt", checkpoint.weights_file(model, **saved))
         outcome = nearest(job) if args.mode == "knn" else tested(job)
         settings = {"ckpt": args.ckpt, "mode": args.mode, "frac": args.frac}
-        results.append(testing.write_results(job, *outcome, {**settings, "split_seed": args.seed}))
+        results.append(metrics.write_results(job, *outcome, {**settings, "split_seed": args.seed}))
         (job.out / "last.pt").unlink(missing_ok=True)
     if len(results) > 1:
         summary = summarize(results)
         checkpoint.write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
-        shown = [(key, summary[key]) for key in testing.SHOWN if key in summary]
+        shown = [(key, summary[key]) for key in metrics.SHOWN if key in summary]
         scores = ", ".join(f"{key} {x['mean']:.4f} ± {x['std']:.4f}" for key, x in shown)
         print(f"{len(seeds)} seeds: {scores}")
     print(f"wrote {out}")

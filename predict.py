@@ -26,8 +26,8 @@ from common.cli import UserError, preview
 from common.decode import default_dir, normalize, square, to_rgb
 from common.metrics import predicted_labels
 from common.readers import read
-from common.report import label_text
 from common.run import on_device
+from common.splits import label_text
 
 
 def load(path):

@@ -1,8 +1,13 @@
-"""Scores of a classifier in numpy. Every function says what it does where a class is absent."""
+"""Scores of a classifier, and the one look at the test images."""
 
 import numpy as np
 
-from common.report import label_text
+from common.checkpoint import write_csv, write_json
+from common.cli import UserError
+from common.splits import SIDES, class_counts, cross_split_duplicates, label_text
+
+PARTS = ("test", "test_without_duplicates", "test_without_seen")
+SHOWN = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
 
 
 def predicted_labels(probabilities, multilabel):
@@ -12,101 +17,101 @@ def predicted_labels(probabilities, multilabel):
     return np.eye(probabilities.shape[1], dtype=bool)[probabilities.argmax(1)]
 
 
-def confusion_matrix(true, predicted, num_classes):
-    """(N,) and (N,) class indices -> (C, C) counts: rows are true classes, columns predicted."""
-    flat = np.bincount(np.asarray(true) * num_classes + predicted, minlength=num_classes**2)
-    return flat.reshape(num_classes, num_classes)
-
-
 def auroc(positive, score):
-    """Area under the ROC curve of one class, the probability that a positive outranks a negative,
-    ties counted as half; None where a side is empty. positive: (N,) 0/1; score: (N,) numbers."""
-    positive, score = np.asarray(positive, bool), np.asarray(score)
-    positives, negatives = score[positive], np.sort(score[~positive])
-    if not len(positives) or not len(negatives):
-        return None
+    """Area under the ROC curve of (N,) 0/1 by (N,) scores, ties as half; None if one-sided."""
+    positives, negatives = score[positive > 0], np.sort(score[positive == 0])
     below, up_to = (np.searchsorted(negatives, positives, side) for side in ("left", "right"))
-    return float((below + up_to).sum() / 2 / (len(positives) * len(negatives)))
-
-
-def _ratio(a, b):
-    return np.divide(a, b, out=np.zeros(np.shape(b)), where=np.asarray(b) > 0)
-
-
-def _mean(values):
-    values = [v for v in values if v is not None]
-    return float(np.mean(values)) if values else None
-
-
-def _summary(truth, probabilities, classes, multilabel):
-    """F1 and AUROC, per class and averaged, for true labels (N, C) bool; and tp, fp, fn, (C,)."""
-    predicted = predicted_labels(probabilities, multilabel)
-    sides = ((truth, predicted), (~truth, predicted), (truth, ~predicted))
-    tp, fp, fn = ((a & b).sum(0) for a, b in sides)
-    precision, recall, support = _ratio(tp, tp + fp), _ratio(tp, tp + fn), tp + fn
-    f1 = _ratio(2 * tp, 2 * tp + fp + fn)
-    areas = [auroc(t, p) for t, p in zip(truth.T, probabilities.T)]
-    keys = ("class", "support", "precision", "recall", "f1", "auroc")
-    columns = (x.tolist() for x in (support, precision, recall, f1))
-    per_class = [dict(zip(keys, row)) for row in zip(classes, *columns, areas)]
-    micro = float(_ratio(2 * tp.sum(), (2 * tp + fp + fn).sum()))
-    scores = {"n": len(truth), "macro_f1": float(f1.mean()), "micro_f1": micro}
-    return {**scores, "auroc": _mean(areas), "per_class": per_class}, tp, fp, fn
-
-
-def multiclass_scores(true, probabilities, classes):
-    """Scores of argmax predictions. true: (N,) indices; probabilities: (N, C); classes: C names.
-
-    F1 of a class neither there nor predicted is 0. Balanced accuracy: mean recall of the classes
-    there (ISIC's metric). AUROC: one class against the rest, mean over those with both sides.
-    """
-    truth = np.eye(len(classes), dtype=bool)[true]
-    scores, tp, *_ = _summary(truth, probabilities, classes, multilabel=False)
-    recalls = [row["recall"] for row in scores["per_class"] if row["support"]]
-    confusion = confusion_matrix(true, probabilities.argmax(1), len(classes)).tolist()
-    scores["accuracy"] = float(_ratio(tp.sum(), len(truth)))
-    return {**scores, "balanced_accuracy": _mean(recalls), "confusion": confusion}
-
-
-def multilabel_scores(true, probabilities, classes):
-    """Scores of predictions at 0.5. true: (N, C) 0/1; probabilities: (N, C); see multiclass_scores.
-    "exact_match": share of images with every label right; "confusion": [tp, fp, fn, tn] per class.
-    """
-    true = np.asarray(true, bool)
-    scores, tp, fp, fn = _summary(true, probabilities, classes, multilabel=True)
-    scores["exact_match"] = _mean((true == (probabilities >= 0.5)).all(1))
-    confusion = np.stack([tp, fp, fn, len(true) - tp - fp - fn], axis=1)
-    return {**scores, "confusion": confusion.tolist()}
+    pairs = len(positives) * len(negatives)
+    return float((below + up_to).sum() / 2 / pairs) if pairs else None
 
 
 def score(labels, probabilities, classes, multilabel):
-    """The scores of these probabilities (n, C) on images with these labels (n, C) bool."""
+    """Scores of N > 0 images: labels (N, C) bool, probabilities (N, C), C class names. F1 of a
+    class neither there nor predicted is 0; the means auroc and balanced_accuracy (of recalls) leave
+    absent classes out. confusion: true classes in rows; multi-label: [tp, fp, fn, tn] of each."""
+    predicted = predicted_labels(probabilities, multilabel)
+    tp, support, found = (x.sum(0) for x in (labels & predicted, labels, predicted))
+    precision, recall = tp / np.maximum(found, 1), tp / np.maximum(support, 1)
+    f1 = 2 * tp / np.maximum(support + found, 1)
+    micro = float(2 * tp.sum() / max((support + found).sum(), 1))
+    areas = [auroc(*x) for x in zip(labels.T, probabilities.T)]
+    known = [x for x in areas if x is not None]
+    keys = ("class", "support", "precision", "recall", "f1", "auroc")
+    columns = (x.tolist() for x in (support, precision, recall, f1))
+    scores = {"n": len(labels), "macro_f1": float(f1.mean()), "micro_f1": micro}
+    scores["auroc"] = float(np.mean(known)) if known else None
+    scores["per_class"] = [dict(zip(keys, row)) for row in zip(classes, *columns, areas)]
+    scores["exact_match" if multilabel else "accuracy"] = (labels == predicted).all(1).mean().item()
     if multilabel:
-        return multilabel_scores(labels, probabilities, classes)
-    return multiclass_scores(labels.argmax(1), probabilities, classes)
+        confusion = np.stack([tp, found - tp, support - tp, len(labels) - found - support + tp], 1)
+    else:
+        scores["balanced_accuracy"] = recall[support > 0].mean().item()
+        flat = labels.argmax(1) * len(classes) + predicted.argmax(1)
+        confusion = np.bincount(flat, minlength=len(classes) ** 2).reshape(len(classes), -1)
+    return {**scores, "confusion": confusion.tolist()}
 
 
 def summarize(results):
     """{score: mean, standard deviation (n - 1) and values over the seeds} of metrics dicts."""
     summary = {}
-    for part in ("test", "test_without_duplicates", "test_without_seen"):
-        if any(r[part] is None for r in results):
-            continue
-        for key, value in results[0][part].items():
-            values = [r[part][key] for r in results]
+    for part in PARTS:
+        for key, value in (results[0][part] or {}).items():
+            values = [(r[part] or {}).get(key) for r in results]
             if isinstance(value, float) and None not in values:
-                name = key if part == "test" else f"{key}_{part[5:]}"
                 mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
-                summary[name] = {"mean": mean, "std": std, "values": values}
+                summary[key + part[len("test") :]] = {"mean": mean, "std": std, "values": values}
     return summary
 
 
 def prediction_table(names, probabilities, classes, multilabel, true, duplicate, seen):
-    """Header and rows of predictions.csv. probabilities: (N, C) float32, written to the last bit;
-    true: (N, C) bool; duplicate (of an image in an earlier split), seen (in pre-training): (N,)."""
+    """Header and rows of predictions.csv, of (N, C) and (N,) arrays, to the last bit of float32."""
     predicted = predicted_labels(probabilities, multilabel)
     header = ["path", "true", "predicted", *(f"prob_{c}" for c in classes), "duplicate", "seen"]
     return header, (
         [n, label_text(classes, t), label_text(classes, p), *map(str, q), *map(int, flags)]
         for n, t, p, q, *flags in zip(names, true, predicted, probabilities, duplicate, seen)
     )
+
+
+def refuse_unlabelled(images):
+    """Raise UserError where there is nothing to tell apart."""
+    if len(images.classes) < (1 if images.multilabel else 2):
+        raise UserError(f"{images.path}: no labels or one class; use class folders or a CSV file")
+
+
+def refuse_untestable(images, split, seen, allow_seen):
+    """Raise UserError where a split is empty, or pre-training saw every test image."""
+    if none := [part for part in SIDES if part not in split]:
+        raise UserError(f"{images.path}: {len(images)} images leave none for the {none[0]} split")
+    if seen is not None and seen[split == "test"].all() and not allow_seen:
+        raise UserError(f"{images.path}: pre-training saw all test images; add new or --allow-seen")
+
+
+def write_results(job, probabilities, settings, training):
+    """Print and write the test results of probabilities (N, C). Returns what metrics.json holds."""
+    images, split, test = job.images, job.split, job.split == "test"
+    classes, multilabel, labels = images.classes, images.multilabel, images.labels[test]
+    copied = cross_split_duplicates(images, split)[test]
+    seen = np.zeros_like(copied) if job.seen is None else job.seen[test]
+    metrics = {key: job.start.metadata[key] for key in ("arch", "arm")} | settings
+    metrics |= {"seed": job.seed, "classes": classes, "multilabel": multilabel}
+    metrics |= {f"n_{name}": int((split == name).sum()) for name in SIDES}
+    metrics |= {"n_labelled": int(job.used.sum()), "labelled": class_counts(images, job.used)}
+    metrics |= {"n_test_duplicates": int(copied.sum()), "n_test_seen": int(seen.sum()), **training}
+    notes = "", f" without the {copied.sum()} exact duplicates"
+    notes += (f" without the {seen.sum()} that pre-training saw",)
+    for key, left_out, note in zip(PARTS, (np.zeros_like(copied), copied, seen), notes):
+        kept = ~left_out
+        scores = score(labels[kept], probabilities[kept], classes, multilabel) if kept.any() else {}
+        metrics[key] = scores or None
+        if scores and (left_out.any() or key == "test"):
+            shown = ", ".join(f"{k} {scores[k]:.4f}" for k in SHOWN if scores.get(k) is not None)
+            print(f"test, {scores['n']} images{note}: {shown}")
+    names = [name for name, tested in zip(images.names, test) if tested]
+    table = prediction_table(names, probabilities, classes, multilabel, labels, copied, seen)
+    write_csv(job.out / "predictions.csv", *table)
+    header = ["label", "tp", "fp", "fn", "tn"] if multilabel else ["true \\ predicted", *classes]
+    confusion = ([c, *row] for c, row in zip(classes, metrics["test"]["confusion"]))
+    write_csv(job.out / "confusion.csv", header, confusion)
+    write_json(job.out / "metrics.json", metrics)  # last: it says that the run is finished
+    return metrics

@@ -29,31 +29,26 @@ class ImageSet:
     classes: list
     given: np.ndarray
     groups: np.ndarray = None  # (N,) str, of --group-col
-    multilabel: bool = field(init=False)  # some image has another number of labels than one
+    multilabel: bool = False  # some image has another number of labels than one, or so told
     notes: list = field(default_factory=list)
     table: np.ndarray = None  # (N,) of common.decode.ROW, and
     images: DecodedImages = None  # the pixels: both set by decode()
-
-    def __post_init__(self):
-        self.multilabel = bool(self.classes) and bool((self.labels.sum(1) != 1).any())
 
     def __len__(self):
         return len(self.names)
 
     def decode(self, img_size, cache, skip_bad=False):
-        """Set table and images, of img_size pixels a side; cache: folder or None. Raises UserError
-        naming the images that cannot be read, unless they are to be left out."""
+        """Set table and images, of img_size pixels a side. Raises UserError unless all are read."""
         root = os.path.abspath(self.path)
         self.table, self.images, bad = decode_all(self.sources, img_size, root, cache)
         if bad:
             reasons = preview([f"{self.names[i]} ({bad[i]})" for i in sorted(bad)], 100)
             if not skip_bad or len(bad) == len(self):
-                what = f"{self.path}: {len(bad)} of {len(self)} images cannot be read: {reasons}"
-                raise UserError(f"{what}; fix them, or leave them out with --skip-bad")
+                n = f"{len(bad)} of {len(self)} images"
+                raise UserError(f"{self.path}: {n} cannot be read: {reasons}; fix, or --skip-bad")
             self.notes.append(f"left out because they cannot be read: {reasons}")
             self.keep(~np.isin(np.arange(len(self)), list(bad)))
-        several = list(compress(self.names, self.table["frames"] > 1))
-        if several:
+        if several := list(compress(self.names, self.table["frames"] > 1)):
             self.notes.append(f"only the first page or frame is read of {preview(several)}")
 
     def keep(self, mask):
@@ -68,21 +63,18 @@ class ImageSet:
 
 def list_files(root):
     """Relative paths of all files below root, sorted; hidden ones skipped, links followed once."""
-    found, seen, stack = [], set(), [""]
-    while stack:
-        start = stack.pop()  # a folder, with its slash
-        stat = os.stat(os.path.join(root, start))
-        if (stat.st_dev, stat.st_ino) in seen:
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        try:
-            entries = list(os.scandir(os.path.join(root, start)))
-        except PermissionError as error:
-            raise UserError(f"{error.filename}: the folder cannot be read") from error
-        for entry in entries:
-            if not entry.name.startswith((".", "__MACOSX")):
-                is_folder = os.path.isdir(entry.path)
-                (stack if is_folder else found).append(start + entry.name + "/" * is_folder)
+
+    def refuse(error):
+        raise UserError(f"{error.filename}: the folder cannot be read") from error
+
+    found, seen = [], set()
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        first = os.path.realpath(folder) not in seen
+        seen.add(os.path.realpath(folder))
+        for names in (folders, files):
+            names[:] = sorted(n for n in names if first and not n.startswith((".", "__MACOSX")))
+        start = Path(folder).relative_to(root)
+        found += [(start / name).as_posix() for name in files]
     return sorted(found)
 
 
@@ -96,14 +88,12 @@ def read_folder(root, unlabelled=False):
     if not names:
         raise UserError(f"{root}: holds {others or 'nothing'}, but no images {EXTENSIONS}")
     parts = [name.split("/") for name in names]
-    given = [SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts]
-    if len(set(given) - {""}) < 2:
-        given = [""] * len(names)
+    given = np.array([SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts])
+    if len({*given} - {""}) < 2:
+        given[:] = ""
     elif not unlabelled:
-        if "" in given:
-            beside = preview(name for name, split in zip(names, given) if not split)
-            problem = f"has images beside its train and test folders: {beside}"
-            raise UserError(f"{root}: {problem}; move them, or name all splits with --split FILE")
+        if beside := list(compress(names, given == "")):
+            raise UserError(f"{root}: {preview(beside)}: in no split; move, or use --split FILE")
         parts = [p[1:] for p in parts]
     classes = sorted({p[0] for p in parts})
     if unlabelled or len(classes) < 2 or any(len(p) != 2 for p in parts):
@@ -111,34 +101,31 @@ def read_folder(root, unlabelled=False):
     labels = np.array([p[:1] for p in parts]) == np.array(classes, str)
     notes = [f"not read: {others}"] if others else []
     sources = [os.path.join(root, name) for name in names]
-    return ImageSet(str(root), names, sources, labels, classes, np.array(given), notes=notes)
+    return ImageSet(str(root), names, sources, labels, classes, given, notes=notes)
 
 
-def read(path, label_col=None, multilabel=False, split=None, **table):
-    """The ImageSet at `path`; the others are the data flags, `table` those of read_csv alone
-    (label_col ["none"]: no labels). Raises UserError."""
+def read(path, multilabel=False, split=None, **table):
+    """The ImageSet at `path`, by the data flags; `table`: those of read_csv. Raises UserError."""
     from common import tables  # which imports this module
 
-    path, unlabelled = Path(path), label_col == ["none"]
+    path, none = Path(path), ["none"]
     if not os.path.exists(path):
         raise UserError(f"{path}: there is no such file or folder (--data)")
-    told = {**table, "label_col": None if unlabelled else label_col}
-    unused = [f"--{key.replace('_', '-')}" for key, value in told.items() if value]
+    unused = [f"--{k.replace('_', '-')}" for k, value in table.items() if value and value != none]
     if path.suffix.lower() in (".csv", ".tsv", ".txt") and path.is_file():
-        data = tables.read_csv(path, label_col=label_col, **table)
+        data = tables.read_csv(path, **table)
     elif unused:
         raise UserError(f"{path}: {preview(unused, 9)} need a CSV file as --data")
     elif path.is_dir():
-        data = read_folder(path, unlabelled)
+        data = read_folder(path, table.get("label_col") == none)
     elif path.suffix.lower() == ".npz":
-        data = tables.read_npz(path, unlabelled)
+        data = tables.read_npz(path, table.get("label_col") == none)
     else:
         raise UserError(f"{path}: is neither a folder nor a .csv or .npz file (--data)")
-    data.multilabel |= multilabel
+    data.multilabel = multilabel or bool(data.classes and (data.labels.sum(1) != 1).any())
     if split:
         data.given = tables.read_split(split, data.names)
-        unnamed = list(compress(data.names, data.given == ""))
-        if unnamed:
+        if unnamed := list(compress(data.names, data.given == "")):
             data.notes.append(f"left out because {split} does not name them: {preview(unnamed)}")
-            data.keep(data.given != "")
+        data.keep(data.given != "")
     return data

@@ -1,11 +1,13 @@
-"""Splits and label fractions: stratified, nested, seeded, no patient or picture on two sides."""
+"""Splits and label fractions: stratified, nested, seeded, leak-free; printed and as CSV files."""
 
 import math
 from collections import Counter, defaultdict
+from itertools import compress
 
 import numpy as np
 import torch
 
+from common.checkpoint import write_csv
 from common.cli import UserError, preview
 
 SIDES = ("train", "val", "test")
@@ -23,8 +25,7 @@ def duplicates(data):
 
 def cross_split_duplicates(data, split):
     """(N,) bool: images with an exact duplicate in an earlier split of train, val, test."""
-    rank = np.array([SIDES.index(side) for side in split])
-    copy = np.zeros(len(data), bool)
+    rank, copy = np.array([SIDES.index(side) for side in split]), np.zeros(len(data), bool)
     for group in duplicates(data):
         copy[group] = rank[group] > rank[group].min()
     return copy
@@ -47,12 +48,9 @@ def indivisible_units(data):
 
 
 def stratified_order(labels, unit, rng):
-    """The U unit numbers in an order of which every prefix is stratified (nested fractions are its
-    prefixes), and how many of the first cover all classes, rarest first.
-
-    labels: (N, C) bool; unit: (N,) int in 0..U-1, no number left out. The stratum of a unit is its
-    rarest label, or none; its units are shuffled and spread evenly over the whole order.
-    """
+    """The U unit numbers in an order of which every prefix is stratified, and how many of the first
+    cover all classes, rarest first. labels: (N, C) bool; unit: (N,) int in 0..U-1. A stratum, of
+    units with the same rarest label or none, is shuffled and spread evenly over the whole order."""
     U, C = unit.max() + 1, labels.shape[1]
     size, counts = np.bincount(unit), labels.sum(0)
     has = np.zeros((U, C), bool)
@@ -76,29 +74,15 @@ def stratified_order(labels, unit, rng):
 
 
 def carried(data, split, *before):
-    """(2, M) int64, sorted: hashes and sides (0 train, 1 val, 2 test) of these images and of splits
-    carried `before`. So weights files carry a split: by content, without names."""
-    hashes = data.table["hash"].view("int64")
-    own = np.stack([hashes, [SIDES.index(side) for side in split.tolist()]])
+    """(2, M) int64, sorted: hashes, and indices in SIDES, of these images and splits `before`."""
+    own = np.stack([data.table["hash"].view("int64"), [SIDES.index(x) for x in split.tolist()]])
     return torch.unique(torch.cat([torch.from_numpy(own), *before], 1), dim=1)
 
 
-def sides(data, carried):
-    """(N,) "train", "val" or "test" of each image in a carried split, "" where it holds none; of
-    several the earliest."""
-    known = dict(sorted(zip(*carried.tolist()), reverse=True))
-    found = (known.get(h) for h in data.table["hash"].view("int64").tolist())
-    return np.array(["" if side is None else SIDES[side] for side in found], "U5")
-
-
 def make_split(data, seed, known=None, allow_seen=False):
-    """(N,) "train", "val" or "test": as given, or drawn, 70/10/20 of a whole, in whole units and
-    stratified; images without labels are for training (F.2.1).
-
-    known: (N,) sides in an earlier split, "" for none, or bool: whether pre-training saw it; a unit
-    stays on the earliest side of its images. Raises UserError where nothing is left to test on,
-    unless allow_seen.
-    """
+    """(N,) "train", "val" or "test": as given, else drawn, 70/10/20 in whole units, stratified, or
+    all for training without labels (F.2.1). A unit stays on the earliest side of its images in
+    `known`, as carried(). Raises UserError where none is left to train or (allow_seen) test on."""
     split = data.given.astype("U5")
     drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
     split[split == ""] = "train"
@@ -107,30 +91,27 @@ def make_split(data, seed, known=None, allow_seen=False):
         raise UserError(f"{data.path}: the given split leaves no image for training")
     if data.groups is not None:
         on = Counter(g for g, _ in dict.fromkeys(zip(data.groups.tolist(), split.tolist())))
-        parted = [group for group, n in on.items() if n > 1]
-        if parted:
+        if parted := [group for group, n in on.items() if n > 1]:
             what = f"the given split parts {len(parted)} of {len(on)} groups ({preview(parted)})"
             raise UserError(f"{data.path}: {what}; give another, or leave out --group-col")
     if not drawn or not data.classes:
         return split
     unit = np.unique(indivisible_units(data)[pool], return_inverse=True)[1]
     order, _ = stratified_order(data.labels[pool], unit, np.random.default_rng([seed, 0]))
-    size, known = np.bincount(unit), np.zeros(len(data), bool) if known is None else known
-    known = np.where(known, "train", "") if known.dtype == bool else known
-    rank = np.full(len(size), 3)  # of each unit: its earliest known side, or none
-    np.minimum.at(rank, unit, [(*SIDES, "").index(side) for side in known[pool]])
-    which = _cut(order, size, drawn)
+    size, rank = np.bincount(unit), np.full(unit.max() + 1, 3)  # rank: known side, 3 for none
+    known = {} if known is None else dict(sorted(zip(*known.tolist()), reverse=True))
+    hashes = data.table["hash"].view("int64")[pool].tolist()
+    np.minimum.at(rank, unit, [known.get(h, 3) for h in hashes])
+    side = _cut(order, size, drawn)
     if (rank == 0).all():
         if "test" in drawn and not allow_seen:
             raise UserError(f"{data.path}: pre-training saw all; add images or give --allow-seen")
         data.notes.append(f"pre-training saw every image: {' and '.join(drawn)} hold such images")
-    elif any((which != side)[rank == i].any() for i, side in enumerate(SIDES)):
+    elif (side != rank)[rank < 3].any():
         key = np.choose(rank, (0, 2, 3, 1))  # known training units first, others before known
         order = order[np.argsort(key[order], kind="stable")]
-        which = _cut(order, size, drawn, size[rank == 0].sum())
-        for i, side in enumerate(SIDES):
-            which[rank == i] = side
-    split[pool] = which[unit]
+        side = np.where(rank < 3, rank, _cut(order, size, drawn, size[rank == 0].sum()))
+    split[pool] = np.array(SIDES)[side[unit]]
     for name in drawn:
         if 0 < (n := (split == name).sum()) < FEW:
             data.notes.append(f"only {n} images are drawn for {name}: too few to judge by")
@@ -138,36 +119,79 @@ def make_split(data, seed, known=None, allow_seen=False):
 
 
 def _cut(order, size, drawn, n_train=0):
-    """(U,) "train", "val" or "test" for units of these sizes, in this order: the last ones for what
-    is drawn, {name: share of all images}, and at least the first n_train images for training."""
+    """(U,) indices in SIDES: the last in the order for what is drawn, not the first n_train."""
     middle = np.cumsum(size[order]) - size[order] / 2
-    n, kept = size.sum(), sum(SHARES.values()) - sum(drawn.values())
-    shares = {name: share / (1 - kept) for name, share in drawn.items()}
-    start = max(n * (1 - sum(shares.values())), n_train)
-    rest, which = n - start, np.full(len(order), "train")
-    for name, share in shares.items():
-        which[order[middle >= start]] = name
-        start += rest * share / sum(shares.values())
-    return which
+    total, side = sum(drawn.values()), np.zeros(len(order), int)
+    start = max(size.sum() * (1 - total / (1 + total - sum(SHARES.values()))), n_train)
+    rest = size.sum() - start
+    for name, share in drawn.items():
+        side[order[middle >= start]] = SIDES.index(name)
+        start += rest * share / total
+    return side
 
 
 def label_fraction(data, train, frac, seed):
-    """(N,) bool: the training images whose labels are used, a share `frac` of them: stratified, in
-    whole units, with every class, and nested (a seed's 1 % are part of its 10 %). Raises UserError
-    where the fraction is too small."""
-    index = np.flatnonzero(train)
-    labels = data.labels[index]
-    absent = [c for c, n in zip(data.classes, labels.sum(0)) if n == 0]
-    if absent:
+    """(N,) bool: the share `frac` of the training images, (N,) bool, whose labels are used, nested,
+    stratified, in whole units and with every class. Raises UserError where it is too small."""
+    if absent := list(compress(data.classes, ~data.labels[train].any(0))):
         raise UserError(f"{data.path}: no training image has the label {preview(absent)}")
-    unit = np.unique(indivisible_units(data)[index], return_inverse=True)[1]
-    order, n_cover = stratified_order(labels, unit, np.random.default_rng([seed, 1]))
+    unit = np.unique(indivisible_units(data)[train], return_inverse=True)[1]
+    order, n_cover = stratified_order(data.labels[train], unit, np.random.default_rng([seed, 1]))
     end = np.cumsum(np.bincount(unit)[order])
-    wanted = math.floor(frac * len(index) + 0.5)
+    wanted = math.floor(frac * len(unit) + 0.5)
     if wanted < end[n_cover - 1]:
-        smallest = math.ceil((end[n_cover - 1] - 0.5) / len(index) * 1e5) / 1e5
-        few = f"--frac {frac:g} gives {wanted} images, too few for {len(data.classes)} classes"
-        raise UserError(f"{few}; the smallest fraction that holds each is {smallest:g}")
-    used = np.zeros(len(data), bool)
-    used[index[np.isin(unit, order[end <= wanted])]] = True
+        smallest = math.ceil((end[n_cover - 1] - 0.5) / len(unit) * 1e5) / 1e5
+        raise UserError(f"--frac {frac:g}: the smallest fraction with every class is {smallest:g}")
+    used = train.copy()
+    used[train] = np.isin(unit, order[end <= wanted])
     return used
+
+
+def label_text(classes, has):
+    """The names of the classes that an image has, as the CSV files hold them."""
+    return "|".join(compress(classes, has))
+
+
+def class_counts(data, mask):
+    """{class: images} among the masked ones."""
+    return dict(zip(data.classes, data.labels[mask].sum(0).tolist()))
+
+
+def write_split(out, data, split, used=None):
+    """split.csv, with the (N,) bool of used labels, and duplicates.csv, numbers of equal images."""
+    labels = [label_text(data.classes, has) for has in data.labels]
+    flags = np.zeros(len(data), int) if used is None else used.astype(int)
+    rows = list(zip(data.names, split, labels, flags if data.classes else [""] * len(data)))
+    write_csv(out / "split.csv", ("path", "split", "labels", "label_used"), rows)
+    same = [(number, *rows[i][:3]) for number, group in enumerate(duplicates(data)) for i in group]
+    write_csv(out / "duplicates.csv", ("group", "path", "split", "labels"), same)
+
+
+def print_report(data, split):
+    """Print what the set holds, how it is split and what is odd about it."""
+    table, grouped = data.table, data.groups is not None
+    labels = f"{len(data.classes)} classes" if data.classes else "no labels"
+    labels += ", several or none per image" if data.multilabel and data.classes else ""
+    labels += f", {len(np.unique(data.groups))} groups" if grouped else ""
+    print(f"{data.path}: {len(data)} images, {labels}")
+    for name in SIDES:
+        if (mask := split == name).any():
+            counts = ", ".join(f"{c} {n}" for c, n in class_counts(data, mask).items())
+            n = f" in {len(np.unique(data.groups[mask]))} groups" if grouped else ""
+            print(f"  {name:5} {mask.sum():6}{n}  {counts}")
+    sizes = [f"{key}s {table[key].min()} to {table[key].max()}" for key in ("width", "height")]
+    modes = ", ".join(f"{mode} {n}" for mode, n in Counter(table["mode"].tolist()).most_common())
+    print(f"  {', '.join(sizes)} pixels; modes {modes}")
+    train = np.flatnonzero(split == "train")
+    sample = np.stack([data.images[i] for i in train[:: len(train) // 100 + 1]]) / np.float32(255)
+    mean, std = (" ".join(f"{x:.3f}" for x in m((0, 2, 3))) for m in (sample.mean, sample.std))
+    imagenet = "0.485 0.456 0.406, 0.229 0.224 0.225"
+    print(f"  mean {mean}, standard deviation {std} (ImageNet: {imagenet})")
+    if same := duplicates(data):
+        n, later = sum(map(len, same)), cross_split_duplicates(data, split).sum()
+        print(f"  {n} images have exact duplicates; {later} of them have one in an earlier split")
+    if odd := [group for group in same if (data.labels[group] != data.labels[group[0]]).any()]:
+        pairs = preview(" = ".join(data.names[i] for i in group[:2]) for group in odd)
+        print(f"  {len(odd)} sets of exact duplicates have different labels: {pairs}")
+    for note in data.notes:
+        print(f"  {note}")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from common.metrics import auroc, confusion_matrix, multiclass_scores, multilabel_scores
+from common.metrics import auroc, score
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -14,7 +14,7 @@ def test_multiclass_scores(seed):
         rng.integers(0, 4, 60),
         rng.random((60, 4)).round(1) + 1e-3 * rng.random((60, 4)),
     )
-    ours = multiclass_scores(true, probabilities, list("abcd"))
+    ours = score(np.eye(4, dtype=bool)[true], probabilities, list("abcd"), multilabel=False)
     predicted = probabilities.argmax(1)
     assert ours["macro_f1"] == pytest.approx(sk.f1_score(true, predicted, average="macro"))
     assert ours["micro_f1"] == pytest.approx(sk.f1_score(true, predicted, average="micro"))
@@ -34,7 +34,7 @@ def test_multiclass_scores(seed):
 def test_multilabel_scores(seed):
     rng = np.random.default_rng(seed)
     true, probabilities = rng.random((50, 3)) < [0.5, 0.1, 0.9], rng.random((50, 3))
-    ours = multilabel_scores(true, probabilities, list("abc"))
+    ours = score(true, probabilities, list("abc"), multilabel=True)
     predicted = probabilities >= 0.5
     for average in ("macro", "micro"):
         assert ours[f"{average}_f1"] == pytest.approx(sk.f1_score(true, predicted, average=average))
@@ -48,19 +48,24 @@ def test_multilabel_scores(seed):
 
 def test_auroc_shares_ties():
     rng = np.random.default_rng(0)
-    positive, score = rng.integers(0, 2, 200), rng.integers(0, 5, 200)
-    assert auroc(positive, score) == pytest.approx(sk.roc_auc_score(positive, score))
+    positive, scores = rng.integers(0, 2, 200), rng.integers(0, 5, 200)
+    assert auroc(positive, scores) == pytest.approx(sk.roc_auc_score(positive, scores))
+
+
+def of_indices(true, predicted, classes):
+    one_hot = np.eye(len(classes), dtype=bool)
+    return score(one_hot[true], one_hot[predicted] + 0.0, classes, multilabel=False)
 
 
 def test_absent_classes_are_defined():
-    ours = multiclass_scores([0, 0, 1], np.eye(4)[[0, 1, 1]], list("abcd"))
+    ours = of_indices([0, 0, 1], [0, 1, 1], list("abcd"))
     assert ours["balanced_accuracy"] == pytest.approx(0.75)  # of the two classes that are there
     assert ours["macro_f1"] == pytest.approx(
         sk.f1_score([0, 0, 1], [0, 1, 1], labels=range(4), average="macro", zero_division=0)
     )
     assert ours["per_class"][3]["auroc"] is None
-    assert multiclass_scores([0, 0], np.eye(2)[[0, 0]], list("ab"))["auroc"] is None
+    assert of_indices([0, 0], [0, 0], list("ab"))["auroc"] is None
 
 
 def test_confusion_matrix_has_true_classes_in_rows():
-    assert confusion_matrix([0, 0, 1], [1, 1, 1], 2).tolist() == [[0, 2], [0, 1]]
+    assert of_indices([0, 0, 1], [1, 1, 1], list("ab"))["confusion"] == [[0, 2], [0, 1]]

@@ -2,10 +2,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from common.cli import UserError
 from common.readers import ImageSet
 from common.splits import (
+    carried,
     cross_split_duplicates,
     indivisible_units,
     label_fraction,
@@ -32,6 +34,12 @@ def a_set(labels, given=None, groups=None, hashes=None):
         None if groups is None else np.array(groups),
         table=table,
     )
+
+
+def seen(images, mask):
+    """What weights files carry of a pre-training that saw the masked images."""
+    hashes = torch.from_numpy(images.table["hash"][mask].view("int64"))
+    return torch.stack([hashes, torch.zeros_like(hashes)])
 
 
 def long_tailed(n=1000, seed=0):
@@ -174,20 +182,24 @@ def test_every_prefix_of_the_order_is_stratified():
 def test_what_pre_training_saw_is_neither_for_validation_nor_for_test():
     images = a_set(long_tailed())
     for share in (0.3, 0.7, 0.9):
-        seen = np.random.default_rng(0).random(1000) < share
-        split = make_split(images, 0, seen)
-        assert (split[seen] == "train").all()
+        mask = np.random.default_rng(0).random(1000) < share
+        split = make_split(images, 0, seen(images, mask))
+        assert (split[mask] == "train").all()
         assert (split == "test").any() and (split == "val").any()
     same = make_split(images, 0)
-    assert (make_split(images, 0, same == "train") == same).all()
+    assert (make_split(images, 0, seen(images, same == "train")) == same).all()
+    other = make_split(images, 1)
+    assert (make_split(images, 0, carried(images, other)) == other).all()
 
 
 def test_where_everything_was_seen_there_is_no_honest_test():
     images = a_set(long_tailed())
     with pytest.raises(UserError, match="--allow-seen"):
-        make_split(images, 0, np.ones(1000, bool))
-    assert Counter(make_split(images, 0, np.ones(1000, bool), allow_seen=True))["test"] == 200
+        make_split(images, 0, seen(images, np.ones(1000, bool)))
+    known = seen(images, np.ones(1000, bool))
+    assert Counter(make_split(images, 0, known, allow_seen=True))["test"] == 200
     given = a_set(long_tailed(), ["test" if i < 200 else "train" for i in range(1000)])
-    split = make_split(given, 0, np.arange(1000) >= 200)  # validation has nothing unseen to take
+    known = seen(given, np.arange(1000) >= 200)  # validation has nothing unseen to take
+    split = make_split(given, 0, known)
     assert Counter(split) == {"train": 700, "val": 100, "test": 200}
     assert "validation" not in split and given.notes

@@ -20,7 +20,7 @@ import numpy as np
 
 from common import cli, metrics
 from common.checkpoint import TEXT, write_csv, write_json
-from common.testing import SHOWN
+from common.metrics import SHOWN
 
 PARTS = ("test", "test_without_duplicates", "test_without_seen")
 EQUAL = ("classes", "multilabel", "names", "true")  # what runs that can be averaged share, as

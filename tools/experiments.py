@@ -29,11 +29,11 @@ from cass import build_arm
 from common import cli
 from common.checkpoint import atomic_open, write_csv, write_json
 from common.decode import digest
+from common.metrics import SHOWN, refuse_unlabelled
 from common.readers import read
 from common.run import seconds_per_step
 from common.splits import SHARES
 from common.starts import load_weights
-from common.testing import SHOWN, refuse_unlabelled
 from pretrain import VERSIONS
 from tools.ensemble import mean_and_std, mean_of, read_equal, score
 

@@ -23,7 +23,7 @@ from cass import CASS, build_arm
 from common import cli, collapse
 from common.checkpoint import write_json
 from common.decode import normalize
-from common.metrics import multiclass_scores
+from common.metrics import score
 from common.readers import read
 from common.run import Run, on_device
 from losses import cosine_loss, vicreg
@@ -85,13 +85,13 @@ def readouts(model, images, some, val):
     pixels = (np.stack([images.images[i] for i in index]) for index in (some, val))
     batches = (map(normalize, torch.from_numpy(x).split(256)) for x in pixels)
     train, queries = (collapse.embed(model, x)[0] for x in batches)
-    y, true = torch.from_numpy(images.labels[some]).float(), images.labels[val].argmax(1)
+    y, true = torch.from_numpy(images.labels[some]).float(), images.labels[val]
     votes = collapse.knn(train, y, queries, temperature=math.inf)  # 20 neighbours count alike
     scores, row = {"knn": [votes.round(decimals=2)]}, {}
     for frac in (0.01, 0.1):
         scores[f"{frac}"] = [probe(train, y, queries, frac, draw) for draw in range(5)]
     for name, draws in scores.items():
-        found = [multiclass_scores(true, x.numpy(), images.classes) for x in draws]
+        found = [score(true, x.numpy(), images.classes, False) for x in draws]
         row[name] = round(np.mean([x["balanced_accuracy"] for x in found]).item(), 4)
     return row
 
