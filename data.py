@@ -77,9 +77,8 @@ class EpochBatches(Sampler):
         return self.length
 
     def __iter__(self):
-        order = np.arange(self.n)
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, 2, self.epoch]).permutation(self.n)
+        rng = np.random.default_rng([self.seed or 0, 2, self.epoch])
+        order = np.arange(self.n) if self.seed is None else rng.permutation(self.n)
         for b in range(self.start, len(self)):
             batch = order[b * self.batch_size : (b + 1) * self.batch_size]
             yield [(self.epoch, int(i)) for i in np.array_split(batch, self.world_size)[self.rank]]
@@ -103,8 +102,7 @@ def split_and_report(images, seed, dedup=False, known=None, allow_seen=False):
     """make_split, --dedup, and the report of every run; known: (2, M) carried split. The split."""
     split = make_split(images, seed, known, allow_seen)
     if dedup and (copies := cross_split_duplicates(images, split)).any():
-        what = f"{copies.sum()} exact duplicates of images in an earlier split"
-        images.notes.append(f"left out by --dedup: {what}")
+        images.notes.append(f"left out by --dedup: {copies.sum()} exact duplicates across splits")
         images.keep(~copies)
         split = split[~copies]
     print_report(images, split)

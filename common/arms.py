@@ -33,9 +33,8 @@ def key_value(text):
     return text
 
 
-# such a flag, for timm.create_model
-KWARGS = {"nargs": "*", "default": {}, "type": key_value, "action": ParseKwargs}
-KWARGS["metavar"] = "KEY=VALUE"
+KWARGS = {"nargs": "*", "type": key_value, "action": ParseKwargs, "metavar": "KEY=VALUE"}
+KWARGS["default"] = {}  # such a flag
 
 
 def add_arguments(parser):

@@ -48,19 +48,17 @@ def knn(features, labels, queries, k=20, temperature=0.07):
 @torch.no_grad()
 def embed(model, batches):
     """Features (N, D) before the head and logits (N, C), float32, of normalized (n, 3, H, W)."""
-    was_training, outputs = model.training, []
+    was_training = model.training
     model.eval()
-    for images in batches:
-        maps = model.forward_features(images)
-        outputs.append([model.forward_head(maps, pre_logits=x).float() for x in (True, False)])
+    maps = map(model.forward_features, batches)  # one batch at a time
+    outputs = [[model.forward_head(x, pre_logits=p).float() for p in (True, False)] for x in maps]
     model.train(was_training)
     return [torch.cat(parts) for parts in zip(*outputs)]
 
 
 class Monitor:
     """Measures the arms on a fortieth of the training images, 32 to 512, unaugmented; with labels,
-    also by k-NN from these on as many validation images. Training sees nothing of it. images: an
-    ImageSet, decoded; split: (N,) "train", "val" or "test"."""
+    also by k-NN from these on as many validation images. images: an ImageSet; split: (N,) str."""
 
     def __init__(self, images, split, seed):
         self.data, draw = images, torch.Generator().manual_seed(seed)
