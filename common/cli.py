@@ -47,8 +47,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def on_stop(handler):
-    """Let a handler have SIGINT, SIGTERM and SIGHUP, where the system has them and nohup does not
-    hold them back. Returns what had them before, {number: handler}."""
+    """Give a handler SIGINT, SIGTERM and SIGHUP, where the system has them and nohup does not hold
+    them back. Returns what had them before, {number: handler}."""
     numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
     mine = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in mine}
@@ -155,10 +155,9 @@ def _number(kind, allowed, meaning):
     """An argparse type: a number of this kind that is allowed."""
 
     def parse(text):
-        value = kind(text)
-        if not allowed(value):
+        if not allowed(kind(text)):
             raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
-        return value
+        return kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it where `kind` fails
     return parse

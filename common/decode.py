@@ -1,9 +1,8 @@
 """Every image is opened, checked, hashed and decoded once, to a memory-mapped file of uint8 pixels.
 
-One file per data set and image size: 8 bytes of checksum, a table with a row per image, which holds
-the checksum of its pixels, and (N, 3, S, S) pixels. It is written whole or not at all; two runs
-that write it at once only do the work twice. An image is known by path, size, and times of its last
-change: what changed is decoded again, the rest is copied.
+One file per data set and image size, written whole or not at all: a checksum, a table of ROW, and
+(N, 3, S, S) pixels, whose checksums are in the table. An image is known by path, size and times of
+its last change: what changed is decoded again, the rest is copied.
 """
 
 import contextlib
@@ -125,45 +124,42 @@ class DecodedImages:
 
     def __getitem__(self, i):
         row = self.rows[i]
-        if self.file is not None:
-            if zlib.crc32(self.map[row]) == self.table["crc"][row]:
-                return self.map[row]
+        if self.file is None:
+            try:
+                return decode(self.sources[row], self.size)[0]
+            except ValueError as error:
+                raise UserError(f"{self.sources[row]}: {error}; it was readable before") from None
+        if zlib.crc32(self.map[row]) != self.table["crc"][row]:
             Path(self.file).unlink(missing_ok=True)
             raise UserError(f"{self.file}: was damaged; it is deleted, and made anew next time")
-        try:
-            return decode(self.sources[row], self.size)[0]
-        except ValueError as error:
-            raise UserError(f"{self.sources[row]}: {error}; it was readable before") from None
+        return self.map[row]
 
 
 def _open(file, size):
-    """(table, pixels) of a map, which are not removed as long as these pixels are in memory. Raises
+    """(table, pixels) of a map, which is not removed as long as these pixels are in memory. Raises
     OSError or ValueError where it is broken."""
     with open(file, "rb") as f:
         lock(f, shared=True)
         n, rest = divmod(os.fstat(f.fileno()).st_size - 8, ROW.itemsize + 3 * size**2)
         checksum, table = f.read(8), np.frombuffer(f.read(max(n, 0) * ROW.itemsize), ROW)
-        if rest or checksum != digest(table.tobytes()).to_bytes(8, "little"):
+        if rest or checksum != _checksum(table):
             raise ValueError(f"{file}: is no map of decoded images, or damaged")
         return table, np.memmap(f, np.uint8, "r", f.tell(), (n, 3, size, size))
 
 
-def _rows(file, size):
-    """{key: (row of the table, pixels)} of the readable images in a map; {} of a broken one."""
-    with contextlib.suppress(OSError, ValueError):
-        table, pixels = _open(file, size)
-        return {int(table["key"][i]): (table[i], pixels[i]) for i in np.flatnonzero(table["width"])}
-    return {}
+def _checksum(table):
+    return digest(table.tobytes()).to_bytes(8, "little")
 
 
 def _key(source):
-    """8 bytes for a file's path, size and times, or for an array's pixels."""
+    """A number for a file's path, size and times, or for an array's pixels."""
     if not isinstance(source, str):
         return digest(f"{source.shape}", np.ascontiguousarray(source))
-    with contextlib.suppress(OSError):  # decode() will name the reason
+    try:
         stat = os.stat(source)
         return digest(f"{source}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}")
-    return 0
+    except OSError:  # decode() will name the reason
+        return 0
 
 
 def decode_all(sources, size, name, directory):
@@ -182,10 +178,10 @@ def decode_all(sources, size, name, directory):
             return array
         try:
             array, metadata = decode(sources[i], size)
-            table[i] = (table["key"][i], *metadata.values(), zlib.crc32(array))
+            table[i] = (table["key"][i], *metadata.values(), 0)
         except ValueError as error:
             bad[i], array = str(error), np.zeros((3, size, size), np.uint8)
-            table["crc"][i] = zlib.crc32(array)
+        table["crc"][i] = zlib.crc32(array)
         return array
 
     if directory is None:
@@ -193,17 +189,16 @@ def decode_all(sources, size, name, directory):
         return table, DecodedImages(sources, size), bad
     stem = f"{digest(name):016x}-{size}-v{VERSION}-"
     file = Path(directory) / f"{stem}{digest(table['key'].tobytes()):016x}.map"
-    for attempt in range(9, -1, -1):
+    for left in range(9, -1, -1):
         try:
             _update(file, f"{stem}*.map", size, table, known, pixels)
             return table, DecodedImages(sources, size, file), bad
-        except FileNotFoundError:  # removed by a run on other images of the folder, just now
-            if not attempt:
-                raise
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and left:
+                continue  # removed just now, by a run on other images of the set
             need = f"the decoded images need {table.size * 3 * size**2 / 1e9:.2g} GB"
-            fix = f"{need}: use --cache DIR or --no-cache"
-            raise UserError(f"{file.parent}: {error.strerror}; {fix}") from error
+            what = f"{file.parent}: {error.strerror}; {need}"
+            raise UserError(f"{what}: use --cache DIR or --no-cache") from error
 
 
 def _in_order(function, n, use):
@@ -219,16 +214,18 @@ def _in_order(function, n, use):
 
 def _update(file, pattern, size, table, known, pixels):
     """Write the map, unless it is there, and the table: pixels(i) makes row i, from `known`, which
-    gets what the maps of this pattern hold, or from the image."""
-    with contextlib.suppress(OSError, ValueError):
-        there, _ = _open(file, size)
-        for i in np.flatnonzero(there["width"] == 0):  # unreadable then: still so?
-            pixels(i)
-        if np.array_equal(there["key"], table["key"]) and not table["width"].any():
-            table[:] = there
-            return
-    for earlier in file.parent.glob(pattern):
-        known |= _rows(earlier, size)
+    gets {key: (row, pixels)} of what the maps of this pattern hold, or from the image."""
+    for earlier in [file, *file.parent.glob(pattern)]:
+        with contextlib.suppress(OSError, ValueError):
+            there, arrays = _open(earlier, size)
+            readable = np.flatnonzero(there["width"])
+            known |= {int(there["key"][i]): (there[i], arrays[i]) for i in readable}
+            if earlier == file and np.array_equal(there["key"], table["key"]):
+                for i in np.flatnonzero(there["width"] == 0):  # unreadable then: still so?
+                    pixels(i)
+                if not table["width"].any():
+                    table[:] = there
+                    return
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in file.parent.glob(".*.map.*.tmp"):  # by runs that were killed
         with contextlib.suppress(FileNotFoundError):  # or that are done just now
@@ -238,8 +235,9 @@ def _update(file, pattern, size, table, known, pixels):
         f.write(bytes(8 + table.nbytes))
         _in_order(pixels, len(table), lambda array: f.write(array.data))
         f.seek(0)
-        f.write(digest(table.tobytes()).to_bytes(8, "little") + table.tobytes())
-    known.clear()  # which frees the earlier maps
+        f.write(_checksum(table) + table.tobytes())
+    known.clear()
+    arrays = None  # frees the last of the earlier maps
     for earlier in set(file.parent.glob(pattern)) - {file}:
         with contextlib.suppress(OSError), open(earlier, "rb") as f:
             if lock(f):  # nobody reads it

@@ -82,7 +82,7 @@ def carried(data, split, *before):
 def make_split(data, seed, known=None, allow_seen=False):
     """(N,) "train", "val" or "test": as given, else drawn, 70/10/20 in whole units, stratified, or
     all for training without labels (F.2.1). A unit stays on the earliest side of its images in
-    `known`, as carried(). Raises UserError where none is left to train or (allow_seen) test on."""
+    `known`: carried(), or (N,) bool, what was trained on. Raises UserError where none is left to train or (allow_seen) test on."""
     split = data.given.astype("U5")
     drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
     split[split == ""] = "train"
@@ -99,8 +99,11 @@ def make_split(data, seed, known=None, allow_seen=False):
     unit = np.unique(indivisible_units(data)[pool], return_inverse=True)[1]
     order, _ = stratified_order(data.labels[pool], unit, np.random.default_rng([seed, 0]))
     size, rank = np.bincount(unit), np.full(unit.max() + 1, 3)  # rank: known side, 3 for none
+    hashes = data.table["hash"].view("int64")
+    if isinstance(known, np.ndarray):
+        known = np.stack([hashes[known], hashes[known] * 0])
     known = {} if known is None else dict(sorted(zip(*known.tolist()), reverse=True))
-    hashes = data.table["hash"].view("int64")[pool].tolist()
+    hashes = hashes[pool].tolist()
     np.minimum.at(rank, unit, [known.get(h, 3) for h in hashes])
     side = _cut(order, size, drawn)
     if (rank == 0).all():

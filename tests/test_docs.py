@@ -663,7 +663,8 @@ def test_flags_of_commands_are_known(name, flags):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_flags_in_the_text_are_known(name, flags):
-    known = set.union(*flags.values()) | {"--nproc-per-node", "--check"}
+    known = set.union(*flags.values()) | {"--check"}
+    known |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
     used = set(re.findall(r"--[a-z][\w-]*", page(name)))
     assert used <= known, f"{name}: no script knows {used - known}"
 

@@ -271,7 +271,7 @@ def main():
         model, (name, _, kwargs) = models.pop(arm), specs[arm]
         crop_size = local_size(model.arms[arm], args.img_size)
         transform = multi_crop(args.img_size, crop_size, args.crops)
-        model.to(device, memory_format=torch.channels_last)
+        model.to(device)
         dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
         batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, rank, world_size())
         loader = data.loader(dataset, batches, device, args.workers)
