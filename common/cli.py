@@ -203,7 +203,7 @@ def words_of(values):
 def parse_again(parser, saved, may_change, path):
     """Parse as saved in the file `path`, {name: value}, then as the command line says. Raises
     UserError where that changes what may not change, or where what was saved is no such thing."""
-    flags = [key for key in vars(parser.parse_args()) if key not in may_change - {"epochs"}]
+    flags = [key for key in vars(parser.parse_args()) if key not in may_change - {"epochs", "seeds"}]
     words = [*words_of({key: saved[key] for key in saved if key in flags})]
     try:
         before = vars(parser.parse_args(words))

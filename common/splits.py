@@ -117,7 +117,7 @@ def make_split(data, seed, known=None, allow_seen=False):
     split[pool] = np.array(SIDES)[side[unit]]
     for name in drawn:
         if 0 < (n := (split == name).sum()) < FEW:
-            data.notes.append(f"only {n} images are drawn for {name}: too few to judge by")
+            data.notes.append(f"drawn for {name}: {n}, too few to judge by")
     return split
 
 
