@@ -213,7 +213,7 @@ def test_a_whole_run_on_two_processes(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert alone.returncode == 2 and "made by 2 processes" in alone.stderr
+    assert alone.returncode == 2 and "torchrun --nproc-per-node 2" in alone.stderr
     resumed = torchrun(ROOT / "pretrain.py", "--resume", "two/last.pt", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
 

@@ -11,7 +11,6 @@ runs counts as a duplicate, or as seen, is left out of all scores without such i
 
 import copy
 import csv
-import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from common import cli, metrics
-from common.checkpoint import TEXT, write_csv, write_json
+from common.checkpoint import TEXT, read_json, write_csv, write_json
 from common.metrics import SHOWN
 
 PARTS = ("test", "test_without_duplicates", "test_without_seen")
@@ -28,17 +27,20 @@ NAMED = ("classes", "kinds of labels", "test images", "true labels")  # error me
 
 
 def folders_of(run):
-    """{seed0: folder, ...} of the finished seeds of a run; {.: run} where it had only one."""
-    files = [*run.glob("metrics.json")] or sorted(run.glob("seed*/metrics.json"))
-    if not files:
-        raise cli.UserError(f"{run}: holds no finished run of finetune.py (no metrics.json)")
-    return {file.parent.relative_to(run): file.parent for file in files}
+    """{seed0: folder, ...} of the seeds of a run; {.: run} where it had only one."""
+    folders = [run] * (run / "metrics.json").exists()
+    folders += sorted(file.parent for file in run.glob("seed*/config.json"))
+    unfinished = [folder.name for folder in folders if not (folder / "metrics.json").exists()]
+    if not folders or unfinished or len(folders) > 1 and run in folders:
+        what = f"{run}: holds no finished run of finetune.py (no metrics.json), or several"
+        raise cli.UserError(f"{what}; unfinished: {cli.preview(unfinished) or 'none'}")
+    return {folder.relative_to(run): folder for folder in folders}
 
 
 def read_run(folder):
     """What finetune.py wrote: the keys of metrics.json and, of N test images, names, true (text),
     labels (N, C) bool, probabilities (N, C) float32, copied and seen (N,) bool."""
-    run = SimpleNamespace(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+    run = SimpleNamespace(**read_json(folder / "metrics.json"))
     with open(folder / "predictions.csv", **TEXT) as file:
         rows = list(csv.DictReader(file))
     run.names, run.true = ([row[key] for row in rows] for key in ("path", "true"))
