@@ -13,6 +13,7 @@ from common import checkpoint
 from common.cli import UserError, positive
 from common.decode import IMAGENET_MEAN, IMAGENET_STD
 
+NORMALIZATION = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
 # arguments of timm.create_model that load files, ask the network, or have flags of their own
 NOT_SHAPE = {"img_size", "init", "name", "model_name", "checkpoint_path", "cache_dir"}
 NOT_SHAPE |= {"features_only", "scriptable", "exportable", "no_jit"}
@@ -33,8 +34,7 @@ def key_value(text):
     return text
 
 
-KWARGS = {"nargs": "*", "type": key_value, "action": ParseKwargs, "metavar": "KEY=VALUE"}
-KWARGS["default"] = {}  # such a flag
+KWARGS = dict(nargs="*", type=key_value, action=ParseKwargs, metavar="KEY=VALUE", default={})
 
 
 def add_arguments(parser):
@@ -44,8 +44,7 @@ def add_arguments(parser):
         add(f"--{arm}", default=name, metavar="NAME", help=f"the {arm} arm, any timm model")
         add(f"--{arm}-kwargs", **KWARGS, help="for timm.create_model, such as patch_size=8")
         add(f"--init-{arm}", metavar="WHAT", help="imagenet, random or a weights file, for one arm")
-    init = {"default": "imagenet", "choices": ["imagenet", "random"]}
-    add("--init", **init, help="of both arms (Table 20)")
+    add("--init", default="imagenet", choices=["imagenet", "random"], help="both arms (Table 20)")
     add("--img-size", type=positive, default=384, help="side of the images in pixels (F.2.2)")
 
 
@@ -60,12 +59,11 @@ def make_arm(flag, name, init, img_size, **model_kwargs):
     try:
         return channels_last(build_arm(name, img_size, init=init, **model_kwargs))
     except (TypeError, AssertionError, RuntimeError, KeyError, AttributeError, ValueError) as error:
-        problem = "cannot be built with these arguments: " + " ".join(str(error).split())[:300]
-        raise UserError(f"{flag} {name}: {problem}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{flag} {name}: cannot be built with these arguments: {reason}") from error
     except Exception as error:  # the download raises errors of many kinds
-        file = "--init FILE" if flag == "--arch" else f"--init-{flag[2:]} FILE"
-        problem = f"its ImageNet weights could not be downloaded; give --init random, or {file}"
-        raise UserError(f"{flag} {name}: {problem}") from error
+        fix = f"give --init random, or --init{'' if flag == '--arch' else flag[1:]} FILE"
+        raise UserError(f"{flag} {name}: no ImageNet weights downloaded; {fix}") from error
 
 
 def channels_last(model):
@@ -74,10 +72,9 @@ def channels_last(model):
     return model.to(memory_format=torch.channels_last) if plain else model
 
 
-def rebuild_kwargs(name, img_size, model_kwargs):
+def rebuild_kwargs(name, img_size, kwargs):
     """What timm.create_model needs to rebuild an arm, besides its name and num_classes."""
-    kwargs = {key: value for key, value in model_kwargs.items() if key != "num_classes"}
-    return {**size_argument(name, img_size), **kwargs}
+    return size_argument(name, img_size) | {k: v for k, v in kwargs.items() if k != "num_classes"}
 
 
 @torch.no_grad()
@@ -102,14 +99,13 @@ def check_pair(cnn, vit, img_size):
 
 def save(out, arm, model, name, kwargs, img_size, metadata):
     """cnn.pt or vit.pt, for finetune.py and timm. name, kwargs: for timm.create_model."""
-    metadata = {**metadata, "arch": name, "arm": arm, "model_kwargs": kwargs, "img_size": img_size}
-    metadata |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    metadata = {**metadata, **NORMALIZATION, "arch": name, "arm": arm, "img_size": img_size}
+    metadata["model_kwargs"] = kwargs
     checkpoint.save(out / f"{arm}.pt", checkpoint.weights_file(model, **metadata))
 
 
 def enable_grad_checkpointing(model, name):
-    """Recompute activations in the backward pass; batch-norm does not count that second forward
-    pass in its running statistics. Raises UserError."""
+    """Recompute activations in the backward pass, uncounted by batch-norm. Raises UserError."""
     try:
         model.set_grad_checkpointing()
     except (AssertionError, AttributeError) as error:

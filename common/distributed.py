@@ -16,7 +16,6 @@ def rank():
 
 
 def world_size():
-    """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -61,15 +60,11 @@ def gather(x):
     gradient into x is that of the sum over the processes: DistributedDataParallel averages it."""
     if world_size() == 1:
         return x
-    sizes = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
-    sizes[rank()] = len(x)
-    sizes = all_reduce(sizes).tolist()
-    whole = x.new_zeros(sum(sizes), *x.shape[1:])
-    mine = whole.narrow(0, sum(sizes[: rank()]), len(x))
-    mine.copy_(x.detach())
-    all_reduce(whole)
-    mine += (x - x.detach()) * world_size()  # zeros that carry the gradient
-    return whole
+    sizes = torch.tensor([len(x) * (i == rank()) for i in range(world_size())], device=x.device)
+    parts = [x.new_zeros(n, *x.shape[1:]) for n in all_reduce(sizes).tolist()]
+    mine = torch.cat([*parts[: rank()], x, *parts[rank() + 1 :]])
+    zeros = (mine - mine.detach()) * world_size()  # that carry the gradient
+    return all_reduce(mine.detach().clone()) + zeros
 
 
 def of_whole_batch(loss):

@@ -52,13 +52,10 @@ def stratified_order(labels, unit, rng):
     cover all classes, rarest first. labels: (N, C) bool; unit: (N,) int in 0..U-1. A stratum, of
     units with the same rarest label or none, is shuffled and spread evenly over the whole order."""
     U, C = unit.max() + 1, labels.shape[1]
-    size, counts = np.bincount(unit), labels.sum(0)
+    size, rarest_first = np.bincount(unit), np.argsort(labels.sum(0), kind="stable")
     has = np.zeros((U, C), bool)
     np.logical_or.at(has, unit, labels)
-    rarest_first = np.argsort(counts, kind="stable")
-    stratum = np.full(U, C)
-    for c in rarest_first[::-1]:
-        stratum[has[:, c]] = c
+    stratum = np.append(rarest_first, C)[np.c_[has[:, rarest_first], np.ones(U)].argmax(1)]
     shuffled = rng.permutation(U)
     position = np.empty(U)
     for s in np.unique(stratum):
@@ -67,7 +64,7 @@ def stratified_order(labels, unit, rng):
         position[members] = (end - size[members] * rng.random()) / end[-1]
     cover = []
     for c in rarest_first:
-        if counts[c] and not has[cover, c].any():
+        if has[:, c].any() and not has[cover, c].any():
             cover.append(shuffled[has[shuffled, c].argmax()])
     position[cover] = np.arange(len(cover)) - C - 1
     return shuffled[np.argsort(position[shuffled], kind="stable")], len(cover)
@@ -80,20 +77,20 @@ def carried(data, split, *before):
 
 
 def make_split(data, seed, known=None, allow_seen=False):
-    """(N,) "train", "val" or "test": as given, else drawn, 70/10/20 in whole units, stratified, or
-    all for training without labels (F.2.1). A unit stays on the earliest side of its images in
-    `known`: carried(), or (N,) bool, what was trained on. Raises UserError where none is left to train or (allow_seen) test on."""
+    """(N,) "train", "val" or "test": as given, else drawn, 70/10/20 in whole units, stratified; all
+    "train" without labels (F.2.1). A unit stays on the earliest side of its images in `known`:
+    carried(), or (N,) bool, trained on. Raises UserError where none is left to train or test on."""
     split = data.given.astype("U5")
     drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
     split[split == ""] = "train"
     pool = split == "train"
     if not pool.any():
         raise UserError(f"{data.path}: the given split leaves no image for training")
-    if data.groups is not None:
-        on = Counter(g for g, _ in dict.fromkeys(zip(data.groups.tolist(), split.tolist())))
-        if parted := [group for group, n in on.items() if n > 1]:
-            what = f"the given split parts {len(parted)} of {len(on)} groups ({preview(parted)})"
-            raise UserError(f"{data.path}: {what}; give another, or leave out --group-col")
+    groups = [] if data.groups is None else data.groups.tolist()
+    sides = Counter(group for group, _ in dict.fromkeys(zip(groups, split.tolist())))
+    if parted := [group for group, n in sides.items() if n > 1]:
+        what = f"the given split parts {len(parted)} of {len(sides)} groups ({preview(parted)})"
+        raise UserError(f"{data.path}: {what}; give another, or leave out --group-col")
     if not drawn or not data.classes:
         return split
     unit = np.unique(indivisible_units(data)[pool], return_inverse=True)[1]
@@ -103,8 +100,7 @@ def make_split(data, seed, known=None, allow_seen=False):
     if isinstance(known, np.ndarray):
         known = np.stack([hashes[known], hashes[known] * 0])
     known = {} if known is None else dict(sorted(zip(*known.tolist()), reverse=True))
-    hashes = hashes[pool].tolist()
-    np.minimum.at(rank, unit, [known.get(h, 3) for h in hashes])
+    np.minimum.at(rank, unit, [known.get(h, 3) for h in hashes[pool].tolist()])
     side = _cut(order, size, drawn)
     if (rank == 0).all():
         if "test" in drawn and not allow_seen:
@@ -188,8 +184,7 @@ def print_report(data, split):
     train = np.flatnonzero(split == "train")
     sample = np.stack([data.images[i] for i in train[:: len(train) // 100 + 1]]) / np.float32(255)
     mean, std = (" ".join(f"{x:.3f}" for x in m((0, 2, 3))) for m in (sample.mean, sample.std))
-    imagenet = "0.485 0.456 0.406, 0.229 0.224 0.225"
-    print(f"  mean {mean}, standard deviation {std} (ImageNet: {imagenet})")
+    print(f"  mean {mean}, std {std} (ImageNet: 0.485 0.456 0.406, 0.229 0.224 0.225)")
     if same := duplicates(data):
         n, later = sum(map(len, same)), cross_split_duplicates(data, split).sum()
         print(f"  {n} images have exact duplicates; {later} of them have one in an earlier split")

@@ -9,9 +9,9 @@ import timm
 import torch
 
 from common import checkpoint, schema
-from common.arms import channels_last, make_arm, output_shape, rebuild_kwargs
+from common.arms import NORMALIZATION, channels_last, make_arm, output_shape, rebuild_kwargs
 from common.cli import UserError
-from common.decode import IMAGENET_MEAN, IMAGENET_STD, digest
+from common.decode import digest
 
 
 def load_weights(path, way_out="; for other weights, give --arch NAME --init FILE"):
@@ -20,8 +20,7 @@ def load_weights(path, way_out="; for other weights, give --arch NAME --init FIL
     if not {"arch", "state_dict", "model_kwargs"} <= weights.keys():
         raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py{way_out}")
     schema.check(path, weights, schema.WEIGHTS)
-    names = weights.get("class_names")
-    if names and len(names) != weights["num_classes"]:
+    if (names := weights.get("class_names")) and len(names) != weights["num_classes"]:
         raise UserError(f"{path}: class_names does not name each of num_classes")
     return weights
 
@@ -39,23 +38,19 @@ def build(weights, path):
 
 
 def from_checkpoint(path):
-    """A weights file as a start: make() builds its model; metadata says how; seen, hashes of its
-    training images, or None; carried, its split by content; data, its data flags; seed, of its
-    split. Raises UserError."""
+    """A weights file as a start: make() builds its model, metadata says how; seen: hashes of its
+    training images, or None; carried: its split by content; data flags; seed. Raises UserError."""
     weights = load_weights(path)
-    make = partial(build, weights, path)
-    make()  # weights that do not fit are better known before the images are read
-    keys = ("arch", "arm", "model_kwargs", "img_size", "mean", "std")
-    history = {key: weights.get(key) for key in ("seen", "data", "seed")}
-    history["carried"] = carried_by(path, weights)
-    return SimpleNamespace(make=make, metadata={key: weights[key] for key in keys}, **history)
+    build(weights, path)  # weights that do not fit are better known before the images are read
+    start = SimpleNamespace(make=partial(build, weights, path), carried=carried_by(path, weights))
+    start.seen, start.data, start.seed = map(weights.get, ("seen", "data", "seed"))
+    start.metadata = {k: weights[k] for k in "arch arm model_kwargs img_size mean std".split()}
+    return start
 
 
 def carried_by(init, weights=None):
-    """splits.carried() of what initial weights were trained on: of our weights files; nothing of
-    other files, "imagenet" and "random". Raises UserError."""
-    if weights is None:
-        weights = {} if init in ("imagenet", "random") else checkpoint.load(init)
+    """splits.carried() of what our weights files saw; empty for other weights. Raises UserError."""
+    weights = weights or ({} if init in ("imagenet", "random") else checkpoint.load(init))
     schema.check(init, weights, schema.HISTORY)
     if weights.get("split") is not None:
         return weights["split"]
@@ -69,21 +64,18 @@ def from_name(arch, init, img_size, model_kwargs):
     """A timm model as a start; init: imagenet, random or a weights file. Raises UserError."""
     anew = partial(make_arm, "--arch", arch, init, img_size, **model_kwargs)
     model = anew()
-    shape = output_shape(model, img_size, f"--arch {arch}")
-    if len(shape) != 2:
+    if len(shape := output_shape(model, img_size, f"--arch {arch}")) != 2:
         raise UserError(f"--arch {arch}: gives outputs of shape {shape}, not logits (N, C)")
     make = anew if init == "random" else partial(copy.deepcopy, model)  # a seed, its own weights
-    metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size}
+    metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size, **NORMALIZATION}
     metadata["model_kwargs"] = rebuild_kwargs(arch, img_size, model_kwargs)
-    metadata |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     carried = carried_by(init)
     history = {"seen": carried[0][carried[1] == 0], "carried": carried}
     return SimpleNamespace(make=make, metadata=metadata, data={}, **history)
 
 
 def refuse_odd_head(model, metadata, linear):
-    """Raise UserError where the reset head is not the one that timm builds, so that best.pt could
-    not be loaded, or, for --mode linear, is not one module. Leaves torch's random state."""
+    """Raise UserError where timm builds another head than the reset one or, if linear, several."""
     name = metadata["arch"]
     with torch.random.fork_rng([]):
         again = timm.create_model(name, num_classes=model.num_classes, **metadata["model_kwargs"])
@@ -98,9 +90,8 @@ def fill_in(args, saved):
     """Without --data: the data flags of a checkpoint, where none was given."""
     given = vars(args)
     if args.data is None:
-        if saved.get("unlabelled"):  # a flag of earlier versions
-            saved = {**saved, "label_col": ["none"]}
-        given |= {key: given[key] or value for key, value in saved.items() if key in given}
+        old = {"label_col": ["none"]} if saved.get("unlabelled") else {}  # of earlier versions
+        given |= {key: given[key] or value for key, value in (saved | old).items() if key in given}
 
 
 def seen_in_pretraining(seen, images):
@@ -110,8 +101,7 @@ def seen_in_pretraining(seen, images):
 
 def data_digest(images, split, used):
     """A number that stands for the pixels, labels, split and used labels of a run."""
-    hashes, labels = map(np.ascontiguousarray, (images.table["hash"], images.labels))
-    return digest(hashes, labels, "".join(split), used)
+    return digest(images.table["hash"].tobytes(), images.labels.tobytes(), "".join(split), used)
 
 
 def all_seen(images, split, seen):
