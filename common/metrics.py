@@ -26,9 +26,8 @@ def auroc(positive, score):
 
 
 def score(labels, probabilities, classes, multilabel):
-    """Scores of N > 0 images: labels (N, C) bool, probabilities (N, C), C class names. F1 of a
-    class neither there nor predicted is 0; the means auroc and balanced_accuracy (of recalls) leave
-    absent classes out. confusion: true classes in rows; multi-label: [tp, fp, fn, tn] of each."""
+    """Scores of labels (N, C) bool and probabilities (N, C), N > 0. Absent classes count as 0 in
+    macro_f1, not in auroc and balanced_accuracy. confusion: rows true, or [tp, fp, fn, tn] each."""
     predicted = predicted_labels(probabilities, multilabel)
     tp, support, found = (x.sum(0) for x in (labels & predicted, labels, predicted))
     precision, recall = tp / np.maximum(found, 1), tp / np.maximum(support, 1)
@@ -42,12 +41,10 @@ def score(labels, probabilities, classes, multilabel):
     scores["auroc"] = float(np.mean(known)) if known else None
     scores["per_class"] = [dict(zip(keys, row)) for row in zip(classes, *columns, areas)]
     scores["exact_match" if multilabel else "accuracy"] = (labels == predicted).all(1).mean().item()
-    if multilabel:
-        confusion = np.stack([tp, found - tp, support - tp, len(labels) - found - support + tp], 1)
-    else:
+    if not multilabel:
         scores["balanced_accuracy"] = recall[support > 0].mean().item()
-        flat = labels.argmax(1) * len(classes) + predicted.argmax(1)
-        confusion = np.bincount(flat, minlength=len(classes) ** 2).reshape(len(classes), -1)
+    counts = [tp, found - tp, support - tp, len(labels) - found - support + tp]
+    confusion = np.stack(counts, 1) if multilabel else labels.T.astype(int) @ predicted
     return {**scores, "confusion": confusion.tolist()}
 
 
@@ -73,14 +70,12 @@ def prediction_table(names, probabilities, classes, multilabel, true, duplicate,
     )
 
 
-def refuse_unlabelled(images):
-    """Raise UserError where there is nothing to tell apart."""
+def refuse_unlabelled(images):  # where there is nothing to tell apart
     if len(images.classes) < (1 if images.multilabel else 2):
         raise UserError(f"{images.path}: no labels or one class; use class folders or a CSV file")
 
 
-def refuse_untestable(images, split, seen, allow_seen):
-    """Raise UserError where a split is empty, or pre-training saw every test image."""
+def refuse_untestable(images, split, seen, allow_seen):  # an empty split, or all test images seen
     if none := [part for part in SIDES if part not in split]:
         raise UserError(f"{images.path}: {len(images)} images leave none for the {none[0]} split")
     if seen is not None and seen[split == "test"].all() and not allow_seen:
@@ -98,18 +93,15 @@ def write_results(job, probabilities, settings, training):
     metrics |= {f"n_{name}": int((split == name).sum()) for name in SIDES}
     metrics |= {"n_labelled": int(job.used.sum()), "labelled": class_counts(images, job.used)}
     metrics |= {"n_test_duplicates": int(copied.sum()), "n_test_seen": int(seen.sum()), **training}
-    notes = "", f" without the {copied.sum()} exact duplicates"
-    notes += (f" without the {seen.sum()} that pre-training saw",)
-    for key, left_out, note in zip(PARTS, (np.zeros_like(copied), copied, seen), notes):
-        kept = ~left_out
+    notes = "", " without the {} exact duplicates", " without the {} that pre-training saw"
+    for key, note, kept in zip(PARTS, notes, (np.ones_like(copied), ~copied, ~seen)):
         scores = score(labels[kept], probabilities[kept], classes, multilabel) if kept.any() else {}
         metrics[key] = scores or None
-        if scores and (left_out.any() or key == "test"):
+        if scores and (key == "test" or not kept.all()):
             shown = ", ".join(f"{k} {scores[k]:.4f}" for k in SHOWN if scores.get(k) is not None)
-            print(f"test, {scores['n']} images{note}: {shown}")
-    names = [name for name, tested in zip(images.names, test) if tested]
-    table = prediction_table(names, probabilities, classes, multilabel, labels, copied, seen)
-    write_csv(job.out / "predictions.csv", *table)
+            print(f"test, {scores['n']} images{note.format((~kept).sum())}: {shown}")
+    columns = np.array(images.names)[test], probabilities, classes, multilabel, labels, copied, seen
+    write_csv(job.out / "predictions.csv", *prediction_table(*columns))
     header = ["label", "tp", "fp", "fn", "tn"] if multilabel else ["true \\ predicted", *classes]
     confusion = ([c, *row] for c, row in zip(classes, metrics["test"]["confusion"]))
     write_csv(job.out / "confusion.csv", header, confusion)

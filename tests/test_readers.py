@@ -229,6 +229,8 @@ def test_multilabel_as_told(folder):
         ("", "column names", {}),
         (b"image,label\ni0,\xff\xfe\n", "UTF-8", {}),
         ('image,label\ni0,"a\n', "CSV", {}),
+        (b"image,label\ni0,a\0\ni1,a\n", "is no CSV file in UTF-8.*NUL", {}),
+        ("image,label\ni0,a\n".encode("utf-16-le"), "is no CSV file in UTF-8.*NUL", {}),
         ("image,label\ni0,a\n", "no such folder", {"images": "/nowhere/at/all"}),
     ],
 )
