@@ -1,11 +1,4 @@
-"""Files that are written whole or not at all, and weights files that anybody can load.
-
-A weights file (cnn.pt, vit.pt, best.pt) holds tensors, numbers, strings, lists and dicts alone:
-
-    weights = torch.load("cnn.pt", weights_only=True)
-    timm.create_model(weights["arch"], num_classes=weights["num_classes"],
-                      **weights["model_kwargs"], checkpoint_path="cnn.pt")
-"""
+"""Files written whole or not at all; weights files that timm can load (see docs/outputs.md)."""
 
 import contextlib
 import csv
@@ -51,8 +44,7 @@ def start_folder(folder, names, fresh=()):
 def write_json(path, value):
     """`value` as indented JSON. Raises ValueError on NaN and infinity."""
     with atomic_open(path) as file:
-        json.dump(value, file, indent=2, allow_nan=False, ensure_ascii=False)
-        file.write("\n")
+        file.write(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path, *keys):
@@ -61,18 +53,15 @@ def read_json(path, *keys):
         value = json.loads(Path(path).read_text(TEXT["encoding"], TEXT["errors"]))
         return {**value, **{key: value[key] for key in keys}}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        fix = "delete it, and run again what wrote it"
-        raise UserError(f"{path}: is damaged, or holds no {' or '.join(keys)}; {fix}") from error
+        raise UserError(f"{path}: damaged, or no {' or '.join(keys)}; delete and rerun") from error
 
 
 def write_csv(path, header, rows):
-    """A header and rows as UTF-8 CSV."""
     with atomic_open(path) as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def write_json_lines(path, rows):
-    """One JSON object a line."""
     with atomic_open(path) as file:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 

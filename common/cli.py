@@ -15,10 +15,8 @@ from tqdm import tqdm
 from common import distributed
 
 MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every"}
-_afterwards = contextlib.ExitStack()  # what is undone when a command ends
-
-
 PATHS = ("ckpt", "data", "images", "split")  # flags that are saved as absolute paths
+_afterwards = contextlib.ExitStack()  # what is undone when a command ends
 
 
 class UserError(Exception):
@@ -46,21 +44,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def on_stop(handler):
-    """Give a handler SIGINT, SIGTERM and SIGHUP, where the system has them and nohup does not hold
-    them back. Returns what had them before, {number: handler}."""
-    numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
-    mine = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in mine}
+def on_stop(handler, until=_afterwards):
+    """Give a handler the signals to stop that nohup lets through, until the ExitStack closes."""
+    numbers = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+    for number in [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]:
+        until.callback(signal.signal, number, signal.signal(number, handler))
 
 
-def _stop(number, _):
-    advice = "to resume, give the command again, where it trains with --resume"
+def stop(number, _=None, advice="to resume, give the command again, where it trains with --resume"):
     raise Stopped(128 + number, f"stopped by {signal.Signals(number).name}; {advice}")
 
 
 def explain(error):
-    """(exit status, line) for an error, where a line is enough; else (1, None)."""
+    """(exit status, line) for an error; where a line is not enough, the traceback is printed."""
     text = str(error)
     if isinstance(error, UserError):  # a loader process sends its traceback along
         return 2, text.rpartition("UserError: ")[2].strip()
@@ -71,16 +67,13 @@ def explain(error):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
         return 1, "out of memory: try a smaller --bs or --img-size"
     if "DataLoader worker (pid" in text or "unable to write to file </torch" in text:
-        advice = "try --workers 0 or, in a container, a larger --shm-size"
-        return 1, f"a loader process died for want of memory or shared memory: {advice}"
+        return 1, "a loader process lacked (shared) memory: try --workers 0 or docker's --shm-size"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return 1, f"--compile failed, for want of a C++ compiler? ({' '.join(text.split())[:200]})"
     if isinstance(error, OSError) and error.strerror:
-        return (
-            1,
-            f"{error.filename or 'output'}: {error.strerror}; what was written before is whole",
-        )
-    return 1, None
+        return 1, f"{error.filename or 'output'}: {error.strerror}; what was written is whole"
+    traceback.print_exception(error)
+    return 1, "failed as shown above; what was written is whole, --resume goes on from last.pt"
 
 
 def run(main):
@@ -88,43 +81,35 @@ def run(main):
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):  # file names may hold any bytes
         stream.reconfigure(errors="backslashreplace")
-    for number, handler in on_stop(_stop).items():
-        _afterwards.callback(signal.signal, number, handler)
+    on_stop(stop)
     with _afterwards:
         try:
             main()
             sys.stdout.flush()
             return distributed.stop()
-        except (Exception, Stopped) as caught:
-            error = caught
-        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise when a loader process dies
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in multiprocessing.active_children():  # they ignore all signals but this
-            child.kill()
-        status, line = explain(error)
-        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        if line is None:
-            traceback.print_exception(error)
-            line = "failed as shown above; what was written is whole, --resume goes on from last.pt"
-        traceback.clear_frames(error.__traceback__)  # closes the progress bar
-        where = f" (process {distributed.rank()})" if distributed.rank() else ""
-        print(f"error{where}: {line}", file=sys.stderr)
-        sys.exit(status)
+        except (Exception, Stopped) as error:
+            if hasattr(signal, "SIGCHLD"):  # torch's handler would raise as a loader process dies
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for child in multiprocessing.active_children():  # they ignore all signals but this
+                child.kill()
+            if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
+            status, line = explain(error)
+            traceback.clear_frames(error.__traceback__)  # closes the progress bar
+            where = f" (process {distributed.rank()})" if distributed.rank() else ""
+            print(f"error{where}: {line}", file=sys.stderr)
+            sys.exit(status)
 
 
 def lock(descriptor, shared=False):
-    """Lock an open file or folder until it is closed; False where another process holds it. Where
-    the system has no such locks, True."""
+    """Lock an open file or folder until it is closed; False where another process holds it."""
     try:
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass
+    except (ImportError, OSError) as error:  # other errors: the system has no such locks
+        return not isinstance(error, BlockingIOError)
     return True
 
 
@@ -134,8 +119,7 @@ def _remove_if_empty(folder):
 
 
 def claim(folder):
-    """Make an output folder, for this command alone until it ends. Raises UserError where it cannot
-    be written, or where another run writes there."""
+    """Make an output folder, for this command alone until it ends. Raises UserError."""
     if distributed.rank():
         return
     try:
@@ -170,13 +154,11 @@ rate = _number(float, lambda x: 0 <= x < float("inf"), "a finite number of at le
 
 
 def t_max(text):
-    """An argparse type: a number of iterations, or "run"."""
     return text if text == "run" else positive(text)
 
 
 def save_every(text):
-    """An argparse type: a number of iterations (int), or of minutes as in 10m (float)."""
-    return float(text[:-1]) if text.endswith("m") else positive(text)
+    return float(text[:-1]) if text.endswith("m") else positive(text)  # minutes, or iterations
 
 
 def refuse_overwrite(out, names, overwrite):
@@ -188,58 +170,42 @@ def refuse_overwrite(out, names, overwrite):
         raise UserError(f"{out}: is not a folder (--out)")
 
 
-def words_of(values):
-    """The words that give {name: value} on a command line."""
-    for key, value in values.items():
-        flag = f"--{key.replace('_', '-')}"
-        if isinstance(value, dict):
-            value = [f"{k}={v}" for k, v in value.items()]
-        if isinstance(value, list):
-            yield from [flag, *map(str, value)] if value else ()
-        elif value is not None and value is not False:
-            yield flag if value is True else f"{flag}={value}"
-
-
 def parse_again(parser, saved, may_change, path):
-    """Parse as saved in the file `path`, {name: value}, then as the command line says. Raises
-    UserError where that changes what may not change, or where what was saved is no such thing."""
-    flags = [key for key in vars(parser.parse_args()) if key not in may_change - {"epochs", "seeds"}]
-    words = [*words_of({key: saved[key] for key in saved if key in flags})]
+    """Parse {name: value} as saved in a file, then the command line. UserError where they clash."""
+    flags = [k for k in vars(parser.parse_args()) if k not in may_change - {"epochs", "seeds"}]
+    words = []
+    for key in [key for key in saved if key in flags]:
+        flag, value = f"--{key.replace('_', '-')}", saved[key]
+        value = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+        if isinstance(value, list):
+            words += [flag, *map(str, value)] if value else []
+        elif value is not None and value is not False:
+            words.append(flag if value is True else f"{flag}={value}")
     try:
         before = vars(parser.parse_args(words))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     args = parser.parse_args(words + sys.argv[1:])
-    given = vars(args).copy()
-    given |= {k: v and os.path.abspath(v) for k, v in given.items() if k in PATHS}
+    given = {k: os.path.abspath(v) if v and k in PATHS else v for k, v in vars(args).items()}
     changed = [k for k in flags if k not in may_change and given[k] != before[k]]
-    if changed:
-        what = preview(
-            [f"--{k.replace('_', '-')} {before[k]} (not {given[k]})" for k in changed], 9
-        )
-        raise UserError(f"{path}: was made with {what}; leave these out, or give another --out")
+    what = [f"--{k.replace('_', '-')} {before[k]} (not {given[k]})" for k in changed]
+    if what:
+        raise UserError(f"{path}: was made with {preview(what, 9)}; omit these or change --out")
     return args
 
 
-class Signals:
+class Signals(contextlib.ExitStack):
     """Inside `with`, the signals to stop are noted, for the loop to heed; a second one acts."""
 
-    def __enter__(self):
-        self.number, self.before = 0, on_stop(self._note)
-        return self
+    number = 0  # of the signal that came
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def __enter__(self):
+        on_stop(self._note, until=self)
+        return self
 
     def _note(self, number, _):
         self.number = number
-        self.__exit__()
-
-    def leave(self, message):
-        """Leave with 128 + the number of the signal."""
-        name = signal.Signals(self.number).name
-        raise Stopped(128 + self.number, f"stopped by {name}; {message}")
+        self.close()
 
 
 def progress(iterable=None, unit="img", **kwargs):
@@ -255,13 +221,11 @@ def add_run_arguments(parser, epochs, lr):
     add("--bs", "--batch-size", type=positive, default=16, help="images per step")
     add("--lr", type=rate, default=lr, help="Adam's learning rate")
     add("--min-lr", type=rate, default=1e-6, help="the minimum of its cosine")
-    iterations = "iterations from --lr down to --min-lr, and up again, or: run, one descent"
-    add("--t-max", type=t_max, default=16, metavar="N", help=iterations)
+    add("--t-max", type=t_max, default=16, help="iterations down, then up; or: run, one descent")
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
     add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="autocast precision")
     add("--workers", type=count, metavar="N", help="loader processes (CPU: 0; GPU: up to 8)")
-    resume = "from the last.pt in --out, or from FILE; it holds the other flags"
-    add("--resume", nargs="?", const=True, metavar="FILE", help=resume)
+    add("--resume", nargs="?", const=True, metavar="FILE", help="from FILE, or --out's last.pt")
     add("--save-every", type=save_every, metavar="N", help="save last.pt every N steps, or 10m")
     add("--overwrite", action="store_true", help="replace an earlier run in the output folder")
 
@@ -282,8 +246,7 @@ def pick_device(name):
 
 
 def pick_amp(amp, device):
-    """The autocast dtype for --amp on this device, None for full precision. "auto": bf16 where the
-    hardware has it, else fp16 on a GPU and off elsewhere."""
+    """The autocast dtype or None; auto: bf16 if the hardware has it, else fp16 on a GPU, or off."""
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":

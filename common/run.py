@@ -1,25 +1,15 @@
-"""What surrounds a training loop: exact resume, checkpoints, signals, progress and log.jsonl. The
-loop asks `epochs` and `batches` for its work and reads as if nothing surrounded it:
-
-    run.track(model=model, optimizer=optimizer)
-    for _ in run.epochs(n, loader):
-        for images in run.batches():
-            ...
-            run.note(loss)
-        run.end_epoch(lr=lr)
-"""
+"""What surrounds a training loop (pretrain.train): resume, checkpoints, signals, progress, log."""
 
 import math
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from common import checkpoint, cli, collapse, distributed, schema
-from common.cli import UserError, progress
+from common import checkpoint, cli, collapse, distributed
+from common.cli import Signals, UserError, progress
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
@@ -29,8 +19,7 @@ def half_cycle(t_max, iterations):
 
 
 def on_device(loader, device, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """The batches of a loader on the device: uint8 images become normalized floats, the rest stays
-    as it is. A batch is a tensor, or a list of tensors (several views; images and targets)."""
+    """Batches (tensors or lists of tensors) on the device, uint8 images as normalized floats."""
     for batch in loader:
         single = torch.is_tensor(batch)
         parts = [x.to(device, non_blocking=True) for x in ([batch] if single else batch)]
@@ -39,8 +28,7 @@ def on_device(loader, device, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
 
 def seconds_per_step(step, batch, model, device, amp, limit=3.0):
-    """Seconds of a forward and backward pass: the last of up to three within `limit` seconds.
-    Leaves weights, buffers and random state as they were. step: batch -> loss."""
+    """Seconds of step (batch -> loss) and backward, the last of 3; model and RNG stay the same."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     began = time.perf_counter()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -61,6 +49,8 @@ def seconds_per_step(step, batch, model, device, amp, limit=3.0):
 
 def load_last(path, script):
     """The dict of a last.pt that this script wrote. Raises UserError."""
+    from common import schema
+
     state = checkpoint.load(path)
     if state.get("script") != script:
         raise UserError(f"{path}: holds no training state of {script}")
@@ -69,8 +59,7 @@ def load_last(path, script):
 
 
 def resumed(parser, args, script, may_change):
-    """For --resume: the arguments again, as the run began with them, and its last.pt; or None where
-    there is none yet. Raises UserError."""
+    """For --resume: the arguments that the run began with, and its last.pt or None. UserError."""
     last = Path(args.out or ".") / "last.pt" if args.resume is True else Path(args.resume)
     if args.resume is True and not last.exists():
         return args, None
@@ -82,35 +71,29 @@ def resumed(parser, args, script, may_change):
     return cli.parse_again(parser, state["args"], may_change, last), state
 
 
-def set_rng_state(rng):
-    """Random state of the CPU and, as far as both sides have them, of GPUs."""
-    torch.set_rng_state(rng["cpu"])
-    for i, state in zip(range(torch.cuda.device_count()), rng["cuda"]):
-        torch.cuda.set_rng_state(state, i)
-
-
 @dataclass
 class Run:
     """One training run in a folder."""
 
     out: Path
     device: torch.device
-    amp: Any  # dtype of autocast, None for full precision
+    amp: torch.dtype | None  # of autocast; None for full precision
     metadata: dict  # what last.pt holds besides the training state
-    state: Any = None  # the dict of a last.pt to resume from
+    state: dict | None = None  # the dict of a last.pt to resume from
     log: list | tuple = ()  # rows that log.jsonl begins with
-    save_every: Any = None  # as the flag
+    save_every: float | None = None  # as the flag
     seconds_between_saves: float = 0.0  # at least, of epochs that end
     normalization: tuple = (IMAGENET_MEAN, IMAGENET_STD)
-    monitor: Any = None  # {arm: model}, device -> {measure: number} after every epoch
-    react: Any = lambda row: None  # takes each row of the log once it is saved
+    monitor: object = None  # {arm: model}, device -> {measure: number} after every epoch
+    react: object = lambda row: None  # takes each row of the log once it is saved
+    iteration = property(lambda self: self.progress["iteration"])  # zero-based, over the whole run
+    epoch = property(lambda self: self.progress["epoch"])  # how many are complete
 
     def __post_init__(self):
         self.components, self.status = {}, ""
         start = {"epoch": 0, "batch": 0, "iteration": 0, "loss": [0.0], "seconds": 0.0}
-        self.progress = {**start, "log": list(self.log)}
-        known = {*self.progress, "best"} & (self.state or {}).keys()  # best: of fine-tuning
-        self.progress |= {key: self.state[key] for key in known}
+        known = {*start, "log", "best"} & (self.state or {}).keys()  # best: of fine-tuning
+        self.progress = {**start, "log": list(self.log)} | {key: self.state[key] for key in known}
 
     def track(self, **components):
         """{name: module, optimizer, ...}: what last.pt saves; when resuming, restored here."""
@@ -129,12 +112,8 @@ class Run:
     def announce(self, step, model, loader, epochs, val_mask=()):
         """Print how long the epochs take here, from a few timed steps. step: batch -> loss of the
         model; val_mask: true for images that are only evaluated, at a third of the cost."""
-        sampler, dataset, world_size = (
-            loader.batch_sampler,
-            loader.dataset,
-            distributed.world_size(),
-        )
-        size = min(sampler.batch_size // world_size, len(dataset))
+        sampler, dataset, processes = loader.batch_sampler, loader.dataset, distributed.world_size()
+        size = min(sampler.batch_size // processes, len(dataset))
         began = time.perf_counter()
         batch = loader.collate_fn([dataset[0, i] for i in range(size)])
         loading = 0 if loader.num_workers else time.perf_counter() - began
@@ -144,35 +123,26 @@ class Run:
         except ValueError as error:  # of batch-norm
             fix = "use larger batches or images, or label more"
             raise UserError(f"a batch of {size} is too small here: {error}; {fix}") from error
-        total = seconds / size * (sampler.n / world_size + sum(val_mask) / 3) * epochs
+        total = seconds / size * (sampler.n / processes + sum(val_mask) / 3) * epochs
         where = f"on this {self.device.type.upper()} ({size / seconds:.3g} images/s)"
         if total > 86400 and self.device.type == "cpu":
             where += "; smaller settings: README, recipe for a laptop"
         work = f"{epochs} epochs of {sampler.n} images"
         print(f"{work}: about {timedelta(seconds=round(total))} {where}", flush=True)
 
-    @property
-    def iteration(self):
-        """Zero-based number of the current step, over the whole run."""
-        return self.progress["iteration"]
-
-    @property
-    def epoch(self):
-        """How many epochs are complete."""
-        return self.progress["epoch"]
-
     def epochs(self, n, loader, done=lambda epoch: False):
         """Numbers of the epochs that are left, until done(number of epochs that are complete)."""
         self.n, self.loader, self.sampler = n, loader, loader.batch_sampler
         self.saved = time.perf_counter()
         if self.state is not None:
-            self._restore("rng", set_rng_state)
+            self._restore("rng", lambda rng: torch.set_rng_state(rng["cpu"]))
+            gpus = torch.cuda.device_count()
+            self._restore("rng", lambda rng: torch.cuda.set_rng_state_all(rng["cuda"][:gpus]))
             self.save(log_only=True)
             if self.state["batch"] == 0 and self.progress["log"]:
                 self.react(self.progress["log"][-1])  # the epoch that the run ended with
-        before = self.epoch * self.sampler.n + self.progress["batch"] * self.sampler.batch_size
-        bar = progress(total=n * self.sampler.n, initial=before)
-        with cli.Signals() as self.signals, bar as self.bar:
+        cut = self.epoch * self.sampler.n + self.progress["batch"] * self.sampler.batch_size
+        with Signals() as self.signals, progress(total=n * self.sampler.n, initial=cut) as self.bar:
             while self.epoch < n and not done(self.epoch):
                 self.sampler.epoch, self.sampler.start = self.epoch, self.progress["batch"]
                 loss = self.progress["loss"]
@@ -197,11 +167,10 @@ class Run:
                 loss = distributed.gather(self.loss[None]).tolist()  # of each process
                 self.save(batch=batch, loss=loss, seconds=time.perf_counter() - self.began)
             if stop:
-                self.signals.leave(f"to resume from {self.out / 'last.pt'}, give --resume")
+                cli.stop(stop, advice=f"to resume from {self.out / 'last.pt'}, give --resume")
 
     def _agree(self):
-        """(a signal arrived, a checkpoint is due): the same in all processes. On several GPUs,
-        whose steps are short, they ask each other every 20 iterations."""
+        """(signal, whether a checkpoint is due) in all processes; GPUs ask every 20 iterations."""
         every, seconds = self.save_every, time.perf_counter() - self.saved
         timed = isinstance(every, float)
         due = seconds >= 60 * every if timed else bool(every) and self.iteration % every == 0
@@ -214,13 +183,10 @@ class Run:
         return self.signals.number, bool(due)
 
     def show(self, text):
-        """Beside the progress bar: the epoch, the text, and what was last measured."""
-        text = f"epoch {self.epoch + 1}/{self.n}, {text}{self.status}"
-        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_postfix_str(f"epoch {self.epoch + 1}/{self.n}, {text}{self.status}", False)
 
     def note(self, loss):
-        """Add up the loss of a step; nothing is copied from the device."""
-        self.last = loss.detach()
+        self.last = loss.detach()  # nothing is copied from the device
         self.loss += self.last
 
     def mean_loss(self):
@@ -231,25 +197,22 @@ class Run:
     def end_epoch(self, models=None, **numbers):
         """Log a row of numbers, and what the monitor measures of {arm: model}; write last.pt."""
         self.check_finite()
-        seconds = time.perf_counter() - self.began
+        took = time.perf_counter() - self.began
         row = {"epoch": self.epoch + 1, "iteration": self.iteration, **numbers}
-        row["seconds"] = round(seconds, 3)
+        row["seconds"] = round(took, 3)
         if models is not None:
-            speed = round(self.sampler.n / seconds, 2)
-            row |= {"arms": "+".join(models), "images_per_second": speed}
+            row |= {"arms": "+".join(models), "images_per_second": round(self.sampler.n / took, 2)}
         if self.monitor is not None and distributed.rank() == 0:
             row |= self.monitor(models, self.device)
-            row["monitor_seconds"] = round(time.perf_counter() - self.began - seconds, 3)
+            row["monitor_seconds"] = round(time.perf_counter() - self.began - took, 3)
             self.status = collapse.in_brief(row)
         self.progress["log"] = [*self.progress["log"], row]
-        stop = (
-            self.signals.number if distributed.world_size() == 1 else 0
-        )  # came since the last step
+        stop = self.signals.number if distributed.world_size() == 1 else 0  # since the last step
         skip = time.perf_counter() - self.saved < self.seconds_between_saves and not stop
         self.save(log_only=skip, epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0)
         self.react(row)
         if stop:
-            self.signals.leave(f"to resume from {self.out / 'last.pt'}, give --resume")
+            cli.stop(stop, advice=f"to resume from {self.out / 'last.pt'}, give --resume")
 
     def save(self, log_only=False, **progress):
         """Write last.pt and log.jsonl, whole or not at all."""
@@ -261,8 +224,7 @@ class Run:
             checkpoint.save(self.out / "last.pt", state)
         if distributed.rank() == 0:
             checkpoint.write_json_lines(self.out / "log.jsonl", self.progress["log"])
-        if not log_only:
-            self.saved = time.perf_counter()
+        self.saved = self.saved if log_only else time.perf_counter()
 
     def check_finite(self, *losses):
         """Raise FloatingPointError (exit status 1) on a loss that is NaN or infinite."""

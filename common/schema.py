@@ -1,5 +1,6 @@
 """What a weights file and a last.pt must hold: they may come from anybody, and be damaged."""
 
+from contextlib import suppress
 from math import isfinite
 
 import timm
@@ -20,11 +21,6 @@ PRETRAINING = {**TRAINING, "processes": int, "seen": TENSOR, "initial": TENSOR}
 LAST = {"pretrain.py": PRETRAINING, "tools.dino": {**PRETRAINING, "phase": int}}
 LAST["finetune.py"] = {**TRAINING, "seed": int, "digest": int, "best": dict}
 
-
-def _is_split(x):  # of splits.carried
-    return x.dtype == torch.int64 and len(x) == 2 and set(x[1].tolist()) <= {0, 1, 2}
-
-
 RULES = {  # for values of the right type
     "arch": timm.is_model,
     "model_kwargs": lambda x: all(
@@ -36,27 +32,23 @@ RULES = {  # for values of the right type
     "state_dict": lambda x: all(torch.isfinite(value).all() for value in x.values()),
     "class_names": lambda x: all(isinstance(name, str) for name in x),
     "seen": lambda x: x.dtype == torch.int64 and x.ndim == 1,
-    "split": _is_split,
-    "initial": _is_split,
+    "split": lambda x: x.dtype == torch.int64 and len(x) == 2 and set(x[1].tolist()) <= {0, 1, 2},
     "loss": lambda x: x and all(map(isfinite, x)),
     "log": lambda x: all(isinstance(row, dict) for row in x),
     "best": lambda x: isinstance(x["best_epoch"], int) and isinstance(x["best_loss"], float),
 }
+RULES["initial"] = RULES["split"]  # of splits.carried
 for _key in "num_classes seed epoch batch iteration processes phase seconds best_epoch".split():
     RULES[_key] = lambda x: 0 <= x < 2**40
 
 
 def check(path, content, fields):
     """Raise UserError, naming the fields of this dict that are missing or not as described."""
-
-    def holds(key, kind):
-        try:
-            value = content.get(key)
-            rule = RULES.get(key, lambda x: True)
-            return isinstance(value, kind) and (value is None or bool(rule(value)))
-        except Exception:  # what is damaged raises all kinds
-            return False
-
-    wrong = ", ".join(key for key, kind in fields.items() if not holds(key, kind))
+    wrong = list(fields)
+    for key, kind in fields.items():
+        with suppress(Exception):  # what is damaged raises all kinds
+            value, rule = content.get(key), RULES.get(key, lambda x: True)
+            if isinstance(value, kind) and (value is None or rule(value)):
+                wrong.remove(key)
     if wrong:
-        raise UserError(f"{path}: is damaged, or of another version: {wrong} missing or not valid")
+        raise UserError(f"{path}: damaged or outdated: {', '.join(wrong)} missing or not valid")
