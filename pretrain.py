@@ -23,12 +23,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import data
 import losses
 from cass import CASS
-from common import arms, checkpoint, cli, collapse, distributed, toy_data
+from common import arms, checkpoint, cli, collapse, distributed
 from common.cli import UserError
 from common.readers import read
 from common.run import Run, half_cycle, on_device, resumed
 from common.splits import carried
-from common.starts import carried_by
 from swa import SWA
 
 OUTPUTS = ("cnn.pt", "vit.pt", "last.pt", "log.jsonl", "config.json", "split.csv", "duplicates.csv")
@@ -73,6 +72,8 @@ def parse_arguments():
         elif args.data or args.demo:
             print(f"{args.out}: holds no last.pt, so the run starts from the beginning")
     if args.demo and state is None:
+        from common import toy_data
+
         images, cache = (str(Path(args.out) / name) for name in ("images", "cache"))
         parser.set_defaults(data=images, cache=cache, **toy_data.DEFAULTS)
         args = parser.parse_args()
@@ -181,9 +182,12 @@ def main():
     elif state["epoch"] >= args.epochs and all((out / name).exists() for name in OUTPUTS):
         print(f"{out}: the run is finished")
         return
-    with distributed.one_first() as first:
-        if args.demo and state is None and first:
-            toy_data.draw(Path(args.data), args.seed)
+    if args.demo and state is None:
+        from common import toy_data
+
+        with distributed.one_first() as first:
+            if first:
+                toy_data.draw(Path(args.data), args.seed)
     images = read(args.data, **data.options(args))
     torch.manual_seed(args.seed)
     inits = [args.init_cnn or args.init, args.init_vit or args.init]
@@ -194,6 +198,8 @@ def main():
     model = build_model(specs, args.img_size, args.objective, head_act, args.grad_checkpointing)
 
     if state is None:  # what the initial weights saw counts too; read before anything is removed
+        from common.starts import carried_by
+
         initial = torch.cat([carried_by(init) for init in dict.fromkeys(inits)], 1)
     else:
         initial = state["initial"]

@@ -25,8 +25,7 @@ import torch
 from conftest import picture
 from PIL import Image
 
-from common import checkpoint, decode, run, starts
-from common import readers as tables
+from common import checkpoint, decode, run, starts, tables
 from common.cli import UserError
 
 IMAGES = {
