@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
-from common.cli import Parser, claim, count, on_stop, positive, run
+from common.cli import Parser, claim, count, on_stop, positive, refuse_inputs, run
 from common.decode import default_dir
 from common.readers import read
 from common.splits import cross_split_duplicates, make_split, print_report, write_split
@@ -157,7 +157,9 @@ def main():
     parser.add_argument("--out", metavar="DIR", help="write split.csv and duplicates.csv there")
     args = parser.parse_args()
     if args.out:
-        claim(out := Path(args.out))
+        out = Path(args.out)
+        refuse_inputs([out / "split.csv", out / "duplicates.csv"], args.data, args.split)
+        claim(out)
     images = read(args.data, **options(args))
     images.decode(args.img_size, cache_dir(args.cache), args.skip_bad)
     split = split_and_report(images, args.seed, args.dedup)

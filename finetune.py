@@ -17,12 +17,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import data
 from common import arms, checkpoint, cli, collapse, distributed, metrics, schema, starts
 from common.cli import UserError
+from common.decode import digest
 from common.metrics import score, summarize
 from common.readers import read
 from common.run import Run, half_cycle, load_last, on_device, resumed
@@ -110,6 +112,8 @@ def main():
     out = output_folder(args.out, args.ckpt, start.metadata["arm"], args.frac, args.mode)
     seeds, args.out = args.seeds or [args.seed], os.path.abspath(out)
     folders = {seed: out / f"seed{seed}" if len(seeds) > 1 else out for seed in seeds}
+    files = [folder / name for folder in folders.values() for name in OUTPUTS]
+    cli.refuse_inputs(files, args.data, args.ckpt, args.init)
     cli.claim(out)
     others = {file.parent for file in out.glob("seed*/config.json")} - {*folders.values()}
     if others:
@@ -122,7 +126,8 @@ def main():
     metrics.refuse_unlabelled(images)
     images.decode(start.metadata["img_size"], data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, args.seed, args.dedup, start.carried, args.allow_seen)
-    seen = starts.seen_in_pretraining(start.seen, images)
+    hashes = images.table["hash"].view("int64")  # of the pixels
+    seen = np.isin(hashes, start.seen)
     metrics.refuse_untestable(images, split, seen, args.allow_seen)
     job = SimpleNamespace(start=start, images=images, split=split, seen=seen, bs=args.bs)
     job.device, job.amp, job.workers, job.linear = device, amp, args.workers, args.mode == "linear"
@@ -134,7 +139,8 @@ def main():
             continue
         job.used = label_fraction(images, split == "train", args.frac, job.seed)
         job.weights = class_weights(images.labels[job.used].sum(0), args.class_weights).to(device)
-        job.digest = starts.data_digest(images, split, job.used)
+        contents = hashes.tobytes(), images.labels.tobytes(), "".join(split)
+        job.digest = digest(*contents, job.used)
         state = saved_state(job.out) if args.resume else None
         if state is not None and state["digest"] != job.digest:
             what = "the images, their split or their labels are not those that the run"
@@ -155,8 +161,9 @@ def main():
             training = finetune(job, model, run, args.epochs, *schedule)
             saved = {**start.metadata, "epoch": training["best_epoch"], "seed": args.seed}
             saved |= {"class_names": images.classes, "multilabel": images.multilabel}
-            saved |= {"seen": starts.all_seen(images, split, start.seen), "training": training}
-            saved |= {"split": carried(images, split, start.carried), "config": vars(args)}
+            known = torch.cat([start.seen, torch.from_numpy(hashes[split != "test"])]).unique()
+            saved |= {"seen": known, "training": training, "config": vars(args)}
+            saved["split"] = carried(images, split, start.carried)
             saved["data"] = data.options(args, data.OPTIONS)
             checkpoint.save(job.out / "best.pt", checkpoint.weights_file(model, **saved))
         outcome = nearest(job) if args.mode == "knn" else tested(job)
@@ -171,8 +178,8 @@ def main():
         print(f"{len(seeds)} seeds: {scores}")
     print(f"wrote {out}")
     if args.mode != "knn":
-        files = f"--ckpt {job.out / 'best.pt'} --data new_images/ --out predictions.csv"
-        print(f"next: python predict.py {files}")
+        best = job.out / "best.pt"
+        print(f"next: python predict.py --ckpt {best} --data new_images/ --out predictions.csv")
 
 
 def saved_state(folder):

@@ -140,6 +140,7 @@ def write_embeddings(path, names, features, files):
 
 def main():
     args = parse_arguments()
+    cli.refuse_inputs([args.out, args.embeddings], args.data, *args.ckpt)
     for path, flag in ((args.out, "--out"), (args.embeddings, "--embeddings")):
         if path:
             prepare_file(path, flag, args.overwrite)

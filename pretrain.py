@@ -142,9 +142,9 @@ def build_model(specs, img_size, objective, head_act, grad_checkpointing):
         if grad_checkpointing:
             arms.enable_grad_checkpointing(models[arm], name)
     arms.check_pair(**models, img_size=img_size)
-    loss = losses.OBJECTIVES[objective]
-    if objective != "cosine":  # it looks at the batch as a whole
-        loss = distributed.of_whole_batch(loss)
+    loss, gather = losses.OBJECTIVES[objective], distributed.gather
+    if objective != "cosine":  # it looks at the batch of all processes as a whole
+        return CASS(**models, head_act=head_act, objective=lambda R, T: loss(gather(R), gather(T)))
     return CASS(**models, head_act=head_act, objective=loss)
 
 
@@ -176,6 +176,7 @@ def main():
     distributed.start(device)
     amp, out = cli.pick_amp(args.amp, device), Path(args.out)
     rank, world_size = distributed.rank(), distributed.world_size()
+    cli.refuse_inputs([out / name for name in OUTPUTS], args.data)
     cli.claim(out)
     if state is None:
         cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)

@@ -29,8 +29,7 @@ def is_shape_argument(key, value=None):
 def key_value(text):
     """An argparse type: KEY=VALUE that shapes a model."""
     if "=" not in text or not is_shape_argument(text.partition("=")[0]):
-        what = f"{text} is no KEY=VALUE that shapes a model"
-        raise argparse.ArgumentTypeError(f"{what} (size and weights have flags of their own)")
+        raise argparse.ArgumentTypeError(f"{text} is no KEY=VALUE that shapes a model and no more")
     return text
 
 

@@ -41,8 +41,7 @@ def start_folder(folder, names, fresh=()):
         path.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    """`value` as indented JSON. Raises ValueError on NaN and infinity."""
+def write_json(path, value):  # raises ValueError on NaN and infinity
     with atomic_open(path) as file:
         file.write(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
@@ -92,13 +91,11 @@ def load(path):
             return load_file(path)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")  # torch does not look at them
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(content, dict):
-            return content
-        raise TypeError("it holds no dict")
+        return {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:  # both raise errors of many kinds
-        problem = "is no checkpoint, is incomplete, or holds more than tensors and plain data"
-        raise UserError(f"{path}: {problem}; nothing in it was run") from error
+        raise UserError(
+            f"{path}: no checkpoint of plain data, or damaged; it was not run"
+        ) from error
 
 
 def load_state_dict(path):

@@ -113,24 +113,20 @@ def lock(descriptor, shared=False):
     return True
 
 
-def _remove_if_empty(folder):
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
 def claim(folder):
     """Make an output folder, for this command alone until it ends. Raises UserError."""
     if distributed.rank():
         return
     try:
-        if not folder.exists():
-            _afterwards.callback(_remove_if_empty, folder)
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; give another folder with --out") from error
     descriptor = os.open(folder if os.name == "posix" else os.devnull, os.O_RDONLY)
     _afterwards.callback(os.close, descriptor)
+    if made:
+        _afterwards.callback(lambda: any(folder.iterdir()) or folder.rmdir())
     if not lock(descriptor):
         raise UserError(f"{folder}: another run writes there now; give another --out")
 
@@ -168,6 +164,13 @@ def refuse_overwrite(out, names, overwrite):
         raise UserError(f"{out}: has {there} of an earlier run; give another --out or --overwrite")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is not a folder (--out)")
+
+
+def refuse_inputs(outputs, *inputs):
+    """Raise UserError where a file to write is one of those to read."""
+    outputs = [os.path.realpath(path) for path in outputs if path]
+    for path in [path for path in inputs if path and os.path.realpath(path) in outputs]:
+        raise UserError(f"{path}: is read, and would be replaced; write elsewhere with --out")
 
 
 def parse_again(parser, saved, may_change, path):

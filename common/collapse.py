@@ -92,8 +92,7 @@ class Monitor:
             yield normalize(torch.from_numpy(pixels).to(device))
 
 
-def in_brief(row):
-    """What the progress line shows of a log row."""
+def in_brief(row):  # what the progress line shows of a log row
     arms = row["arms"].split("+")
     shown = {f"{arm} rank": row[f"{arm}_features_effective_rank"] for arm in arms}
     shown |= {f"{arm} k-NN": row.get(f"{arm}_knn_readout") for arm in arms}

@@ -67,11 +67,6 @@ def gather(x):
     return all_reduce(mine.detach().clone()) + zeros
 
 
-def of_whole_batch(loss):
-    """A loss of (n, C) and (n, C) that sees the batch of all processes."""
-    return lambda R, T: loss(gather(R), gather(T))
-
-
 @contextlib.contextmanager
 def one_first():
     """The first process of each machine enters first (images are decoded once)."""

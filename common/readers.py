@@ -42,8 +42,8 @@ class ImageSet:
         if bad:
             reasons = preview([f"{self.names[i]} ({bad[i]})" for i in sorted(bad)], 100)
             if not skip_bad or len(bad) == len(self):
-                what = f"{len(bad)} of {len(self)} images cannot be read"
-                raise UserError(f"{self.path}: {what}: {reasons}; fix, or --skip-bad")
+                n = f"{len(bad)} of {len(self)}"
+                raise UserError(f"{self.path}: {n} images cannot be read: {reasons}; --skip-bad?")
             self.notes.append(f"left out because they cannot be read: {reasons}")
             self.keep(~np.isin(np.arange(len(self)), list(bad)))
         if several := list(compress(self.names, self.table["frames"] > 1)):

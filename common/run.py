@@ -106,8 +106,7 @@ class Run:
         try:
             load(self.state[name])
         except Exception as error:  # torch raises all kinds
-            what = f"its {name} is missing, damaged or of another model"
-            raise UserError(f"{self.out / 'last.pt'}: {what}; begin in another --out") from error
+            raise UserError(f"{self.out}/last.pt: {name} damaged or not of this model") from error
 
     def announce(self, step, model, loader, epochs, val_mask=()):
         """Print how long the epochs take here, from a few timed steps. step: batch -> loss of the
@@ -121,8 +120,7 @@ class Run:
         try:
             seconds = seconds_per_step(step, batch, model, self.device, self.amp) + loading
         except ValueError as error:  # of batch-norm
-            fix = "use larger batches or images, or label more"
-            raise UserError(f"a batch of {size} is too small here: {error}; {fix}") from error
+            raise UserError(f"a batch of {size} is too small: {error}; --bs, --img-size") from error
         total = seconds / size * (sampler.n / processes + sum(val_mask) / 3) * epochs
         where = f"on this {self.device.type.upper()} ({size / seconds:.3g} images/s)"
         if total > 86400 and self.device.type == "cpu":

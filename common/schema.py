@@ -20,7 +20,6 @@ TRAINING |= {"seconds": float, "rng": dict}
 PRETRAINING = {**TRAINING, "processes": int, "seen": TENSOR, "initial": TENSOR}
 LAST = {"pretrain.py": PRETRAINING, "tools.dino": {**PRETRAINING, "phase": int}}
 LAST["finetune.py"] = {**TRAINING, "seed": int, "digest": int, "best": dict}
-
 RULES = {  # for values of the right type
     "arch": timm.is_model,
     "model_kwargs": lambda x: all(
@@ -33,6 +32,7 @@ RULES = {  # for values of the right type
     "class_names": lambda x: all(isinstance(name, str) for name in x),
     "seen": lambda x: x.dtype == torch.int64 and x.ndim == 1,
     "split": lambda x: x.dtype == torch.int64 and len(x) == 2 and set(x[1].tolist()) <= {0, 1, 2},
+    "data": lambda x: all(isinstance(value, (str, bool, list, NONE)) for value in x.values()),
     "loss": lambda x: x and all(map(isfinite, x)),
     "log": lambda x: all(isinstance(row, dict) for row in x),
     "best": lambda x: isinstance(x["best_epoch"], int) and isinstance(x["best_loss"], float),

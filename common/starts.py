@@ -4,14 +4,12 @@ import copy
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import timm
 import torch
 
 from common import checkpoint, schema
 from common.arms import NORMALIZATION, channels_last, make_arm, output_shape, rebuild_kwargs
 from common.cli import UserError
-from common.decode import digest
 
 
 def load_weights(path, way_out="; for other weights, give --arch NAME --init FILE"):
@@ -32,18 +30,19 @@ def build(weights, path):
         model = timm.create_model(arch, num_classes=weights["num_classes"], **kwargs)
         model.load_state_dict(weights["state_dict"])
     except Exception as error:  # timm's models raise all kinds on odd arguments
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: its weights do not fit {arch} of this timm ({reason})") from error
+        what = f"its weights do not fit {arch} of this timm ({' '.join(str(error).split())[:200]})"
+        raise UserError(f"{path}: {what}") from error
     return channels_last(model)
 
 
 def from_checkpoint(path):
     """A weights file as a start: make() builds its model, metadata says how; seen: hashes of its
-    training images, or None; carried: its split by content; data flags; seed. Raises UserError."""
+    training images; carried: its split by content; data flags; seed. Raises UserError."""
     weights = load_weights(path)
     build(weights, path)  # weights that do not fit are better known before the images are read
     start = SimpleNamespace(make=partial(build, weights, path), carried=carried_by(path, weights))
     start.seen, start.data, start.seed = map(weights.get, ("seen", "data", "seed"))
+    start.seen = start.carried[0, :0] if start.seen is None else start.seen
     start.metadata = {k: weights[k] for k in "arch arm model_kwargs img_size mean std".split()}
     return start
 
@@ -92,19 +91,3 @@ def fill_in(args, saved):
     if args.data is None:
         old = {"label_col": ["none"]} if saved.get("unlabelled") else {}  # of earlier versions
         given |= {key: given[key] or value for key, value in (saved | old).items() if key in given}
-
-
-def seen_in_pretraining(seen, images):
-    """(N,) bool: images whose pixels pre-training saw; None where there was no pre-training."""
-    return None if seen is None else np.isin(images.table["hash"].view("int64"), seen.numpy())
-
-
-def data_digest(images, split, used):
-    """A number that stands for the pixels, labels, split and used labels of a run."""
-    return digest(images.table["hash"].tobytes(), images.labels.tobytes(), "".join(split), used)
-
-
-def all_seen(images, split, seen):
-    """(M,) int64: hashes of what a fine-tuned model has seen, its start's images included."""
-    hashes = torch.from_numpy(images.table["hash"][split != "test"].view("int64"))
-    return (hashes if seen is None else torch.cat([hashes, seen])).unique()

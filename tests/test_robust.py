@@ -180,6 +180,26 @@ def test_an_output_folder_that_cannot_be_made_is_found_first(
     assert status == 2 and "--out" in one_line(err)
 
 
+def test_what_is_read_is_not_replaced(pretrained, folder, tmp_path, script):
+    table = tmp_path / "a/split.csv"
+    table.parent.mkdir()
+    table.write_text("image,label\n" + "".join(f"a/{i}.png,{'xy'[i % 2]}\n" for i in range(14)))
+    best = tmp_path / "a/best.pt"
+    best.write_bytes((pretrained / "cnn.pt").read_bytes())
+    before = table.read_bytes(), best.read_bytes()
+    csv_file = ["--data", table, "--images", folder]
+    for command in (
+        (data, table, "--images", folder, "--out", table.parent),
+        (pretrain, *csv_file, *TINY, "--out", table.parent),
+        (finetune, "--ckpt", best, "--data", folder, "--out", table.parent, "--overwrite"),
+        (predict, "--ckpt", best, *csv_file, "--out", table, "--overwrite"),
+        (predict, "--ckpt", best, *csv_file, "--embeddings", best, "--overwrite"),
+    ):
+        status, _, err = script(*command)
+        assert status == 2 and "would be replaced" in one_line(err)
+    assert (table.read_bytes(), best.read_bytes()) == before
+
+
 # the decoded map
 
 
