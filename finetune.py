@@ -27,7 +27,8 @@ from common.cli import UserError
 from common.decode import digest
 from common.metrics import score, summarize
 from common.readers import read
-from common.run import Run, half_cycle, load_last, on_device, resumed
+from common.run import Run, half_cycle, on_device
+from common.schema import load_last, parse_again, resumed
 from common.splits import TOO_FEW, carried, class_counts, label_fraction
 from losses import class_weights, focal_loss
 
@@ -74,7 +75,7 @@ def parse_arguments():
         configs = sorted(out.glob("**/config.json"), key=os.path.getmtime)
         if configs:
             saved = checkpoint.read_json(configs[-1], "arguments")["arguments"]
-            args = cli.parse_again(parser, saved, MAY_CHANGE, configs[-1])
+            args = parse_again(parser, saved, MAY_CHANGE, configs[-1])
     elif args.resume:
         args, _ = resumed(parser, args, "finetune.py", MAY_CHANGE)
     if (args.ckpt is None) == (args.arch is None):

@@ -26,7 +26,7 @@ from cass import CASS
 from common import arms, checkpoint, cli, collapse, distributed
 from common.cli import UserError
 from common.readers import read
-from common.run import Run, half_cycle, on_device, resumed
+from common.run import Run, half_cycle, on_device
 from common.splits import carried
 from swa import SWA
 
@@ -66,6 +66,8 @@ def parse_arguments():
     if args.demo and args.data:
         parser.error("--demo draws its own images; leave out --data")
     if args.resume:
+        from common.schema import resumed
+
         args, state = resumed(parser, args, "pretrain.py", MAY_CHANGE)
         if state is not None:
             refuse_other_length(state, args)

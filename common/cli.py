@@ -15,7 +15,6 @@ from tqdm import tqdm
 from common import distributed
 
 MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every"}
-PATHS = ("ckpt", "data", "images", "split")  # flags that are saved as absolute paths
 _afterwards = contextlib.ExitStack()  # what is undone when a command ends
 
 
@@ -171,30 +170,6 @@ def refuse_inputs(outputs, *inputs):
     outputs = [os.path.realpath(path) for path in outputs if path]
     for path in [path for path in inputs if path and os.path.realpath(path) in outputs]:
         raise UserError(f"{path}: is read, and would be replaced; write elsewhere with --out")
-
-
-def parse_again(parser, saved, may_change, path):
-    """Parse {name: value} as saved in a file, then the command line. UserError where they clash."""
-    flags = [k for k in vars(parser.parse_args()) if k not in may_change - {"epochs", "seeds"}]
-    words = []
-    for key in [key for key in saved if key in flags]:
-        flag, value = f"--{key.replace('_', '-')}", saved[key]
-        value = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
-        if isinstance(value, list):
-            words += [flag, *map(str, value)] if value else []
-        elif value is not None and value is not False:
-            words.append(flag if value is True else f"{flag}={value}")
-    try:
-        before = vars(parser.parse_args(words))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    args = parser.parse_args(words + sys.argv[1:])
-    given = {k: os.path.abspath(v) if v and k in PATHS else v for k, v in vars(args).items()}
-    changed = [k for k in flags if k not in may_change and given[k] != before[k]]
-    what = [f"--{k.replace('_', '-')} {before[k]} (not {given[k]})" for k in changed]
-    if what:
-        raise UserError(f"{path}: was made with {preview(what, 9)}; omit these or change --out")
-    return args
 
 
 class Signals(contextlib.ExitStack):

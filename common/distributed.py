@@ -68,8 +68,7 @@ def gather(x):
 
 
 @contextlib.contextmanager
-def one_first():
-    """The first process of each machine enters first (images are decoded once)."""
+def one_first():  # of each machine: images are decoded once
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if world_size() > 1 and not first:
         dist.barrier()

@@ -13,8 +13,7 @@ from common.cli import Signals, UserError, progress
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
-def half_cycle(t_max, iterations):
-    """--t-max in iterations: "run" is one descent that ends with the last of them."""
+def half_cycle(t_max, iterations):  # --t-max; "run" is one descent to the last iteration
     return max(iterations - 1, 1) if t_max == "run" else t_max
 
 
@@ -45,30 +44,6 @@ def seconds_per_step(step, batch, model, device, amp, limit=3.0):
         buffer.copy_(value)
     model.zero_grad()
     return seconds
-
-
-def load_last(path, script):
-    """The dict of a last.pt that this script wrote. Raises UserError."""
-    from common import schema
-
-    state = checkpoint.load(path)
-    if state.get("script") != script:
-        raise UserError(f"{path}: holds no training state of {script}")
-    schema.check(path, state, schema.LAST[script])
-    return state
-
-
-def resumed(parser, args, script, may_change):
-    """For --resume: the arguments that the run began with, and its last.pt or None. UserError."""
-    last = Path(args.out or ".") / "last.pt" if args.resume is True else Path(args.resume)
-    if args.resume is True and not last.exists():
-        return args, None
-    state = load_last(last, script)
-    if (n := state.get("processes", 1)) != distributed.world_size():
-        raise UserError(f"{last}: resume with as many processes: torchrun --nproc-per-node {n}")
-    several = len(state["args"].get("seeds") or ()) > 1  # of finetune.py: a folder for each
-    parser.set_defaults(out=str(last.parent.parent if several else last.parent))
-    return cli.parse_again(parser, state["args"], may_change, last), state
 
 
 @dataclass

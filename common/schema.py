@@ -1,14 +1,19 @@
-"""What a weights file and a last.pt must hold: they may come from anybody, and be damaged."""
+"""What weights files and last.pt must hold, whoever made them, and how a run resumes."""
 
+import os
+import sys
 from contextlib import suppress
 from math import isfinite
+from pathlib import Path
 
 import timm
 import torch
 
+from common import checkpoint, distributed
 from common.arms import is_shape_argument
-from common.cli import UserError
+from common.cli import UserError, preview
 
+PATHS = ("ckpt", "data", "images", "split")  # flags that are saved as absolute paths
 TENSOR, NONE = torch.Tensor, type(None)
 HISTORY = {"seen": (TENSOR, NONE), "split": (TENSOR, NONE)}  # of what weights were trained on
 WEIGHTS = {"arch": str, "arm": str, "model_kwargs": dict, "num_classes": int, "img_size": int}
@@ -52,3 +57,49 @@ def check(path, content, fields):
                 wrong.remove(key)
     if wrong:
         raise UserError(f"{path}: damaged or outdated: {', '.join(wrong)} missing or not valid")
+
+
+def load_last(path, script):
+    """The dict of a last.pt that this script wrote. Raises UserError."""
+    state = checkpoint.load(path)
+    if state.get("script") != script:
+        raise UserError(f"{path}: holds no training state of {script}")
+    check(path, state, LAST[script])
+    return state
+
+
+def resumed(parser, args, script, may_change):
+    """For --resume: the arguments that the run began with, and its last.pt or None. UserError."""
+    last = Path(args.out or ".") / "last.pt" if args.resume is True else Path(args.resume)
+    if args.resume is True and not last.exists():
+        return args, None
+    state = load_last(last, script)
+    if (n := state.get("processes", 1)) != distributed.world_size():
+        raise UserError(f"{last}: resume with as many processes: torchrun --nproc-per-node {n}")
+    several = len(state["args"].get("seeds") or ()) > 1  # of finetune.py: a folder for each
+    parser.set_defaults(out=str(last.parent.parent if several else last.parent))
+    return parse_again(parser, state["args"], may_change, last), state
+
+
+def parse_again(parser, saved, may_change, path):
+    """Parse {name: value} as saved in a file, then the command line. UserError where they clash."""
+    flags = [k for k in vars(parser.parse_args()) if k not in may_change - {"epochs", "seeds"}]
+    words = []
+    for key in [key for key in saved if key in flags]:
+        flag, value = f"--{key.replace('_', '-')}", saved[key]
+        value = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+        if isinstance(value, list):
+            words += [flag, *map(str, value)] if value else []
+        elif value is not None and value is not False:
+            words.append(flag if value is True else f"{flag}={value}")
+    try:
+        before = vars(parser.parse_args(words))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    args = parser.parse_args(words + sys.argv[1:])
+    given = {k: os.path.abspath(v) if v and k in PATHS else v for k, v in vars(args).items()}
+    changed = [k for k in flags if k not in may_change and given[k] != before[k]]
+    what = [f"--{k.replace('_', '-')} {before[k]} (not {given[k]})" for k in changed]
+    if what:
+        raise UserError(f"{path}: was made with {preview(what, 9)}; omit these or change --out")
+    return args

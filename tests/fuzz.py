@@ -25,7 +25,7 @@ import torch
 from conftest import picture
 from PIL import Image
 
-from common import checkpoint, decode, run, starts, tables
+from common import checkpoint, decode, schema, starts, tables
 from common.cli import UserError
 
 IMAGES = {
@@ -104,7 +104,7 @@ def last(folder):
     return (
         "last.pt",
         (folder / "good.pt").read_bytes(),
-        lambda path: equal(run.load_last(path, "pretrain.py"), saved),
+        lambda path: equal(schema.load_last(path, "pretrain.py"), saved),
     )
 
 

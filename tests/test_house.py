@@ -82,12 +82,12 @@ def test_only_the_named_packages_are_imported(name):
 
 
 def test_sizes():
-    """What was reached; the goals are printed by this file. What adds must remove."""
+    """What adds must remove. The goal of what `import pretrain` loads is 2000, of the core 950."""
     common = sum(lines(m) for m in modules() if m.startswith("common."))
-    assert sum(map(lines, modules())) <= 5390
-    assert common <= 2050
-    assert sum(map(lines, loaded_by("pretrain"))) <= 2210
-    assert sum(map(lines, CORE)) <= 992
+    assert sum(map(lines, modules())) <= 5200
+    assert common <= 1900
+    assert sum(map(lines, loaded_by("pretrain"))) <= 2050
+    assert sum(map(lines, CORE)) <= 981
     assert functions("pretrain")["train"] <= 40
     assert statistics.median(n for m in CORE for n in functions(m).values()) <= 15
 

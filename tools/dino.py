@@ -26,7 +26,8 @@ from common import arms, cli, collapse, distributed
 from common.cli import UserError
 from common.distributed import all_reduce, world_size
 from common.readers import read
-from common.run import Run, resumed
+from common.run import Run
+from common.schema import resumed
 from common.splits import carried
 from common.starts import carried_by
 
