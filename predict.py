@@ -140,10 +140,10 @@ def write_embeddings(path, names, features, files):
 
 def main():
     args = parse_arguments()
-    cli.refuse_inputs([args.out, args.embeddings], args.data, *args.ckpt)
     for path, flag in ((args.out, "--out"), (args.embeddings, "--embeddings")):
         if path:
             prepare_file(path, flag, args.overwrite)
+    cli.refuse_inputs([args.out, args.embeddings], args.data, *args.ckpt)
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     if amp is None:  # a GPU's TF32 would let a prediction vary with its batch

@@ -29,7 +29,8 @@ def is_shape_argument(key, value=None):
 def key_value(text):
     """An argparse type: KEY=VALUE that shapes a model."""
     if "=" not in text or not is_shape_argument(text.partition("=")[0]):
-        raise argparse.ArgumentTypeError(f"{text} is no KEY=VALUE that shapes a model and no more")
+        what = f"{text} shapes no model, as KEY=VALUE; size and weights have flags of their own"
+        raise argparse.ArgumentTypeError(what)
     return text
 
 

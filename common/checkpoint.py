@@ -93,9 +93,7 @@ def load(path):
             raise ValueError("a checksum is wrong")  # torch does not look at them
         return {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:  # both raise errors of many kinds
-        raise UserError(
-            f"{path}: no checkpoint of plain data, or damaged; it was not run"
-        ) from error
+        raise UserError(f"{path}: is no checkpoint, or damaged; nothing in it was run") from error
 
 
 def load_state_dict(path):

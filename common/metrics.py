@@ -72,7 +72,7 @@ def prediction_table(names, probabilities, classes, multilabel, true, duplicate,
 
 def refuse_unlabelled(images):  # where there is nothing to tell apart
     if len(images.classes) < (1 if images.multilabel else 2):
-        raise UserError(f"{images.path}: no labels or one class; use class folders or a CSV file")
+        raise UserError(f"{images.path}: has no labels, or one class; give class folders or a CSV")
 
 
 def refuse_untestable(images, split, seen, allow_seen):  # an empty split, or all test images seen
