@@ -29,7 +29,7 @@ def is_shape_argument(key, value=None):
 def key_value(text):
     """An argparse type: KEY=VALUE that shapes a model."""
     if "=" not in text or not is_shape_argument(text.partition("=")[0]):
-        what = f"{text} shapes no model, as KEY=VALUE; size and weights have flags of their own"
+        what = f"{text} is no KEY=VALUE that shapes a model; size, weights: flags of their own"
         raise argparse.ArgumentTypeError(what)
     return text
 

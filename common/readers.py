@@ -112,7 +112,7 @@ def read(path, multilabel=False, split=None, **table):
     elif path.suffix.lower() == ".npz" and os.path.isfile(path):
         data = tables.read_npz(path, table.get("label_col") == none)
     else:
-        raise UserError(f"{path}: no such file or folder, or not .csv or .npz (--data)")
+        raise UserError(f"{path}: there is no such file or folder, or not .csv, .npz (--data)")
     data.multilabel = multilabel or bool(data.classes and (data.labels.sum(1) != 1).any())
     if split:
         data.given = tables.read_split(split, data.names)
