@@ -157,8 +157,7 @@ def decode_all(sources, size, name, directory):
     file = Path(directory) / f"{stem}{digest(table['key'].tobytes()):016x}.map"
     for left in range(9, -1, -1):
         try:
-            _update(file, f"{stem}*.map", size, table, known, pixels)
-            return table, DecodedImages(None, size, file), bad
+            return table, _update(file, f"{stem}*.map", size, table, known, pixels), bad
         except OSError as error:
             if not left or not isinstance(error, FileNotFoundError):  # else another run removed it
                 what = f"{error.strerror}; it needs {table.size * 3 * size**2 / 1e9:.2g} GB"
@@ -175,8 +174,8 @@ def _in_order(function, n, use):  # use(function(i)) for i below n; function run
 
 
 def _update(file, pattern, size, table, known, pixels):
-    """Write the map, unless it is there, and the table: pixels(i) makes row i, from the image or
-    from `known`, which gets {key: (row, pixels)} of the maps of this pattern."""
+    """Write the map and table, unless it is there, and open it: pixels(i) makes row i, from the image
+    or from `known`, which gets {key: (row, pixels)} of the maps of this pattern."""
     for earlier in [file, *file.parent.glob(pattern)]:
         with contextlib.suppress(OSError, ValueError):
             old = DecodedImages(None, size, earlier)
@@ -186,7 +185,7 @@ def _update(file, pattern, size, table, known, pixels):
                     pixels(i)
                 if not table["width"].any():
                     table[:] = old.table
-                    return
+                    return old
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in file.parent.glob(".*.map.*.tmp"):  # by runs that were killed
         with contextlib.suppress(FileNotFoundError):  # or that are done just now
@@ -198,8 +197,9 @@ def _update(file, pattern, size, table, known, pixels):
         f.seek(0)
         f.write(digest(table.tobytes()).to_bytes(8, "little") + table.tobytes())
     known.clear()
-    old = None  # frees the last of the earlier maps
+    old = DecodedImages(None, size, file)  # and frees the earlier maps
     for earlier in set(file.parent.glob(pattern)) - {file}:
         with contextlib.suppress(OSError), open(earlier, "rb") as f:
             if lock(f):  # nobody reads it
                 earlier.unlink()
+    return old
