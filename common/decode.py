@@ -174,7 +174,7 @@ def _in_order(function, n, use):  # use(function(i)) for i below n; function run
 
 
 def _update(file, pattern, size, table, known, pixels):
-    """Write the map and table, unless it is there, and open it: pixels(i) makes row i, from the image
+    """Write the map and table, unless it is there, and open it: pixels(i) makes row i, from images
     or from `known`, which gets {key: (row, pixels)} of the maps of this pattern."""
     for earlier in [file, *file.parent.glob(pattern)]:
         with contextlib.suppress(OSError, ValueError):
