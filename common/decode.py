@@ -97,7 +97,7 @@ class DecodedImages:
                 self.table = np.frombuffer(f.read(max(n, 0) * ROW.itemsize), ROW)
                 if rest or checksum != digest(self.table.tobytes()):
                     raise ValueError(f"{file}: is no map of decoded images, or damaged")
-                self.map = np.memmap(f, np.uint8, "r", f.tell(), (n, 3, size, size))
+                self.map = np.asarray(np.memmap(f, np.uint8, "r", f.tell(), (n, 3, size, size)))
         self.rows = np.arange(n) if rows is None else rows
 
     def __reduce__(self):  # for spawned workers: a map would travel as pixels
@@ -116,10 +116,11 @@ class DecodedImages:
                 return decode(self.sources[row], self.size)[0]
             except ValueError as error:
                 raise UserError(f"{self.sources[row]}: {error}; it was readable before") from None
-        if zlib.crc32(self.map[row]) != self.table["crc"][row]:
+        pixels = self.map[row]
+        if zlib.crc32(pixels) != self.table["crc"][row]:
             Path(self.file).unlink(missing_ok=True)
             raise UserError(f"{self.file}: was damaged; it is deleted, and made anew next time")
-        return self.map[row]
+        return pixels
 
 
 def _key(source):  # a number for a file's path, size and times, or for an array's pixels
