@@ -177,16 +177,16 @@ def _in_order(function, n, use):  # use(function(i)) for i below n; function run
 def _update(file, pattern, size, table, known, pixels):
     """Write the map and table, unless it is there, and open it: pixels(i) makes row i, from images
     or from `known`, which gets {key: (row, pixels)} of the maps of this pattern."""
-    for earlier in [file, *file.parent.glob(pattern)]:
+    for earlier in dict.fromkeys([file, *file.parent.glob(pattern)]):
         with contextlib.suppress(OSError, ValueError):
             old = DecodedImages(None, size, earlier)
-            known |= {int(r["key"]): (r, x) for r, x in zip(old.table, old.map) if r["width"]}
             if earlier == file and np.array_equal(old.table["key"], table["key"]):
                 for i in np.flatnonzero(old.table["width"] == 0):  # unreadable then: still so?
                     pixels(i)
                 if not table["width"].any():
                     table[:] = old.table
                     return old
+            known |= {int(r["key"]): (r, x) for r, x in zip(old.table, old.map) if r["width"]}
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in file.parent.glob(".*.map.*.tmp"):  # by runs that were killed
         with contextlib.suppress(FileNotFoundError):  # or that are done just now
