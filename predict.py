@@ -153,11 +153,14 @@ def main():
     if args.out:
         refuse_unequal(arms)
     images = read(args.data, images=args.images, image_col=args.image_col, label_col=["none"])
-    run, outputs = (args.bs, args.workers, device, amp, bool(args.embeddings)), []
+    pixels, outputs = {}, []
+    for size in dict.fromkeys(arm.img_size for arm in arms):
+        images.decode(size, data.cache_dir(args.cache), args.skip_bad)
+        pixels[size] = images.images
+    run = args.bs, args.workers, device, amp, bool(args.embeddings)
     for arm in arms:
-        images.decode(arm.img_size, data.cache_dir(args.cache), args.skip_bad)
         arm.model.to(device)
-        outputs.append(outputs_of(arm, images.images, *run))
+        outputs.append(outputs_of(arm, pixels[arm.img_size], *run))
     for note in dict.fromkeys(images.notes):  # each once, though there are several sizes
         print(note)
     print(f"{len(images)} images" + f", the mean of {len(arms)} files" * (len(arms) > 1))
