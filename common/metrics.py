@@ -48,6 +48,12 @@ def score(labels, probabilities, classes, multilabel):
     return {**scores, "confusion": confusion.tolist()}
 
 
+def score_parts(labels, probabilities, copied, seen, *what):
+    """{part: score() or None}; copied, seen: (N,) bool, left out; what: classes, multilabel."""
+    kept = zip(PARTS, (np.ones(len(labels), bool), ~copied, ~seen))
+    return {p: score(labels[k], probabilities[k], *what) if k.any() else None for p, k in kept}
+
+
 def summarize(results):
     """{score: mean, standard deviation (n - 1) and values over the seeds} of metrics dicts."""
     summary = {}
@@ -78,7 +84,7 @@ def refuse_unlabelled(images):  # where there is nothing to tell apart
 def refuse_untestable(images, split, seen, allow_seen):  # an empty split, or all test images seen
     if none := [part for part in SIDES if part not in split]:
         raise UserError(f"{images.path}: {len(images)} images leave none for the {none[0]} split")
-    if seen is not None and seen[split == "test"].all() and not allow_seen:
+    if seen[split == "test"].all() and not allow_seen:
         raise UserError(f"{images.path}: pre-training saw all test images; add new or --allow-seen")
 
 
@@ -86,20 +92,18 @@ def write_results(job, probabilities, settings, training):
     """Print and write the test results of probabilities (N, C). Returns what metrics.json holds."""
     images, split, test = job.images, job.split, job.split == "test"
     classes, multilabel, labels = images.classes, images.multilabel, images.labels[test]
-    copied = cross_split_duplicates(images, split)[test]
-    seen = np.zeros_like(copied) if job.seen is None else job.seen[test]
+    copied, seen = cross_split_duplicates(images, split)[test], job.seen[test]
     metrics = {key: job.start.metadata[key] for key in ("arch", "arm")} | settings
     metrics |= {"seed": job.seed, "classes": classes, "multilabel": multilabel}
     metrics |= {f"n_{name}": int((split == name).sum()) for name in SIDES}
     metrics |= {"n_labelled": int(job.used.sum()), "labelled": class_counts(images, job.used)}
     metrics |= {"n_test_duplicates": int(copied.sum()), "n_test_seen": int(seen.sum()), **training}
+    metrics |= score_parts(labels, probabilities, copied, seen, classes, multilabel)
     notes = "", " without the {} exact duplicates", " without the {} that pre-training saw"
-    for key, note, kept in zip(PARTS, notes, (np.ones_like(copied), ~copied, ~seen)):
-        scores = score(labels[kept], probabilities[kept], classes, multilabel) if kept.any() else {}
-        metrics[key] = scores or None
-        if scores and (key == "test" or not kept.all()):
+    for part, note, left_out in zip(PARTS, notes, (0, copied.sum(), seen.sum())):
+        if (scores := metrics[part]) and (left_out or part == "test"):
             shown = ", ".join(f"{k} {scores[k]:.4f}" for k in SHOWN if scores.get(k) is not None)
-            print(f"test, {scores['n']} images{note.format((~kept).sum())}: {shown}")
+            print(f"test, {scores['n']} images{note.format(left_out)}: {shown}")
     columns = np.array(images.names)[test], probabilities, classes, multilabel, labels, copied, seen
     write_csv(job.out / "predictions.csv", *prediction_table(*columns))
     header = ["label", "tp", "fp", "fn", "tn"] if multilabel else ["true \\ predicted", *classes]

@@ -21,7 +21,6 @@ from common import cli, metrics
 from common.checkpoint import TEXT, read_json, write_csv, write_json
 from common.metrics import SHOWN
 
-PARTS = ("test", "test_without_duplicates", "test_without_seen")
 EQUAL = ("classes", "multilabel", "names", "true")  # what runs that can be averaged share, as
 NAMED = ("classes", "kinds of labels", "test images", "true labels")  # error messages call it
 
@@ -81,10 +80,8 @@ def mean_of(runs):
 
 def score(run, mean):
     """{part of the test split: scores} of a run, on the images that the mean says are in it."""
-    masks = zip(PARTS, (np.full(len(mean.seen), True), ~mean.copied, ~mean.seen))
-    kept = {part: (run.labels[mask], run.probabilities[mask]) for part, mask in masks}
-    what = run.classes, run.multilabel
-    return {part: metrics.score(*x, *what) if len(x[0]) else None for part, x in kept.items()}
+    of = run.labels, run.probabilities, mean.copied, mean.seen
+    return metrics.score_parts(*of, run.classes, run.multilabel)
 
 
 def mean_and_std(values):
