@@ -40,7 +40,7 @@ MAY_CHANGE = {*cli.MAY_CHANGE, "seeds"}  # when a run is resumed
 def add_arguments(parser):
     """The flags of fine-tuning, besides those of the data and of every run."""
     add = parser.add_argument
-    add("--ckpt", metavar="FILE", help="cnn.pt or vit.pt of pretrain.py")
+    add("--ckpt", metavar="FILE", type=data.path, help="cnn.pt or vit.pt of pretrain.py")
     add("--arch", metavar="NAME", help="timm model to start from instead, the supervised baseline")
     add("--arch-kwargs", **arms.KWARGS, help="arguments for timm.create_model, with --arch")
     add("--init", metavar="WHAT", help="with --arch: imagenet (default), random or a weights file")
@@ -72,17 +72,17 @@ def parse_arguments():
         named = args.out or not args.ckpt
         arm = str(args.arch).split(".")[0] if named else starts.load_weights(args.ckpt)["arm"]
         out = output_folder(args.out, args.ckpt, arm, args.frac, args.mode)
-        configs = sorted(out.glob("**/config.json"), key=os.path.getmtime)
-        if configs:
-            saved = checkpoint.read_json(configs[-1], "arguments")["arguments"]
-            args = parse_again(parser, saved, MAY_CHANGE, configs[-1])
+        newest = max(out.glob("**/config.json"), key=os.path.getmtime, default=None)
+        if newest is not None:
+            saved = checkpoint.read_json(newest, "arguments")
+            schema.check(newest, saved, {"arguments": dict})
+            args = parse_again(parser, saved["arguments"], MAY_CHANGE, newest)
     elif args.resume:
         args, _ = resumed(parser, args, "finetune.py", MAY_CHANGE)
     if (args.ckpt is None) == (args.arch is None):
         parser.error("give either --ckpt FILE or --arch NAME")
     if args.arch and not args.data:
         parser.error("--arch needs --data PATH")
-    args.ckpt = args.ckpt and os.path.abspath(args.ckpt)
     return args
 
 
@@ -136,12 +136,11 @@ def main():
     for job.seed, job.out in folders.items():
         if args.resume and all((job.out / name).exists() for name in written):
             print(f"seed {job.seed}: {job.out} is finished")
-            results.append(checkpoint.read_json(job.out / "metrics.json", "test"))
+            results.append(checkpoint.read_json(job.out / "metrics.json", *metrics.PARTS))
             continue
         job.used = label_fraction(images, split == "train", args.frac, job.seed)
         job.weights = class_weights(images.labels[job.used].sum(0), args.class_weights).to(device)
-        contents = hashes.tobytes(), images.labels.tobytes(), "".join(split)
-        job.digest = digest(*contents, job.used)
+        job.digest = digest(hashes.tobytes(), images.labels.tobytes(), "".join(split), job.used)
         state = saved_state(job.out) if args.resume else None
         if state is not None and state["digest"] != job.digest:
             what = "the images, their split or their labels are not those that the run"

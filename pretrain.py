@@ -234,12 +234,11 @@ def main():
         with torch.autocast(device.type, amp, enabled=amp is not None):
             averaged = swa.finish(lambda: on_device(loader, device))
         saved = {"epoch": args.epochs, "swa_snapshots": swa.snapshots, "seed": args.seed}
-        saved |= {"split": carried(images, split, initial), "config": vars(args)}
-        saved["seen"] = torch.cat([seen, initial[0][initial[1] == 0]]).unique()
+        known = carried(images, split, initial)
+        saved |= {"split": known, "seen": known[0, known[1] == 0], "config": vars(args)}
         saved["data"] = data.options(args, data.OPTIONS)
         for arm, (name, _, kwargs) in specs.items():
-            rebuild = arms.rebuild_kwargs(name, args.img_size, kwargs)
-            arms.save(out, arm, averaged[arm], name, rebuild, args.img_size, saved)
+            arms.save(out, arm, averaged[arm], name, kwargs, args.img_size, saved)
         none = "the last weights; no weights averaged: no end of a cycle after --swa-start"
         what = f"the mean of {swa.snapshots} snapshots" if swa.snapshots else none
         print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: {what}")

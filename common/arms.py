@@ -98,9 +98,9 @@ def check_pair(cnn, vit, img_size):
 
 
 def save(out, arm, model, name, kwargs, img_size, metadata):
-    """cnn.pt or vit.pt, for finetune.py and timm. name, kwargs: for timm.create_model."""
+    """cnn.pt or vit.pt, for finetune.py and timm. name, kwargs: as the user typed them."""
     metadata = {**metadata, **NORMALIZATION, "arch": name, "arm": arm, "img_size": img_size}
-    metadata["model_kwargs"] = kwargs
+    metadata["model_kwargs"] = rebuild_kwargs(name, img_size, kwargs)
     checkpoint.save(out / f"{arm}.pt", checkpoint.weights_file(model, **metadata))
 
 

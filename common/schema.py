@@ -1,6 +1,5 @@
 """What weights files and last.pt must hold, whoever made them, and how a run resumes."""
 
-import os
 import sys
 from contextlib import suppress
 from math import isfinite
@@ -13,7 +12,6 @@ from common import checkpoint, distributed
 from common.arms import is_shape_argument
 from common.cli import UserError, preview
 
-PATHS = ("ckpt", "data", "images", "split")  # flags that are saved as absolute paths
 TENSOR, NONE = torch.Tensor, type(None)
 HISTORY = {"seen": (TENSOR, NONE), "split": (TENSOR, NONE)}  # of what weights were trained on
 WEIGHTS = {"arch": str, "arm": str, "model_kwargs": dict, "num_classes": int, "img_size": int}
@@ -97,9 +95,8 @@ def parse_again(parser, saved, may_change, path):
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     args = parser.parse_args(words + sys.argv[1:])
-    given = {k: os.path.abspath(v) if v and k in PATHS else v for k, v in vars(args).items()}
-    changed = [k for k in flags if k not in may_change and given[k] != before[k]]
-    what = [f"--{k.replace('_', '-')} {before[k]} (not {given[k]})" for k in changed]
+    changed = [k for k in flags if k not in may_change and getattr(args, k) != before[k]]
+    what = [f"--{k.replace('_', '-')} {before[k]} (not {getattr(args, k)})" for k in changed]
     if what:
         raise UserError(f"{path}: was made with {preview(what, 9)}; omit these or change --out")
     return args

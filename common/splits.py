@@ -56,8 +56,7 @@ def stratified_order(labels, unit, rng):
     has = np.zeros((U, C), bool)
     np.logical_or.at(has, unit, labels)
     stratum = np.append(rarest_first, C)[np.c_[has[:, rarest_first], np.ones(U)].argmax(1)]
-    shuffled = rng.permutation(U)
-    position = np.empty(U)
+    shuffled, position = rng.permutation(U), np.empty(U)
     for s in np.unique(stratum):
         members = shuffled[stratum[shuffled] == s]
         end = np.cumsum(size[members])

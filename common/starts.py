@@ -68,8 +68,8 @@ def from_name(arch, init, img_size, model_kwargs):
     make = anew if init == "random" else partial(copy.deepcopy, model)  # a seed, its own weights
     metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size, **NORMALIZATION}
     metadata["model_kwargs"] = rebuild_kwargs(arch, img_size, model_kwargs)
-    carried = carried_by(init)
-    history = {"seen": carried[0][carried[1] == 0], "carried": carried}
+    known = carried_by(init)
+    history = {"carried": known, "seen": known[0, known[1] == 0]}
     return SimpleNamespace(make=make, metadata=metadata, data={}, **history)
 
 

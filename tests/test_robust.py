@@ -356,7 +356,9 @@ def test_split_files_that_are_none(split, folder, tmp_path, script):
     assert status == 2 and str(tmp_path) in one_line(err)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', '{"arguments": {"bs": 0}}', "\0" * 9])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"arguments": 5}', '{"a": 1}', '{"arguments": {"bs": 0}}', "\0" * 9]
+)
 def test_broken_json_beside_a_run(text, pretrained, script):
     tune = ["--ckpt", pretrained / "cnn.pt", "--epochs", 1]
     assert script(finetune, *tune)[0] == 0

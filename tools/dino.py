@@ -266,8 +266,9 @@ def main():
     metadata = {"script": "tools.dino", "args": vars(args), "processes": world_size()}
     metadata |= {"seen": seen, "initial": initial}
     saved = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "config": vars(args)}
-    saved |= {"split": carried(images, split, initial), "data": data.options(args, data.OPTIONS)}
-    saved["seen"] = torch.cat([seen, initial[0][initial[1] == 0]]).unique()
+    known = carried(images, split, initial)
+    saved |= {"split": known, "seen": known[0, known[1] == 0]}
+    saved["data"] = data.options(args, data.OPTIONS)
     for phase, arm in enumerate(list(models), first):
         model, (name, _, kwargs) = models.pop(arm), specs[arm]
         crop_size = local_size(model.arms[arm], args.img_size)
@@ -282,8 +283,7 @@ def main():
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
         state, log = None, run.progress["log"]
         if rank == 0:
-            rebuild = arms.rebuild_kwargs(name, args.img_size, kwargs)
-            arms.save(out, arm, model.arms[arm], name, rebuild, args.img_size, saved)
+            arms.save(out, arm, model.arms[arm], name, kwargs, args.img_size, saved)
     print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: the teachers")
     print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac 0.01")
 
