@@ -101,6 +101,10 @@ def loader(dataset, batches, device, workers=None):
 def split_and_report(images, seed, dedup=False, known=None, allow_seen=False):
     """make_split, --dedup, and the report of every run; known: (2, M) carried split. The split."""
     split = make_split(images, seed, known, allow_seen)
+    if (held := (split != "train") & ~images.labelled & bool(images.classes)).any():
+        images.notes.append(f"left out, beside a validation or test image, no label: {held.sum()}")
+        images.keep(~held)
+        split = split[~held]
     if dedup and (copies := cross_split_duplicates(images, split)).any():
         images.notes.append(f"left out by --dedup: {copies.sum()} exact duplicates across splits")
         images.keep(~copies)
@@ -114,29 +118,42 @@ def path(text):
     return text if text in ("", "none") else os.path.abspath(text)
 
 
+def file_or_name(text):
+    """An argparse type: path() of what exists, else the text as it is."""
+    return path(text) if os.path.exists(text) else text
+
+
 def add_arguments(parser, data="--data"):
     """The data flags, the same for every script."""
     add = parser.add_argument
     layouts = "image folder, CSV file or MedMNIST .npz (layouts: data.py --help)"
     add(data, metavar="PATH", type=path, help=layouts)
-    add("--images", metavar="DIR", type=path, help="folder of a CSV file's images")
+    other = "labels of a folder's images, a CSV file; or the folder of a CSV file's images"
+    add("--labels", "--images", dest="images", metavar="PATH", type=path, help=other)
     add("--image-col", metavar="NAME", help="CSV column of image names")
-    labels = "CSV column of labels, or several 0/1 columns; none: ignore labels, train on all"
-    add("--label-col", metavar="NAME", nargs="+", help=labels)
-    add("--label-sep", metavar="SEP", help="separator of several labels in one cell, or none")
-    add("--multilabel", action="store_true", help="several labels per image, if each here has one")
-    add("--group-col", metavar="NAME", help="CSV column of patients or lesions, kept on one side")
-    add("--split", metavar="FILE", type=path, help="CSV with path and split, made elsewhere")
+    labels = "CSV column of labels, or several of 0/1; of a folder the level of its class folders,"
+    labels += " from 1, or a pattern on the paths; none: ignore labels, train on all"
+    add("--label-col", "--class-depth", metavar="WHAT", nargs="+", help=labels)
+    several = "several labels per image (SEP between those in a cell; none: a cell is one label)"
+    flags = {"nargs": "?", "const": True, "default": False, "metavar": "SEP", "help": several}
+    add("--multilabel", "--label-sep", **flags)
+    unsure = "what -1 means in 0/1 columns; skip: an image without a label; blank: negative"
+    add("--uncertain", choices=["negative", "positive", "skip"], help=unsure)
+    groups = "patients or lesions, kept on one side: a CSV column, or a pattern on the paths"
+    add("--group-by", "--group-col", dest="group_col", metavar="WHAT", help=groups)
+    split = "a CSV file of path and split, a column of splits, or none: draw another"
+    add("--split", "--split-col", metavar="WHAT", type=file_or_name, help=split)
     add("--dedup", action="store_true", help="drop exact duplicates of images in earlier splits")
-    add("--skip-bad", action="store_true", help="leave unreadable images out")
-    cache = f"folder of the decoded images (default: {default_dir()})"
-    add("--cache", metavar="DIR", type=path, help=cache)
-    no_cache = {"action": "store_const", "const": "none", "help": "decode again in every epoch"}
-    add("--no-cache", dest="cache", **no_cache)
+    add("--skip-bad", action="store_true", help="leave missing and unreadable images out")
+    cache = f"folder of the decoded images (default: {default_dir()}); --no-cache: decode each time"
+    keep = {"nargs": "?", "const": "none", "metavar": "DIR", "type": path, "help": cache}
+    add("--cache", "--no-cache", **keep)
+    add("--dry-run", action="store_true", help="say what it needs, in disk and time, and stop")
 
 
-READING = ("images", "image_col", "label_col", "label_sep", "multilabel", "group_col", "split")
-OPTIONS = ("data", *READING, "skip_bad", "dedup", "cache")  # what a weights file carries
+READING = ("images", "image_col", "label_col", "multilabel", "uncertain", "group_col", "split")
+READING += ("skip_bad",)
+OPTIONS = ("data", *READING, "dedup", "cache")  # what a weights file carries
 
 
 def options(args, keys=READING):
@@ -161,9 +178,9 @@ def main():
         refuse_inputs([out / "split.csv", out / "duplicates.csv"], args.data, args.split)
         claim(out)
     images = read(args.data, **options(args))
-    images.decode(args.img_size, cache_dir(args.cache), args.skip_bad)
+    images.decode(args.img_size, cache_dir(args.cache), args.skip_bad, args.dry_run)
     split = split_and_report(images, args.seed, args.dedup)
-    if args.out:
+    if args.out and not args.dry_run:
         write_split(out, images, split)
 
 

@@ -125,7 +125,8 @@ def main():
 
     images = read(args.data, **data.options(args))
     metrics.refuse_unlabelled(images)
-    images.decode(start.metadata["img_size"], data.cache_dir(args.cache), args.skip_bad)
+    cache = data.cache_dir(args.cache)
+    images.decode(start.metadata["img_size"], cache, args.skip_bad, args.dry_run)
     split = data.split_and_report(images, args.seed, args.dedup, start.carried, args.allow_seen)
     hashes = images.table["hash"].view("int64")  # of the pixels
     seen = np.isin(hashes, start.seen)
@@ -145,10 +146,14 @@ def main():
         if state is not None and state["digest"] != job.digest:
             what = "the images, their split or their labels are not those that the run"
             raise UserError(f"{images.path}: {what} in {job.out} began with")
-        checkpoint.start_folder(job.out, OUTPUTS, OUTPUTS if state is None else ())
         counts = ", ".join(f"{c} {n}" for c, n in class_counts(images, job.used).items())
         of = f"{job.used.sum()} of {(split == 'train').sum()} training images"
         print(f"seed {job.seed}: labels of {of}: {counts}")
+        if args.dry_run:
+            run = Run(job.out, device, amp, {}, normalization=start.normalization)
+            prepare(job, build(job), run, args.epochs)
+            return print(f"for each of {len(seeds)} seeds")
+        checkpoint.start_folder(job.out, OUTPUTS, OUTPUTS if state is None else ())
         config = {"command": sys.argv, "arguments": vars(args)}
         checkpoint.write_json(job.out / "config.json", config)
         data.write_split(job.out, images, split, job.used)
@@ -232,17 +237,23 @@ def build(job):
     return model.to(job.device).train(not job.linear)
 
 
+def prepare(job, model, run, epochs):
+    """The loader of the used images; says how long the epochs take."""
+    transform, val = data.augmentation(job.start.metadata["img_size"]), job.split == "val"
+    loader = batches_of(job, job.used, transform)
+    run.announce(lambda x: focal_loss(model(x[0]), x[1]), model, loader, epochs, val)
+    return loader
+
+
 def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
     """Train on the used labels; the model ends with the weights of the epoch of the lowest
     validation loss. Returns how training went."""
     images, device, amp, val_mask = job.images, job.device, job.amp, job.split == "val"
-    train_loader = batches_of(job, job.used, data.augmentation(job.start.metadata["img_size"]))
-    val_loader = batches_of(job, val_mask)
+    train_loader, val_loader = prepare(job, model, run, epochs), batches_of(job, val_mask)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, fused=True)
     t_max = half_cycle(t_max, epochs * len(train_loader))
     scheduler = CosineAnnealingLR(optimizer, t_max, min_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    run.announce(lambda x: focal_loss(model(x[0]), x[1]), model, train_loader, epochs, val_mask)
     run.track(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     best = run.progress.setdefault("best", {"best_loss": math.inf, "best_epoch": 0})
     if val_mask.sum() < TOO_FEW:

@@ -1,7 +1,7 @@
 """CASS pre-training (arXiv 2206.04170v6, Algorithm 1): a CNN and a Transformer, no labels.
 
     python pretrain.py --data /path --epochs 100 --bs 16
-    python pretrain.py --demo                          (draws its own images; a minute on a CPU)
+    python pretrain.py --data FOLDER --labels few.csv  (holds out some of these images for testing)
     python pretrain.py --out DIR --resume              (resumes from DIR/last.pt, to the last bit)
     torchrun --nproc-per-node 4 pretrain.py --data /path         (four GPUs; --bs is per GPU)
 
@@ -40,7 +40,6 @@ ABLATIONS = ("blur", "solarize", "sgd", "sigmoid", "softmax")
 def add_arguments(parser):
     """The flags of pre-training, besides those of the data and of every run."""
     add, flag = parser.add_argument, {"action": "store_true"}
-    add("--demo", **flag, help="draw labelled images to OUT/images; small arms")
     objectives = {"default": "cosine", "choices": list(losses.OBJECTIVES)}
     add("--objective", **objectives, help="equation 1, or one that keeps the arms from collapse")
     add("--fail-on-collapse", **flag, help="stop, status 1, after an epoch of collapsed logits")
@@ -49,7 +48,7 @@ def add_arguments(parser):
     swa = "share of the run before weight averaging begins; 1: no averaging"
     add("--swa-start", type=cli.rate, default=0.75, metavar="SHARE", help=swa)
     add("--seed", type=cli.count, default=0, help="determines the split and everything after it")
-    add("--out", metavar="DIR", help="output folder (default: here; with --demo: demo)")
+    add("--out", metavar="DIR", default=".", help="output folder (default: here)")
     add("--compile", **flag, help="torch.compile the step")
     add("--grad-checkpointing", **flag, help="recompute activations: less memory, more time")
 
@@ -61,26 +60,17 @@ def parse_arguments():
     arms.add_arguments(parser)
     add_arguments(parser)
     cli.add_run_arguments(parser, epochs=100, lr=1e-3)  # F.2.3
-    parser.set_defaults(out="demo" if parser.parse_args().demo else ".")
     args = parser.parse_args()
-    if args.demo and args.data:
-        parser.error("--demo draws its own images; leave out --data")
     if args.resume:
         from common.schema import resumed
 
         args, state = resumed(parser, args, "pretrain.py", MAY_CHANGE)
         if state is not None:
             refuse_other_length(state, args)
-        elif args.data or args.demo:
+        elif args.data:
             print(f"{args.out}: holds no last.pt, so the run starts from the beginning")
-    if args.demo and state is None:
-        from common import toy_data
-
-        images, cache = (str(Path(args.out) / name) for name in ("images", "cache"))
-        parser.set_defaults(data=images, cache=cache, **toy_data.DEFAULTS)
-        args = parser.parse_args()
-    elif args.data is None:
-        parser.error("--data PATH is missing (or --demo, to try it without images)")
+    if args.data is None:
+        parser.error("--data PATH is missing (without images, try python -m tools.demo)")
     if args.objective != "cosine" and args.bs * distributed.world_size() == 1:
         parser.error(f"--objective {args.objective} compares the images of a batch: --bs 2 or more")
     if {"sigmoid", "softmax"} <= set(args.ablation):
@@ -164,7 +154,7 @@ def begin(out, images, split, state, config, stale=("cnn.pt", "vit.pt")):
     if not distributed.agree([seen.sum().item(), begun], config["device"]):
         way_out = "copy the data and last.pt to every machine"
         raise UserError(f"{images.path}: the processes found other images or states; {way_out}")
-    if distributed.rank() == 0:
+    if distributed.rank() == 0 and not config["arguments"]["dry_run"]:
         checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else stale)
         data.write_split(out, images, split)
         saved = {"command": sys.argv, **config, "processes": processes, "versions": VERSIONS}
@@ -185,12 +175,6 @@ def main():
     elif state["epoch"] >= args.epochs and all((out / name).exists() for name in OUTPUTS):
         print(f"{out}: the run is finished")
         return
-    if args.demo and state is None:
-        from common import toy_data
-
-        with distributed.one_first() as first:
-            if first:
-                toy_data.draw(Path(args.data), args.seed)
     images = read(args.data, **data.options(args))
     torch.manual_seed(args.seed)
     inits = [args.init_cnn or args.init, args.init_vit or args.init]
@@ -207,8 +191,11 @@ def main():
     else:
         initial = state["initial"]
     with distributed.one_first():
-        images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
+        images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad, args.dry_run)
     split = data.split_and_report(images, args.seed, args.dedup, initial, allow_seen=True)
+    if not images.classes and not (split == "test").any():
+        fix = "to hold some out, give their labels: --labels FILE"
+        print(f"without labels all images are for training; none can be tested on later; {fix}")
     config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}
     train_index, seen = begin(out, images, split, state, config)
     model.to(device)
@@ -223,6 +210,8 @@ def main():
     react = partial(collapse.react, objective=args.objective, fail=args.fail_on_collapse)
     run = Run(out, device, amp, metadata, state, [], args.save_every, monitor=monitor, react=react)
     run.announce(model, model, loader, args.epochs)
+    if args.dry_run:
+        return
     if args.compile:
         model.compile()
     schedule = (args.lr, args.min_lr, args.t_max, args.swa_start, "sgd" in args.ablation)
@@ -242,12 +231,7 @@ def main():
         none = "the last weights; no weights averaged: no end of a cycle after --swa-start"
         what = f"the mean of {swa.snapshots} snapshots" if swa.snapshots else none
         print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: {what}")
-        frac = 0.1 if args.demo else 0.01
-        print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac {frac}")
-        if args.demo:
-            start = "--arch resnet18 --init random --img-size 48 --frac 0.1"
-            places = f"--data {out / 'images'} --cache {out / 'cache'} --out {out / 'baseline'}"
-            print(f"compare: python finetune.py {start} {places}")
+        print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac 0.01")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common import distributed
 
-MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every"}
+MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every", "dry_run"}
 _afterwards = contextlib.ExitStack()  # what is undone when a command ends
 
 

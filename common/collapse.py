@@ -72,10 +72,11 @@ class Monitor:
         for name, model in arms.items():
             features, logits[name] = embed(model, self._batches(self.train, device))
             row |= {f"{name}_features_{key}": x for key, x in measures(features).items()}
-            if self.data.classes and len(self.val):
+            if len(self.val) and (known := self.data.labelled[self.train]).any():
                 queries, _ = embed(model, self._batches(self.val, device))
                 labels = torch.from_numpy(self.data.labels).float()
-                p, y = knn(features.cpu(), labels[self.train], queries.cpu()), labels[self.val]
+                p = knn(features.cpu()[known], labels[self.train[known]], queries.cpu())
+                y = labels[self.val]
                 right = (p >= 0.5) == y if self.data.multilabel else p.argmax(1) == y.argmax(1)
                 row[f"{name}_knn_readout"] = right.float().mean().item()
         if len(arms) == 2:

@@ -72,6 +72,6 @@ def one_first():  # of each machine: images are decoded once
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if world_size() > 1 and not first:
         dist.barrier()
-    yield first
+    yield
     if world_size() > 1 and first:
         dist.barrier()

@@ -1,5 +1,5 @@
 """Images and labels as people have them (data.py lists the layouts) -> one table, an ImageSet. What
-the files do not tell is an error, never a guess. Single files: see tables.py."""
+the files do not tell is asked for, never guessed. Folders: see folders.py; files: tables.py."""
 
 import os
 from collections import Counter
@@ -10,11 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UserError, preview
-from common.decode import DecodedImages, decode_all
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-SPLITS = {"train": "train", "val": "val", "test": "test"}
-SPLITS |= {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+from common.decode import ROW, DecodedImages, decode_all
 
 
 @dataclass
@@ -27,17 +23,35 @@ class ImageSet:
     labels: np.ndarray  # (N, C) bool, C = 0 without labels
     classes: list
     given: np.ndarray  # (N,) str, their split, "" where none came with them
-    groups: np.ndarray = None  # (N,) str, of --group-col
+    groups: np.ndarray = None  # (N,) str, of --group-by
+    labelled: np.ndarray = None  # (N,) bool; the others are for pre-training alone
     multilabel: bool = False  # some image has another number of labels than one, or so told
     notes: list = field(default_factory=list)
+    columns: tuple = ()  # of the CSV file
+    hints: dict = field(default_factory=dict)  # {column: (N,) str} that may be groups
+    rows: np.ndarray = None  # numbers of the images that the rows of a file name
     table: np.ndarray = None  # (N,) of common.decode.ROW, and
     images: DecodedImages = None  # the pixels: both set by decode()
+
+    def __post_init__(self):
+        if self.labelled is None:
+            self.labelled = np.full(len(self), bool(self.classes))
 
     def __len__(self):
         return len(self.names)
 
-    def decode(self, img_size, cache, skip_bad=False):
-        """Set table and images, of img_size pixels a side. Raises UserError unless all are read."""
+    def decode(self, img_size, cache, skip_bad=False, dry_run=False):
+        """Set table and images, of img_size pixels a side. Raises UserError unless all are read.
+        dry_run: each image is read when it is asked for, and counts as different from others."""
+        need = f"{len(self)} images at {img_size} px need {3e-9 * img_size**2 * len(self):.2g} GB"
+        print(f"{self.path}: {need} in {cache}" if cache else f"{self.path}: decoded in each epoch")
+        if dry_run:
+            self.images, self.table = (
+                DecodedImages(self.sources, img_size),
+                np.zeros(len(self), ROW),
+            )
+            self.table["hash"] = np.arange(len(self))
+            return
         self.table, self.images, bad = decode_all(self.sources, img_size, self.path, cache)
         if bad:
             reasons = preview([f"{self.names[i]} ({bad[i]})" for i in sorted(bad)], 100)
@@ -49,74 +63,68 @@ class ImageSet:
         if several := list(compress(self.names, self.table["frames"] > 1)):
             self.notes.append(f"only the first page or frame is read of {preview(several)}")
 
+    def extend(self, index):
+        """Add the other images of a folder (tables.Index), which have no label."""
+        here = set(self.names)
+        more = [name for name in index.list() if name not in here]
+        self.names = self.names + more
+        self.sources = self.sources + [os.path.join(index.root, name) for name in more]
+        self.notes = self.notes + index.notes
+        n, width = len(more), self.labels.shape[1]
+        self.labels = np.concatenate([self.labels, np.zeros((n, width), bool)])
+        self.labelled = np.append(self.labelled, np.zeros(n, bool))
+        self.given = np.append(self.given, np.full(n, "train" if (self.given != "").any() else ""))
+        self.hints = {c: np.append(cells, more) for c, cells in self.hints.items()}
+        self.groups = None if self.groups is None else np.append(self.groups, more)
+        return self
+
     def keep(self, mask):
         """Leave out the images where the (N,) bool mask is False."""
         self.names, self.sources = (list(compress(x, mask)) for x in (self.names, self.sources))
-        for key in ("labels", "given", "groups", "table"):
+        for key in ("labels", "given", "groups", "labelled", "table"):
             if getattr(self, key) is not None:
                 setattr(self, key, getattr(self, key)[mask])
+        self.hints = {column: cells[mask] for column, cells in self.hints.items()}
+        if self.rows is not None:
+            self.rows = (np.cumsum(mask) - 1)[self.rows[mask[self.rows]]]
         if self.images is not None:
             self.images.keep(mask)
 
 
-def list_files(root):
-    """Relative paths of all files below root, sorted; hidden ones skipped, links followed once."""
-    found, seen, errors = [], {}, []
-    for folder, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
-        first = seen.setdefault(os.path.realpath(folder), folder) == folder
-        for names in (folders, files):
-            names[:] = sorted(n for n in names if first and not n.startswith((".", "__MACOSX")))
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in files]
-    for error in errors:
-        raise UserError(f"{error.filename}: the folder cannot be read") from error
-    return sorted(found)
+def read(path, images=None, label_col=None, multilabel=False, group_col=None, split=None, **more):
+    """The ImageSet at `path`, by the data flags. images: the other half, where `path` is a folder
+    or a CSV file of labels; more: image_col, uncertain, skip_bad of read_csv. Raises UserError."""
+    from common import folders, tables  # which import this module
 
-
-def read_folder(root, unlabelled=False):
-    """Images below a folder. Subfolders (of train, test, ..., if these exist) count as classes if
-    there are at least two and every image is directly inside one."""
-    files = list_files(root)
-    names = [f for f in files if f.lower().endswith(EXTENSIONS)]
-    endings = Counter(Path(f).suffix.lower() or "no ending" for f in files)
-    others = preview(f"{n} {e}" for e, n in endings.most_common() if e not in EXTENSIONS)
-    if not names:
-        raise UserError(f"{root}: holds {others or 'nothing'}, but no images {EXTENSIONS}")
-    parts = [name.split("/") for name in names]
-    given = np.array([SPLITS.get(p[0].lower(), "") for p in parts])
-    if len({*given} - {""}) < 2:
-        given[:] = ""
-    elif not unlabelled:
-        if beside := list(compress(names, given == "")):
-            raise UserError(f"{root}: {preview(beside)}: in no split; move, or use --split FILE")
-        parts = [p[1:] for p in parts]
-    classes = [] if unlabelled or {*map(len, parts)} != {2} else sorted({p[0] for p in parts})
-    classes = classes if len(classes) > 1 else []
-    labels = np.array([p[:1] for p in parts]) == np.array(classes, str)
-    notes = [f"not read: {others}"] if others else []
-    sources = [os.path.join(root, name) for name in names]
-    return ImageSet(str(root), names, sources, labels, classes, given, notes=notes)
-
-
-def read(path, multilabel=False, split=None, **table):
-    """The ImageSet at `path`, by the data flags; `table`: those of read_csv. Raises UserError."""
-    from common import tables  # which imports this module
-
-    path, none = Path(path), ["none"]
-    unused = [f"--{k.replace('_', '-')}" for k, value in table.items() if value and value != none]
-    if path.suffix.lower() in (".csv", ".tsv", ".txt") and os.path.isfile(path):
-        data = tables.read_csv(path, **table)
-    elif unused and os.path.exists(path):
-        raise UserError(f"{path}: {preview(unused, 9)} need a CSV file as --data")
+    level, file = label_col[0] if label_col else None, split not in (None, "none")
+    table = next((x for x in (path, images) if x and tables.is_table(x)), None)
+    flags = {"--labels": images, **{f"--{k.replace('_', '-')}": x for k, x in more.items()}}
+    flags |= {"--label-sep": isinstance(multilabel, str), "--skip-bad": False}
+    if table is not None:
+        columns = {"label_col": label_col, "multilabel": multilabel, "group_col": group_col}
+        root = images if table is path else path
+        data = tables.read_csv(table, root, table is images, split=split, **columns, **more)
+        file = file and split not in data.columns
+    elif unused := [flag for flag, value in flags.items() if value and os.path.exists(path)]:
+        raise UserError(f"{path}: {preview(unused, 9)} need a CSV file as --data or --labels")
     elif os.path.isdir(path):
-        data = read_folder(path, table.get("label_col") == none)
-    elif path.suffix.lower() == ".npz" and os.path.isfile(path):
-        data = tables.read_npz(path, table.get("label_col") == none)
+        data = folders.read_folder(path, level)
+    elif Path(path).suffix.lower() == ".npz" and os.path.isfile(path):
+        data = tables.read_npz(path, level == "none")
     else:
         raise UserError(f"{path}: there is no such file or folder, or not .csv, .npz (--data)")
-    data.multilabel = multilabel or bool(data.classes and (data.labels.sum(1) != 1).any())
-    if split:
+    several = (data.labels[data.labelled].sum(1) != 1).any()
+    data.multilabel = multilabel not in (False, None, "none") or bool(data.classes and several)
+    if group_col and data.groups is None:
+        data.groups = np.array(folders.by_path(data.names, group_col, "--group-by"))
+        sizes = Counter(data.groups.tolist()).most_common()
+        shown = preview(f"{group} {n}" for group, n in sizes)
+        data.notes.append(f"--group-by {group_col}: {len(sizes)} groups: {shown}")
+    if file:
         data.given = tables.read_split(split, data.names)
         if unnamed := list(compress(data.names, data.given == "")):
             data.notes.append(f"left out because {split} does not name them: {preview(unnamed)}")
         data.keep(data.given != "")
+    elif split == "none":
+        data.given[:] = ""
     return data

@@ -76,9 +76,9 @@ def carried(data, split, *before):
 
 
 def make_split(data, seed, known=None, allow_seen=False):
-    """(N,) "train", "val" or "test": as given, else drawn, 70/10/20 in whole units, stratified; all
-    "train" without labels (F.2.1). A unit stays on the earliest side of its images in `known`:
-    carried(), or (N,) bool, trained on. Raises UserError where none is left to train or test on."""
+    """(N,) "train", "val" or "test": as given, else drawn, 70/10/20 of the labelled images in whole
+    units, stratified; "train" without labels (F.2.1). A unit stays on the earliest side of its
+    images in `known`: carried(), or (N,) bool, trained on. UserError: none to train or test on."""
     split = data.given.astype("U5")
     drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
     split[split == ""] = "train"
@@ -89,30 +89,35 @@ def make_split(data, seed, known=None, allow_seen=False):
     sides = Counter(group for group, _ in dict.fromkeys(zip(groups, split.tolist())))
     if parted := [group for group, n in sides.items() if n > 1]:
         what = f"the given split parts {len(parted)} of {len(sides)} groups ({preview(parted)})"
-        raise UserError(f"{data.path}: {what}; give another, or leave out --group-col")
-    if not drawn or not data.classes:
+        raise UserError(f"{data.path}: {what}; give another, or leave out --group-by")
+    if not drawn or not (drawable := pool & data.labelled).any():
         return split
-    unit = np.unique(indivisible_units(data)[pool], return_inverse=True)[1]
-    order, _ = stratified_order(data.labels[pool], unit, np.random.default_rng([seed, 0]))
-    size, rank = np.bincount(unit), np.full(unit.max() + 1, 3)  # rank: known side, 3 for none
+    units, rank = indivisible_units(data), np.full(len(data), 3)  # of units; 3: side not known
     hashes = data.table["hash"].view("int64")
     if isinstance(known, np.ndarray):
         known = np.stack([hashes[known], hashes[known] * 0])
     known = {} if known is None else dict(sorted(zip(*known.tolist()), reverse=True))
-    np.minimum.at(rank, unit, [known.get(h, 3) for h in hashes[pool].tolist()])
+    np.minimum.at(rank, units[pool], [known.get(h, 3) for h in hashes[pool].tolist()])
+    numbers, unit = np.unique(units[drawable], return_inverse=True)
+    order, _ = stratified_order(data.labels[drawable], unit, np.random.default_rng([seed, 0]))
+    size, rank = np.bincount(unit), rank[numbers]
     side = _cut(order, size, drawn)
     if (rank == 0).all():
         if "test" in drawn and not allow_seen:
-            raise UserError(f"{data.path}: pre-training saw all; add images or give --allow-seen")
+            fix = "pre-train with --labels FILE, which holds some out, add images, or --allow-seen"
+            raise UserError(f"{data.path}: pre-training saw every labelled image; {fix}")
         data.notes.append(f"pre-training saw every image: {' and '.join(drawn)} hold such images")
     elif (side != rank)[rank < 3].any():
         key = np.choose(rank, (0, 2, 3, 1))  # known training units first, others before known
         order = order[np.argsort(key[order], kind="stable")]
         side = np.where(rank < 3, rank, _cut(order, size, drawn, size[rank == 0].sum()))
-    split[pool] = np.array(SIDES)[side[unit]]
+    sides = np.zeros(len(data), int)  # of units; those without a label: training
+    sides[numbers] = side
+    split[pool] = np.array(SIDES)[sides[units[pool]]]
     for name in drawn:
-        if 0 < (n := (split == name).sum()) < FEW:
-            data.notes.append(f"drawn for {name}: {n}, too few to judge by")
+        if (n := (split == name).sum()) < FEW:
+            of = f", of {len(numbers)} groups and duplicates" if len(numbers) < n else ""
+            data.notes.append(f"drawn for {name}: {n or 'none'}, too few to judge by{of}")
     return split
 
 
@@ -131,6 +136,7 @@ def _cut(order, size, drawn, n_train=0):
 def label_fraction(data, train, frac, seed):
     """(N,) bool: the share `frac` of the training images, (N,) bool, whose labels are used, nested,
     stratified, in whole units and with every class. Raises UserError where it is too small."""
+    train = train & data.labelled
     if absent := list(compress(data.classes, ~data.labels[train].any(0))):
         raise UserError(f"{data.path}: no training image has the label {preview(absent)}")
     unit = np.unique(indivisible_units(data)[train], return_inverse=True)[1]
@@ -169,6 +175,8 @@ def print_report(data, split):
     """Print what the set holds, how it is split and what is odd about it."""
     table, grouped = data.table, data.groups is not None
     labels = f"{len(data.classes)} classes" if data.classes else "no labels"
+    if data.classes and (n := (~data.labelled).sum()):
+        labels += f", {n} images without a label"
     labels += ", several or none per image" if data.multilabel and data.classes else ""
     labels += f", {len(np.unique(data.groups))} groups" if grouped else ""
     print(f"{data.path}: {len(data)} images, {labels}")

@@ -90,4 +90,5 @@ def fill_in(args, saved):
     given = vars(args)
     if args.data is None:
         old = {"label_col": ["none"]} if saved.get("unlabelled") else {}  # of earlier versions
+        old |= {"multilabel": saved["label_sep"]} if saved.get("label_sep") else {}
         given |= {key: given[key] or value for key, value in (saved | old).items() if key in given}

@@ -14,8 +14,8 @@ from conftest import ARMS, ROOT, draw_classes
 
 import finetune
 import pretrain
-from common import cli, toy_data
-from tools import benchmark, dino
+from common import cli
+from tools import benchmark, demo, dino
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 MODULES = [p for folder in ("", "common/", "tools/") for p in ROOT.glob(f"{folder}*.py")]
@@ -46,7 +46,7 @@ def commands():
 def tiny(words):
     """The flags that make a command quick, put behind its own: the last one counts."""
     name, more = words[0], []
-    if name == "pretrain.py" and "--demo" not in words and "--resume" not in words:
+    if name == "pretrain.py" and "--resume" not in words:
         more = [*ARMS, "--cnn-kwargs", "--vit-kwargs", "--epochs", "1"]
     elif name == "tools.dino" and "--resume" not in words:
         more = [*ARMS, "--cnn-kwargs", "--vit-kwargs", "--epochs", "1", "--outputs", "16"]
@@ -117,7 +117,7 @@ def test_command(line, workplace, monkeypatch, tmp_path, capsys):
         pytest.skip("run elsewhere")
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("CASS_CACHE", str(workplace / "cache"))
-    monkeypatch.setattr(toy_data, "PER_CLASS", 8)
+    monkeypatch.setattr(demo, "PER_CLASS", 8)
     draw = benchmark.draw_large
     monkeypatch.setattr(benchmark, "draw_large", lambda folder, n=4, side=64: draw(folder, n, 64))
     for word in ("/path", "brain_mri", "new_images/", "FOLDER", "photos", "PATH"):

@@ -185,9 +185,9 @@ def test_delimited_labels(table):
         "i1.png": [],
         "i2.png": ["y"],
     }
-    images = read(**table('image,label\ni0,"x,y"\ni1,x\ni2,y\n', label_sep=","))
+    images = read(**table('image,label\ni0,"x,y"\ni1,x\ni2,y\n', multilabel=","))
     assert images.labels.sum() == 4
-    images = read(**table('image,label\ni0,"x,y"\ni1,x\ni2,x\n', label_sep="none"))
+    images = read(**table('image,label\ni0,"x,y"\ni1,x\ni2,x\n', multilabel="none"))
     assert images.classes == ["x", "x,y"]
 
 
@@ -213,13 +213,12 @@ def test_multilabel_as_told(folder):
     [
         ("image,label\ni0,a\nlost,b\ngone,a\n", "2 of 3 rows.*line 3: lost.*line 4: gone", {}),
         ("image,label\ni0,a\n../../etc/x.png,b\n", "line 3: ../../etc/x.png, 0 images", {}),
-        ("image,label\ni0,a\ni1,\n", "no label.*line 3", {}),
         ("image,label\ni0,a\ni1\n", "line 3: 1", {}),
         ("image,label\ni0,a\ni0.png,b\n", "1 of 2 rows contradict.*line 3: i0.png", {}),
         ("image,label\ni0,x|y\ni1,x;y\n", "--label-sep", {}),
         ('image,label\ni0,"x,y"\ni1,x\n', "--label-sep", {}),
         ("image,dx,age\ni0,a,3\ni1,b,4\n", "--label-col", {}),
-        ("image,x,y\ni0,0,1\ni1,2,1\n", "0 or 1.*line 3", {"label_col": ["x", "y"]}),
+        ("image,x,y\ni0,0,1\ni1,2,1\n", "0, 1 or -1.*line 3", {"label_col": ["x", "y"]}),
         ("image,label\ni0,a\n", "no column dx.*image, label", {"label_col": ["dx"]}),
         ("image,label\ni0,a\n", "no column id", {"image_col": "id"}),
         ("one,two\ni0,i1\ni1,i0\n", "--image-col", {}),
@@ -227,7 +226,7 @@ def test_multilabel_as_told(folder):
         ("image,image\ni0,i1\n", "distinct.*image, image", {}),
         ("image,label\n", "rows below", {}),
         ("", "column names", {}),
-        (b"image,label\ni0,\xff\xfe\n", "UTF-8", {}),
+        (b"image,label\ni0,\x81\n", "UTF-8", {}),
         ('image,label\ni0,"a\n', "CSV", {}),
         (b"image,label\ni0,a\0\ni1,a\n", "is no CSV file in UTF-8.*NUL", {}),
         ("image,label\ni0,a\n".encode("utf-16-le"), "is no CSV file in UTF-8.*NUL", {}),

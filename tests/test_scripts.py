@@ -16,8 +16,8 @@ import data
 import finetune
 import predict
 import pretrain
-from common import toy_data
 from common.decode import decode, normalize
+from tools import demo
 
 
 def weights(path):
@@ -587,7 +587,6 @@ def spoil(folder):
         (["--data", "images", "--seed", "-1"], "--seed"),
         (["--data", "images", "--vit-kwargs", "patch_size"], "patch_size is no KEY=VALUE"),
         (["--data", "images", "--vit-kwargs", "img_size=64"], "flags of their own"),
-        (["--data", "images", "--demo"], "--demo draws its own"),
         (["--data", "images", "--out", "images/a/1.png"], "--out"),
     ],
 )
@@ -750,7 +749,7 @@ def test_finetuning_refuses(pretrained, folder, tmp_path, script):
 def test_mean_colour_tells_nothing_of_the_demo_s_classes():
     kinds = np.arange(400) % 4
     means = np.stack(
-        [toy_data.cells(k, np.random.default_rng([7, i])).mean((0, 1)) for i, k in enumerate(kinds)]
+        [demo.cells(k, np.random.default_rng([7, i])).mean((0, 1)) for i, k in enumerate(kinds)]
     )
     means = (means - means[:200].mean(0)) / means[:200].std(0)
     distance = ((means[200:, None] - means[None, :200]) ** 2).sum(2)

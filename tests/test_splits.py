@@ -97,7 +97,7 @@ def test_groups_and_identical_images_stay_together():
 def test_a_given_split_that_parts_groups_is_refused():
     given = ["test" if i % 5 == 0 else "train" for i in range(100)]
     images = a_set(long_tailed(100), given, groups=[f"p{i // 2}" for i in range(100)])
-    with pytest.raises(UserError, match="parts 20 of 50 groups.*p0.*--group-col"):
+    with pytest.raises(UserError, match="parts 20 of 50 groups.*p0.*--group-by"):
         make_split(images, 0)
 
 
