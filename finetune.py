@@ -152,7 +152,7 @@ def main():
         if args.dry_run:
             run = Run(job.out, device, amp, {}, normalization=start.normalization)
             prepare(job, build(job), run, args.epochs)
-            return print(f"for each of {len(seeds)} seeds")
+            return print(f"{len(seeds)} times as long for {len(seeds)} seeds" * (len(seeds) > 1))
         checkpoint.start_folder(job.out, OUTPUTS, OUTPUTS if state is None else ())
         config = {"command": sys.argv, "arguments": vars(args)}
         checkpoint.write_json(job.out / "config.json", config)

@@ -152,7 +152,8 @@ def main():
     arms = [load(path) for path in args.ckpt]
     if args.out:
         refuse_unequal(arms)
-    images = read(args.data, images=args.images, image_col=args.image_col, label_col=["none"])
+    files = {"images": args.images, "image_col": args.image_col, "skip_bad": args.skip_bad}
+    images = read(args.data, label_col=["none"], split="none", **files)
     pixels, outputs = {}, []
     for size in dict.fromkeys(arm.img_size for arm in arms):
         images.decode(size, data.cache_dir(args.cache), args.skip_bad)
@@ -166,7 +167,9 @@ def main():
     print(f"{len(images)} images" + f", the mean of {len(arms)} files" * (len(arms) > 1))
     if args.out:
         mean = np.mean([probabilities for probabilities, *_ in outputs], axis=0)
-        write_predictions(args.out, images.names, mean, arms[0].class_names, arms[0].multilabel)
+        rows = range(len(images)) if images.rows is None else images.rows  # repeated ones too
+        names, mean = [images.names[i] for i in rows], mean[rows]
+        write_predictions(args.out, names, mean, arms[0].class_names, arms[0].multilabel)
         print(f"wrote {args.out}")
     if args.embeddings:
         write_embeddings(args.embeddings, images.names, [f for _, f in outputs], args.ckpt)

@@ -27,7 +27,8 @@ def auroc(positive, score):
 
 def score(labels, probabilities, classes, multilabel):
     """Scores of labels (N, C) bool and probabilities (N, C), N > 0. Absent classes count as 0 in
-    macro_f1, not in auroc and balanced_accuracy. confusion: rows true, or [tp, fp, fn, tn] each."""
+    macro_f1; macro_f1_present, auroc and balanced_accuracy leave them out. confusion: rows true, or
+    [tp, fp, fn, tn] each."""
     predicted = predicted_labels(probabilities, multilabel)
     tp, support, found = (x.sum(0) for x in (labels & predicted, labels, predicted))
     precision, recall = tp / np.maximum(found, 1), tp / np.maximum(support, 1)
@@ -38,6 +39,7 @@ def score(labels, probabilities, classes, multilabel):
     keys = ("class", "support", "precision", "recall", "f1", "auroc")
     columns = (x.tolist() for x in (support, precision, recall, f1))
     scores = {"n": len(labels), "macro_f1": float(f1.mean()), "micro_f1": micro}
+    scores["macro_f1_present"] = float(f1[support > 0].mean()) if support.any() else None
     scores["auroc"] = float(np.mean(known)) if known else None
     scores["per_class"] = [dict(zip(keys, row)) for row in zip(classes, *columns, areas)]
     scores["exact_match" if multilabel else "accuracy"] = (labels == predicted).all(1).mean().item()
@@ -104,6 +106,8 @@ def write_results(job, probabilities, settings, training):
         if (scores := metrics[part]) and (left_out or part == "test"):
             shown = ", ".join(f"{k} {scores[k]:.4f}" for k in SHOWN if scores.get(k) is not None)
             print(f"test, {scores['n']} images{note.format(left_out)}: {shown}")
+    if (predicted := predicted_labels(probabilities, multilabel).any(0)).sum() == 1:
+        print(f"every prediction is {classes[predicted.argmax()]}: the model tells nothing apart")
     columns = np.array(images.names)[test], probabilities, classes, multilabel, labels, copied, seen
     write_csv(job.out / "predictions.csv", *prediction_table(*columns))
     header = ["label", "tp", "fp", "fn", "tn"] if multilabel else ["true \\ predicted", *classes]

@@ -86,9 +86,9 @@ def make_split(data, seed, known=None, allow_seen=False):
     if not pool.any():
         raise UserError(f"{data.path}: the given split leaves no image for training")
     groups = [] if data.groups is None else data.groups.tolist()
-    sides = Counter(group for group, _ in dict.fromkeys(zip(groups, split.tolist())))
-    if parted := [group for group, n in sides.items() if n > 1]:
-        what = f"the given split parts {len(parted)} of {len(sides)} groups ({preview(parted)})"
+    if parted := _parted(groups, split.tolist()):
+        n = len({*groups})
+        what = f"the given split parts {len(parted)} of {n} groups ({preview(parted)})"
         raise UserError(f"{data.path}: {what}; give another, or leave out --group-by")
     if not drawn or not (drawable := pool & data.labelled).any():
         return split
@@ -119,6 +119,11 @@ def make_split(data, seed, known=None, allow_seen=False):
             of = f", of {len(numbers)} groups and duplicates" if len(numbers) < n else ""
             data.notes.append(f"drawn for {name}: {n or 'none'}, too few to judge by{of}")
     return split
+
+
+def _parted(groups, split):  # groups with images on several sides, in the order of both lists
+    sides = Counter(group for group, _ in dict.fromkeys(zip(groups, split)))
+    return [group for group, n in sides.items() if n > 1]
 
 
 def _cut(order, size, drawn, n_train=0):
@@ -185,6 +190,20 @@ def print_report(data, split):
             counts = ", ".join(f"{c} {n}" for c, n in class_counts(data, mask).items())
             n = f" in {len(np.unique(data.groups[mask]))} groups" if grouped else ""
             print(f"  {name:5} {mask.sum():6}{n}  {counts}")
+    for column, cells in data.hints.items():
+        n, parted = len(np.unique(cells)), _parted(cells.tolist(), split.tolist())
+        what = (
+            f"column {column}, of {n} different texts, is not used: the split parts {len(parted)}"
+        )
+        print(f"  {what} of them; are these patients or lesions? --group-by {column!r}")
+    for name in SIDES[1:]:
+        if (absent := [c for c, n in class_counts(data, split == name).items() if not n]) and (
+            split == name
+        ).any():
+            what = "macro_f1 counts it as 0, macro_f1_present and auroc leave it out"
+            print(f"  no {name} image of {preview(absent)}: {what}")
+    if not table["width"].any():  # --dry-run
+        return
     sizes = [f"{key}s {table[key].min()} to {table[key].max()}" for key in ("width", "height")]
     modes = ", ".join(f"{mode} {n}" for mode, n in Counter(table["mode"].tolist()).most_common())
     print(f"  {', '.join(sizes)} pixels; modes {modes}")

@@ -264,7 +264,7 @@ def _is_findings(cells):
 
 
 def _findings(table, columns, cells, uncertain):
-    """Labels, labelled and classes of columns of 0, 1, -1 (uncertain) or blank (not mentioned, and so
+    """Labels, labelled and classes of columns of 0, 1, -1 (uncertain) or blank (not mentioned and so
     negative); a row of blanks alone has no label. cells: C lists of N. UserError."""
     for c, column in zip(columns, cells):
         table.refuse(column, [_value(x) is None for x in column], f"are not 0, 1 or -1 in {c}")
