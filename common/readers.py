@@ -20,9 +20,9 @@ class ImageSet:
     path: str
     names: list  # relative to the folder they were found in
     sources: list  # what decode() of common.decode takes: paths or arrays
-    labels: np.ndarray  # (N, C) bool, C = 0 without labels
-    classes: list
-    given: np.ndarray  # (N,) str, their split, "" where none came with them
+    labels: np.ndarray = None  # (N, C) bool, C = 0 without labels
+    classes: list = ()
+    given: np.ndarray = None  # (N,) str, their split, "" where none came with them
     groups: np.ndarray = None  # (N,) str, of --group-by
     labelled: np.ndarray = None  # (N,) bool; the others are for pre-training alone
     multilabel: bool = False  # some image has another number of labels than one, or so told
@@ -62,21 +62,6 @@ class ImageSet:
             self.keep(~np.isin(np.arange(len(self)), list(bad)))
         if several := list(compress(self.names, self.table["frames"] > 1)):
             self.notes.append(f"only the first page or frame is read of {preview(several)}")
-
-    def extend(self, index):
-        """Add the other images of a folder (tables.Index), which have no label."""
-        here = set(self.names)
-        more = [name for name in index.list() if name not in here]
-        self.names = self.names + more
-        self.sources = self.sources + [os.path.join(index.root, name) for name in more]
-        self.notes = self.notes + index.notes
-        n, width = len(more), self.labels.shape[1]
-        self.labels = np.concatenate([self.labels, np.zeros((n, width), bool)])
-        self.labelled = np.append(self.labelled, np.zeros(n, bool))
-        self.given = np.append(self.given, np.full(n, "train" if (self.given != "").any() else ""))
-        self.hints = {c: np.append(cells, more) for c, cells in self.hints.items()}
-        self.groups = None if self.groups is None else np.append(self.groups, more)
-        return self
 
     def keep(self, mask):
         """Leave out the images where the (N,) bool mask is False."""

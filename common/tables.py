@@ -16,12 +16,15 @@ from common.folders import EXTENSIONS, SPLITS, list_images
 from common.readers import ImageSet
 
 IMAGE_NAMES = {"image", "images", "image_id", "img", "file", "filename", "file_name", "path"}
-LABEL_NAMES = {"label", "labels", "class", "target"}
 _what = "(patient|subject|person|case|study|lesion)s?[ _-]?(id|nr|no|num|number|name|index|.*uid)?"
 GROUPS = re.compile(rf"(.*[ _-])?{_what}|pid", re.I)  # names of columns
 ENDINGS = (*EXTENSIONS, ".dcm", ".dicom")
+NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.I)
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "null"}  # cells that say nothing
-NUMBERS = {"true": 1.0, "false": 0.0, **dict.fromkeys(MISSING, np.nan)}
+FINDINGS = {"true": 1, "false": 0, **dict.fromkeys(MISSING, np.nan)}  # and numbers
+UNCERTAIN = (
+    "--uncertain negative or positive (what -1 means; blank is negative), or skip (no label)"
+)
 
 
 def is_table(path):
@@ -31,51 +34,48 @@ def is_table(path):
 
 class Table:
     def __init__(self, file, own=False):  # own: of a run, which writes names of any bytes
-        """A CSV file (comma, semicolon or tab; UTF-8): columns {name: N cells}, and the N lines."""
-        self.file, self.notes = file, []
+        """A CSV file (comma, semicolon or tab): columns {name: (N,) of str}, and the N lines."""
+        self.file, self.own, self.notes = file, own, []
         try:
             if not os.path.isfile(file):
                 raise FileNotFoundError("there is no such file")
-            lines = list(StringIO(self._text(Path(file).read_bytes(), own), newline=""))
+            lines = list(StringIO(self._text(Path(file).read_bytes()), newline=""))
             if any("\0" in line for line in lines):
                 raise csv.Error("it holds NUL characters")
-            told = re.fullmatch('"?sep=(.)"?\\s*', lines[0]) if lines else None  # as Excel has it
-            first, start = lines[bool(told) :][:1], bool(told)
-            delimiter = told[1] if told else max(",;\t", key="".join(first).count)
-            reader = csv.reader(lines[start:], delimiter=delimiter, strict=True)
-            head = [c.strip() for c in next(reader, [])]
-            rows = [(reader.line_num + start, row) for row in reader if any(row)]
+            told = re.fullmatch('"?sep=(.)"?\\s*', "".join(lines[:1]))  # Excel's
+            lines[:1] = ["\n"] if told else lines[:1]  # an empty line is no row
+            most = max(",;\t", key="".join(lines[: 1 + bool(told)]).count)
+            reader = csv.reader(lines, delimiter=told[1] if told else most, strict=True)
+            head, *rows = [(reader.line_num, row) for row in reader if any(row)] or [(0, [])]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{file}: is no CSV file in UTF-8 ({error})") from error
+        head = [c.strip() for c in head[1]]
         if names := [c for c in head if c.lower().endswith(EXTENSIONS)]:
             raise UserError(f"{file}: line 1 names an image, {names[0]}: put column names above it")
-        named = [c for c in head if c]
-        if not rows or not named or len(set(named)) < len(named):
+        if not rows or not any(head) or max(Counter(filter(None, head)).values()) > 1:
             raise UserError(f"{file}: needs rows below distinct column names: {preview(head)}")
-        least = 1 + max(i for i, c in enumerate(head) if c)  # commas may be missing behind it
-        self.lines, rows = zip(*rows)
+        least = max(i for i, c in enumerate(head, 1) if c)  # commas may be missing behind it
+        self.lines, rows = map(list, zip(*rows))
         odd = [len(r) < least or any(r[len(head) :]) for r in rows]
         self.refuse(map(len, rows), odd, f"need {len(head)} cells")
-        rows = [(row + [""] * len(head))[: len(head)] for row in rows]
-        self.columns = {c: cells for c, cells in zip(head, zip(*rows)) if c}
-        self.own = own
+        columns = zip(*(row[:least] for row in rows))
+        self.columns = {c: np.array(x, object) for c, x in zip(head, columns) if c}
 
-    def _text(self, content, own):
+    def _text(self, content):
         """The bytes of a file as text: UTF-8, UTF-16 with its mark or, said, Windows-1252."""
         if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
             return content.decode("utf-16")
         try:
-            return content.decode("utf-8-sig", "surrogateescape" if own else "strict")
+            return content.decode("utf-8-sig", "surrogateescape" if self.own else "strict")
         except UnicodeDecodeError:
             self.notes.append(f"{self.file}: is not UTF-8, and read as Windows-1252")
             return content.decode("cp1252")
 
     def column(self, name, flag):  # the N cells below a name that the flag gave
         if name not in self.columns:
-            raise UserError(
-                f"{self.file}: no column {name} ({flag}), only {preview(self.columns, 9)}"
-            )
-        return list(self.columns[name] if self.own else map(str.strip, self.columns[name]))
+            names = preview(self.columns, 9)
+            raise UserError(f"{self.file}: no column {name} ({flag}), only {names}")
+        return [cell if self.own else cell.strip() for cell in self.columns[name]]
 
     def refuse(self, cells, bad, what):
         """Raise UserError, with `what` as its predicate, if any of N cells is bad (N bools)."""
@@ -83,24 +83,27 @@ class Table:
             odd = [f"line {n}: {x or 'empty'}" for n, x in compress(zip(self.lines, cells), bad)]
             raise UserError(f"{self.file}: {len(odd)} of {len(bad)} rows {what}: {preview(odd)}")
 
-    def keep(self, mask):
-        """Leave out the rows where the N bools are False."""
-        self.lines = tuple(compress(self.lines, mask))
-        self.columns = {name: tuple(compress(x, mask)) for name, x in self.columns.items()}
+    def sides(self, column):
+        """(N,) of the splits that a column names. Raises UserError."""
+        cells = [cell.strip().lower() for cell in self.column(column, "--split")]
+        self.refuse(cells, [c not in SPLITS for c in cells], "name neither train, val nor test")
+        return np.array([SPLITS[cell] for cell in cells], "U5")
 
 
 def read_csv(file, root, whole, split=None, image_col=None, group_col=None, skip_bad=False, **kw):
     """The images that a CSV file names; root: their folder (None: the file's); whole: and all the
     others below it, without a label. The rest as the data flags; kw: of _labels. UserError."""
-    table = Table(file)
-    index = Index(Path(root or Path(file).parent))
+    table, index = Table(file), Index(Path(root or Path(file).parent))
     image_col, paths = _image_paths(table, index, image_col, skip_bad)
-    sides = _splits(table, image_col, split)
     told = {image_col, group_col, split, *(kw["label_col"] or ())}
-    hints = {c: np.array(x) for c, x in table.columns.items() if GROUPS.fullmatch(c)}
-    hints = {c: x for c, x in hints.items() if c not in told and 1 < len({*x}) < len(paths)}
-    columns, labels, labelled, classes = _labels(table, told | hints.keys(), **kw)
-    if unused := [c for c in table.columns if c not in {*told, *hints, *columns}]:
+    others = {c: np.char.strip(x.astype(str)) for c, x in table.columns.items() if c not in told}
+    if split is None and (c := next((c for c, x in others.items() if _are(SPLITS, x)), None)):
+        fix = f"give --split {c!r} to keep them, or --split none to draw others"
+        raise UserError(f"{file}: the column {c} names splits; {fix}")
+    sides = table.sides(split) if split in table.columns else np.full(len(paths), "", "U5")
+    hints = {c: x for c, x in others.items() if GROUPS.fullmatch(c) and 1 < len({*x}) < len(x)}
+    columns, labels, labelled, classes = _labels(table, [c for c in others if c not in hints], **kw)
+    if unused := [c for c in others if c not in {*hints, *columns}]:
         table.notes.append(f"columns that are not used: {preview(unused, 9)}")
     groups = np.array(paths)
     if group_col in table.columns:
@@ -113,20 +116,25 @@ def read_csv(file, root, whole, split=None, image_col=None, group_col=None, skip
         labels = labels[origin]
     differ = (labels != labels[origin]).any(1) | (labelled != labelled[origin])
     differ |= (groups != groups[origin]) | (sides != sides[origin])
-    fix = "; keep one, or --multilabel" if len(columns) == 1 and len(classes) > 2 else "; keep one"
-    table.refuse(paths, differ, f"contradict an earlier one of the same image{fix}")
-    if n := len(paths) - len(first):
+    fix = "keep one" + ", or give --multilabel" * (len(columns) == 1)
+    table.refuse(paths, differ, f"contradict an earlier one of the same image; {fix}")
+    kept, rows = np.unique(origin, return_inverse=True)
+    if n := len(paths) - len(kept):
         table.notes.append(f"{n} rows repeat an image")
-    sources = [os.path.join(index.root, path) for path in paths]
-    groups = groups if group_col in table.columns else None
-    data = ImageSet(
-        str(file), paths, sources, labels, classes, sides, groups, labelled, hints=hints
-    )
-    data.notes, data.columns = table.notes, tuple(table.columns)
-    data.rows = np.arange(len(paths))
-    data.keep(origin == data.rows)
-    data.rows = np.unique(origin, return_inverse=True)[1]
-    return data.extend(index) if whole else data
+    more = [path for path in index.list() if path not in first] if whole else []
+    names, n = [*first, *more], len(more)
+    data = ImageSet(str(file), names, [os.path.join(index.root, name) for name in names])
+    data.labels, data.classes = np.pad(labels[kept], ((0, n), (0, 0))), classes
+    data.labelled = np.pad(labelled[kept], (0, n))
+    data.given, data.rows = np.append(sides[kept], [""] * n), rows
+    data.hints = {c: np.append(x[kept], more) for c, x in hints.items()}
+    data.groups = np.append(groups[kept], more) if group_col in table.columns else None
+    data.notes, data.columns = table.notes + index.notes * whole, tuple(table.columns)
+    return data
+
+
+def _are(known, cells):
+    return known.keys() >= {cell.lower() for cell in cells}
 
 
 class Index:
@@ -137,37 +145,34 @@ class Index:
             raise UserError(f"{root}: there is no such folder (--images)")
         self.root, self.base, self.paths = root, os.path.abspath(root), None
 
-    def list(self):
-        """All of them are listed once, where a name is not a path below the folder."""
+    def list(self):  # once, where it is needed
         if self.paths is None:
-            self.paths, self.notes = list_images(self.root)
-            self.alike = defaultdict(list)
+            (self.paths, self.notes), self.alike = list_images(self.root), defaultdict(list)
             for path in self.paths:
                 parts = _alike(path).split("/")
                 for i in range(len(parts)):
                     self.alike["/".join(parts[i:])].append(path)
         return self.paths
 
-    def find(self, name):
-        """The paths that a name fits, which may lack ending or folders, or differ in case."""
-        for text in (name, name.strip().replace("\\", "/")):
+    def find(self, name, skip=0):
+        """The paths that a name fits without its first folders, in other case or Unicode form, with
+        another ending of images or none, and with folders missing in front."""
+        for text in (name, "/".join(name.strip().replace("\\", "/").split("/")[skip:])):
             path = os.path.relpath(os.path.join(self.base, text), self.base).replace(os.sep, "/")
             if not path.startswith("../") and os.path.isfile(os.path.join(self.base, path)):
                 return [path]
         self.list()
-        hits = self.alike[_alike(path)] if path != "." else []
-        bare = os.path.splitext(path)[0] if path.lower().endswith(ENDINGS) else path
-        return [hit for hit in hits if os.path.splitext(hit)[0].endswith(bare)] or hits
+        hits, bare = self.alike.get(_alike(path), []), re.sub(r"\.\w+$", "", path)
+        return [x for x in hits if re.sub(r"\.\w+$", "", x).endswith(bare)] or hits
 
     def find_all(self, names):
-        """For each name its paths; folders that all have in front, which are not here, left out."""
+        """For each name its paths, without folders in front of all names that are not here."""
         folders = [name.strip().replace("\\", "/").split("/")[:-1] for name in names]
-        lead, found = os.path.commonprefix(folders), list(map(self.find, names))
-        for n, folder in enumerate(lead, 1):
-            if any(found) or folder.lower() in SPLITS:
+        lead, n = os.path.commonprefix(folders), 0
+        while not any(found := [self.find(name, n) for name in names]) and lead[n:]:
+            n += 1
+            if lead[n - 1].lower() in SPLITS:
                 break
-            short = ["/".join(name.strip().replace("\\", "/").split("/")[n:]) for name in names]
-            found = list(map(self.find, short))
         return found
 
 
@@ -179,114 +184,82 @@ def _alike(path):
 def _image_paths(table, index, column, skip_bad):
     """The column that names images (None: found out), and N paths below the root. UserError."""
     if column is None:
-        heads = {c: index.find_all(v[:20]) for c, v in table.columns.items()}
-        hits = {c: np.mean([len(paths) == 1 for paths in found]) for c, found in heads.items()}
+        found = {c: index.find_all(x[:20]) for c, x in table.columns.items()}
+        hits = {c: np.mean([len(paths) == 1 for paths in x]) for c, x in found.items()}
         fits = [c for c in hits if hits[c] > 0.5] or [c for c in hits if c.lower() in IMAGE_NAMES]
         if len(fits) != 1:
             raise UserError(f"{table.file}: give --image-col ({preview(fits or hits)}) or --images")
         (column,) = fits
     if column.lower() not in IMAGE_NAMES and len(index.find(column)) == 1:
         raise UserError(f"{table.file}: line 1 names an image, {column}: put column names above it")
-    table.column(column, "--image-col")
-    names = table.columns[column]
-    found = index.find_all(names)
-    lost = [not paths for paths in found]
-    if skip_bad and any(lost) and not all(lost):
+    names = table.column(column, "--image-col")
+    found = index.find_all(table.columns[column])
+    lost = np.array([not paths for paths in found])
+    if skip_bad and 0 < lost.sum() < len(lost):
         table.notes.append(f"left out, no such image: {preview(compress(names, lost))}")
-        table.keep([not x for x in lost])
-        names, found = table.columns[column], list(filter(None, found))
+        table.lines = list(compress(table.lines, ~lost))
+        table.columns = {c: cells[~lost] for c, cells in table.columns.items()}
+        names, found = (list(compress(x, ~lost)) for x in (names, found))
     texts = [f"{name}, {len(paths)} images" for name, paths in zip(names, found)]
     what = f"name no image in {index.root}, or several (--images, --image-col, --skip-bad)"
     table.refuse(texts, [len(paths) != 1 for paths in found], what)
-    pairs = [(name.strip(), path) for name, (path,) in zip(names, found)]
-    odd = [f"{x} = {p}" for x, p in pairs if not p.endswith(x) and x.lower().endswith(ENDINGS)]
-    if odd := [
-        x for x in odd if x.partition(" = ")[0].rpartition("/")[2] not in x.partition(" = ")[2]
-    ]:
+    paths, known = [path for (path,) in found], [name.lower().endswith(ENDINGS) for name in names]
+    pairs = ((re.split(r"[/\\]", name)[-1], path) for name, path in zip(names, paths))
+    if odd := [f"{x} = {p}" for (x, p), ends in zip(pairs, known) if ends and not p.endswith(x)]:
         table.notes.append(f"names that differ from their file: {preview(odd)}")
-    return column, [path for _, path in pairs]
-
-
-def _splits(table, image_col, split):
-    """(N,) sides that a column of this name gives, "" without. UserError: one is there, unused."""
-    likely = {c: {x.strip().lower() for x in cells} for c, cells in table.columns.items()}
-    likely = [c for c, cells in likely.items() if c != image_col and cells <= SPLITS.keys()]
-    if split is None and likely:
-        fix = f"give --split {likely[0]} to keep them, or --split none to draw others"
-        raise UserError(f"{table.file}: the column {likely[0]} names splits; {fix}")
-    if split not in table.columns:
-        return np.full(len(table.lines), "", "U5")
-    cells = [cell.lower() for cell in table.column(split, "--split")]
-    table.refuse(cells, [c not in SPLITS for c in cells], "name neither train, val nor test")
-    return np.array([SPLITS[cell] for cell in cells], "U5")
+    return column, paths
 
 
 def _labels(table, others, label_col=None, multilabel=False, uncertain=None):
-    """The columns (label_col None: found out), labels (N, C) bool, (N,) bool of the rows that have
-    some, C class names. UserError."""
-    columns = label_col
-    if columns is None:
-        columns = [c for c in table.columns if c not in others]
-        named = [c for c in columns if c.lower() in LABEL_NAMES]
-        if len(named) == 1:
-            columns = named
-        elif columns[1:] and not all(map(_is_findings, map(table.columns.get, columns))):
+    """The columns (label_col None: found out, of others), labels (N, C) bool, (N,) bool of the rows
+    that have some, C class names. Raises UserError."""
+    columns = others if label_col is None else label_col if label_col != ["none"] else []
+    cells = {c: table.column(c, "--label-col") for c in columns}
+    if label_col is None:
+        named = [c for c in others if c.lower() in ("label", "labels", "class", "target")]
+        columns = named if len(named) == 1 else columns
+        if columns[1:] and any(set(map(_finding, cells[c])) - {0, 1, -1, None} for c in columns):
             raise UserError(f"{table.file}: give --label-col (of {preview(columns, 9)}), or none")
-    columns = [c for c in columns if columns != ["none"]]
-    cells = [table.column(c, "--label-col") for c in columns]
-    if len(cells) != 1:
-        return columns, *_findings(table, columns, cells, uncertain)
-    labels, labelled, classes = _classes(table, cells[0], multilabel, uncertain)
-    if all(map(_is_number, classes)) and (
-        not all(float(c).is_integer() for c in classes) or label_col is None and len(classes) > 20
-    ):
-        what = f"{columns[0]} holds {len(classes)} numbers such as {preview(classes[-3:])}"
-        raise UserError(f"{table.file}: {what}, which are no classes; --label-col, or none")
-    if label_col is None and len(classes) > max(labelled.sum() / 2, 2):
-        what = f"{columns[0]} holds {len(classes)} different texts in {labelled.sum()} rows"
-        raise UserError(f"{table.file}: {what}: are these classes? --label-col, or none")
+    if len(columns) != 1:
+        return columns, *_findings(table, {c: cells[c] for c in columns}, uncertain)
+    labels, labelled, classes = _classes(table, cells[columns[0]], multilabel, uncertain)
+    many, n = label_col is None and len(classes), labelled.sum()
+    numbers = all(map(NUMBER.fullmatch, classes)) and [float(c) for c in classes]
+    if numbers and (many > 20 or any(x % 1 for x in numbers)) or many > max(n / 2, 2):
+        what = f"{len(classes)} different texts in {n} rows, such as {preview(classes[-3:])}"
+        raise UserError(f"{table.file}: {columns[0]} has {what}; no classes? --label-col, or none")
     return columns, labels, labelled, classes
 
 
-def _is_number(text):
-    return re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", text, re.I) is not None
+def _finding(cell):  # 0, 1, -1, None for nothing said, or another text
+    cell = cell.lower()
+    value = float(cell) if NUMBER.fullmatch(cell) else FINDINGS.get(cell, cell)
+    return None if cell in MISSING else value
 
 
-def _value(cell):  # 0, 1, -1, or NaN for nothing; None for all else
-    cell = cell.strip().lower()
-    value = float(cell) if _is_number(cell) else NUMBERS.get(cell)
-    return None if value not in (0, 1, -1) and value == value else value
-
-
-def _is_findings(cells):
-    values = {*map(_value, cells)}
-    return None not in values and bool(values & {0.0, 1.0})
-
-
-def _findings(table, columns, cells, uncertain):
-    """Labels, labelled and classes of columns of 0, 1, -1 (uncertain) or blank (not mentioned and so
-    negative); a row of blanks alone has no label. cells: C lists of N. UserError."""
-    for c, column in zip(columns, cells):
-        table.refuse(column, [_value(x) is None for x in column], f"are not 0, 1 or -1 in {c}")
-    values = np.array([[_value(x) for x in column] for column in cells], float)
-    values = values.reshape(len(cells), len(table.lines)).T
+def _findings(table, cells, uncertain):
+    """Labels, labelled and classes of {column: N cells}: 0, 1, -1 (uncertain) or blank (unmentioned
+    and negative); a row of blanks alone has no label. Raises UserError."""
+    values = np.full((len(table.lines), len(cells)), np.nan)
+    for column, (name, texts) in zip(values.T, cells.items()):
+        found = list(map(_finding, texts))
+        table.refuse(
+            texts, [x not in (0, 1, -1, None) for x in found], f"are not 0, 1 or -1 in {name}"
+        )
+        column[:] = np.array(found, float)
     unsure, blank = values == -1, np.isnan(values)
-    labelled = ~blank.all(1) if columns else np.zeros(len(values), bool)
-    blank[~labelled] = False
-    if unsure.any() or blank.any():
-        what = f"{unsure.sum()} labels are -1, {blank.sum()} blank"
+    labelled = ~blank.all(1)
+    if n := unsure.sum() + blank[labelled].sum():
+        what = f"{unsure.sum()} labels are -1, {n - unsure.sum()} blank"
         if uncertain is None:
-            fix = "--uncertain negative or positive for -1, or skip: such images have no label"
-            raise UserError(f"{table.file}: {what}; give {fix}; blank counts as negative")
-        table.notes.append(f"{what}: --uncertain {uncertain}; blank counts as negative")
-    if uncertain == "skip":
-        labelled &= ~unsure.any(1)
+            raise UserError(f"{table.file}: {what}; give {UNCERTAIN}")
+        table.notes.append(f"{what}: --uncertain {uncertain}; blank is negative")
+    labelled &= ~unsure.any(1) | (uncertain != "skip")
     labels = ((values == 1) | unsure & (uncertain == "positive")) & labelled[:, None]
-    used = labels.any(0)
-    if not used.all():
-        empty = preview(compress(columns, ~used), 9)
-        table.notes.append(f"label column without any image dropped: {empty}")
-    nothing = [i for i, c in enumerate(columns) if c.lower().replace("_", " ") == "no finding"]
+    used, columns = labels.any(0), list(cells)
+    if empty := list(compress(columns, ~used)):
+        table.notes.append(f"label column without any image dropped: {preview(empty, 9)}")
+    nothing = [c.lower().replace("_", " ") == "no finding" for c in columns]
     if n := (labels[:, nothing].any(1) & (labels.sum(1) > 1)).sum():
         table.notes.append(f"{n} rows have No Finding, which counts as a class, and another label")
     return labels[:, used], labelled, list(compress(columns, used))
@@ -294,10 +267,9 @@ def _findings(table, columns, cells, uncertain):
 
 def _classes(table, cells, multilabel, uncertain):
     """Labels, labelled and classes of one column of N cells, which may hold several. UserError."""
-    if all(cell.startswith("[") and cell.endswith("]") or not cell for cell in cells):
-        cells = [re.sub(r"[]['\"]", "", cell) for cell in cells]  # a list, as Python prints it
-        multilabel = "," if multilabel in (None, False, True) else multilabel
     sep = multilabel if isinstance(multilabel, str) else ""
+    if all(cell[:1] + cell[-1:] in ("[]", "") for cell in cells):  # lists, as Python prints them
+        cells, sep = [re.sub(r"[]['\"]", "", cell) for cell in cells], sep or ","
     if not sep:
         seps = [sep for sep in "|;," if any(sep in cell for cell in cells)]
         if len(seps) > 1 or seps == [","]:
@@ -305,30 +277,27 @@ def _classes(table, cells, multilabel, uncertain):
         sep = "".join(seps) or "none"
     blank = np.array([cell.lower() in MISSING for cell in cells])
     if blank.any() and sep != "none" and uncertain is None:
-        fix = "--uncertain negative, if none of the labels applies, or skip, if they have no label"
-        raise UserError(f"{table.file}: {blank.sum()} cells hold nothing; give {fix}")
-    labelled = ~blank if sep == "none" or uncertain == "skip" else np.ones(len(cells), bool)
-    sep = "\0" if sep == "none" else sep  # which no cell holds
-    parts = [{v.strip() for v in cell.split(sep)} - {""} for cell in cells]
-    parts = [set() if empty else part for part, empty in zip(parts, blank)]
-    spelled = {}  # what is alike -> as most have it
+        fix = "--uncertain negative, if no label applies there, or skip, if they have no label"
+        raise UserError(f"{table.file}: {blank.sum()} label cells are blank; give {fix}")
+    labelled = ~blank | (sep != "none" and uncertain != "skip")
+    parts = [cell.split(sep) if sep != "none" else [cell] for cell in cells]
+    parts = [{v.strip() for v in part} - {""} for part in parts]
+    parts = [part if some else set() for part, some in zip(parts, ~blank)]
+    spelled = {}  # texts that are alike -> as most have it
     for text, _ in Counter(chain(*parts)).most_common():
         spelled.setdefault(_as_class(text), text)
-    texts = set().union(*parts) - {*spelled.values()}
-    if same := [f"{spelled[_as_class(text)]} = {text}" for text in sorted(texts)]:
+    if same := sorted(set().union(*parts) - {*spelled.values()}):
+        same = [f"{text} = {spelled[_as_class(text)]}" for text in same]
         table.notes.append(f"counted as one class: {preview(same)}")
     classes = sorted(spelled.values())
-    if all(map(_is_number, classes)):
-        classes.sort(key=float)
-    number = {text: i for i, text in enumerate(classes)}
-    labels = np.zeros((len(cells), len(classes)), bool)
-    for row, part in zip(labels, parts):
-        row[[number[spelled[_as_class(text)]] for text in part]] = True
-    return labels, labelled, classes
+    classes.sort(key=float if all(map(NUMBER.fullmatch, classes)) else None)
+    parts = [{spelled[_as_class(text)] for text in part} for part in parts]
+    labels = np.array([[c in part for c in classes] for part in parts], bool)
+    return labels.reshape(len(cells), -1), labelled, classes
 
 
 def _as_class(text):  # what is alike: numbers of one value, texts that differ in case
-    number = _is_number(text)
+    number = NUMBER.fullmatch(text)
     return f"{float(text):g}" if number else unicodedata.normalize("NFC", text).casefold()
 
 
@@ -336,12 +305,10 @@ def read_split(file, names):
     """(N,) sides by a CSV file of path and split, as a run writes; "" without. Raises UserError."""
     table, known = Table(file, own=True), set(names)
     paths = [p if p in known else p.strip() for p in table.column("path", "--split")]
-    cells = [cell.strip().lower() for cell in table.column("split", "--split")]
-    count = Counter(paths)
-    table.refuse(cells, [c not in SPLITS for c in cells], "name neither train, val nor test")
+    sides, count = table.sides("split"), Counter(paths)
     table.refuse(paths, [p not in known for p in paths], "name no image of the data")
     table.refuse(paths, [count[p] > 1 for p in paths], "name an image twice; keep one of each")
-    given = {path: SPLITS[cell] for path, cell in zip(paths, cells)}
+    given = dict(zip(paths, sides))
     return np.array([given.get(name, "") for name in names])
 
 

@@ -179,7 +179,10 @@ def test_multi_hot(table):
 
 def test_delimited_labels(table):
     text = "image,label\ni0,x|y\ni1,\ni2,y\n"
-    images = read(**table(text))
+    with pytest.raises(UserError, match="1 label cells are blank; give --uncertain negative"):
+        read(**table(text))
+    assert read(**table(text, uncertain="skip")).labelled.tolist() == [True, False, True]
+    images = read(**table(text, uncertain="negative"))
     assert images.multilabel and labels_of(images) == {
         "i0.png": ["x", "y"],
         "i1.png": [],
@@ -245,8 +248,10 @@ def test_a_name_that_fits_two_files_is_refused(table):
 
 
 def test_flags_of_tables_need_a_table(folder):
-    with pytest.raises(UserError, match="--label-col.*CSV"):
-        read(**flags(folder, label_col=["x"]))
+    with pytest.raises(UserError, match="--image-col, --uncertain need a CSV"):
+        read(**flags(folder, image_col="x", uncertain="skip"))
+    with pytest.raises(UserError, match="--label-col x/: no column, nor found in 30"):
+        read(**flags(folder, label_col=["x/"]))
 
 
 # splits made elsewhere, MedMNIST
