@@ -225,7 +225,7 @@ def _labels(table, others, label_col=None, multilabel=False, uncertain=None):
     labels, labelled, classes = _classes(table, cells[columns[0]], multilabel, uncertain)
     many, n = label_col is None and len(classes), labelled.sum()
     numbers = all(map(NUMBER.fullmatch, classes)) and [float(c) for c in classes]
-    if numbers and (many > 20 or any(x % 1 for x in numbers)) or many > max(n / 2, 2):
+    if numbers and (many > 20 or any(x % 1 for x in numbers)) or many > max(n / 2, 9):
         what = f"{len(classes)} different texts in {n} rows, such as {preview(classes[-3:])}"
         raise UserError(f"{table.file}: {columns[0]} has {what}; no classes? --label-col, or none")
     return columns, labels, labelled, classes
