@@ -26,7 +26,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FIELDS = ("key", "hash", "width", "height", "frames", "mode", "crc")
 ROW = np.dtype([*zip(FIELDS, ("u8", "u8", "i4", "i4", "i4", "U8", "u4"))])
 TURNS = dict(enumerate((0, 3, 1, 5, 4, 6, 2), 2))  # EXIF orientation: Image.Transpose
-MEGAPIXELS, TURN = threading.Semaphore(200), threading.Lock()  # of all images at work
+BUDGET, TURN = 200, threading.Lock()  # megapixels of the images that are decoded at a time
+MEGAPIXELS = threading.Semaphore(BUDGET)
 WHITE_IS_ZERO = b"MM", 0, (1,), 1, (16,), ()  # which Pillow lacks: big-endian 16-bit grey
 TiffImagePlugin.OPEN_INFO.setdefault(WHITE_IS_ZERO, ("I;16B", "I;16B"))
 
@@ -47,9 +48,9 @@ def digest(*parts):
 
 
 def to_rgb(image, tags):
-    """Any Pillow image as 8-bit RGB, transparency laid over black; `tags`: of its TIFF file. 16-bit,
-    32-bit and float grey is scaled from its own minimum and maximum to 0..255 (constant: black;
-    NaN, infinite, transparent: minimum), and inverted if the file says that 0 is white."""
+    """Any Pillow image, and the tags of its TIFF file, as 8-bit RGB, transparency laid over black.
+    16-bit, 32-bit and float grey is scaled from its own minimum and maximum to 0..255 (constant:
+    black; NaN, infinite, transparent: minimum), and inverted if the tags say that 0 is white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, np.float64)
         if image.mode == "I" and tags.get(339, (1,))[0] == 1:
@@ -78,7 +79,7 @@ def square(rgb, size):
 def _misread(tags):  # what Pillow opens, but reads wrong: tests/test_pixels.py tries all kinds
     bits, kind, packed = tags.get(258, (1,))[0], tags.get(339, (1,))[0], tags.get(259, 1) != 1
     planes = tags.get(284) == 2 and not packed and (bits not in (1, 8) or not tags.get(262))
-    planes |= tags.get(284) == 2 and tags.get(277) == 2
+    planes |= tags.get(284) == tags.get(277) == 2
     return planes or kind != 1 and (bits == 8 or packed and tags.prefix == b"MM")
 
 
@@ -89,17 +90,15 @@ def _why_not(file):  # what a TIFF file holds, or that this is none
         f.seek(tags.next)
         tags.load(f)
         kind = {1: "unsigned", 2: "signed", 3: "float"}.get(tags.get(339, (1,))[0], "complex")
-        what = f"{tags.get(277, 1)} x {tags.get(258, (1,))[0]}-bit {kind}"
-        layout = (
-            f"{tags.prefix.decode()}, compression {tags.get(259, 1)}, planes {tags.get(284, 1)}"
-        )
-        return f"TIFF of {what} ({layout}) is not supported: convert it"
+        what = f"TIFF of {tags.get(277, 1)} x {tags.get(258, (1,))[0]}-bit {kind}"
+        what += f" ({tags.prefix.decode()}, compression {tags.get(259, 1)}"
+        return f"{what}, planes {tags.get(284, 1)}) is not supported: convert it"
     return "not an image" if os.path.getsize(file) else "an empty file"
 
 
 def _take(room, width, height):  # wait until there is room for an image, until `room` is closed
     with TURN:
-        for _ in range(min(200, width * height // 10**6 + 1)):
+        for _ in range(min(BUDGET, width * height // 10**6 + 1)):
             room.enter_context(MEGAPIXELS)
 
 
