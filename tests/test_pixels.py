@@ -192,27 +192,34 @@ def test_a_broken_exif_folder_of_a_tiff_is_ignored(tmp_path):
 
 
 def test_the_pixels_at_work_are_bounded_and_a_large_image_has_its_turn(tmp_path, monkeypatch):
-    sizes, at_work, most, lock = [(2000, 1000)] * 12, [0], [0], threading.Lock()
+    sizes, at_work, most, change = [(2000, 1000)] * 12, [0], [0], threading.Lock()
     sizes[3] = (3000, 3000)  # more than all the room there is: it waits until it is alone
-    for i, (width, height) in enumerate(sizes):
-        Image.new("L", (width, height), i).save(tmp_path / f"{i}.png")
+    for i, size in enumerate(sizes):
+        Image.new("1", size).save(tmp_path / f"{i}.png")
 
-    def load(image, real=Image.Image.load):
-        pixels = image.width * image.height
-        with lock:
-            at_work[0] += pixels
-            most[0] = max(most[0], at_work[0])
-        time.sleep(0.02)
-        with lock:
-            at_work[0] -= pixels
-        return real(image)
+    def slow(image, tags):
+        for step in (image.width * image.height, -image.width * image.height):
+            with change:
+                at_work[0] += step
+                most[0] = max(most[0], at_work[0])
+            time.sleep(0.1 if step > 0 else 0)
+        return image.convert("RGB")
 
-    monkeypatch.setattr(cache, "to_rgb", lambda image, tags: load(image) and image.convert("RGB"))
+    monkeypatch.setattr(cache, "to_rgb", slow)
     monkeypatch.setattr(cache.os, "cpu_count", lambda: 12)
     monkeypatch.setattr(cache, "BUDGET", 7)
     monkeypatch.setattr(cache, "MEGAPIXELS", threading.Semaphore(7))
     paths = [str(tmp_path / f"{i}.png") for i in range(12)]
     table, _, bad = cache.decode_all(paths, 8, "name", None)
     assert not bad and (table["width"] > 0).all()
-    assert most[0] == 9_000_000  # alone, and at most 2 others at a time
+    assert most[0] == 9_000_000  # it was alone, and there were at most 2 of the others
     assert cache.MEGAPIXELS._value == 7  # all was given back
+
+
+def test_room_is_given_back_where_decoding_fails(tmp_path):
+    Image.new("RGB", (3000, 1000)).save(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:2000])
+    for _ in range(3):
+        with pytest.raises(ValueError):
+            cache.decode(str(tmp_path / "x.png"), 8)
+    assert cache.MEGAPIXELS._value == cache.BUDGET
