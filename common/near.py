@@ -10,8 +10,8 @@ RADIUS = 30  # of 256 bits; the search is exact up to here
 GRIDS = product((0, 1), (0, 1))  # frequencies by parity, the 64 lowest of each, spread over 8 bytes
 LOW = np.array([sorted(product(range(v, 24, 2), range(u, 24, 2)), key=sum)[:64] for v, u in GRIDS])
 LOW = (LOW @ (24, 1)).reshape(4, 8, 8).transpose(0, 2, 1).ravel()
+ONES = np.float32([i.bit_count() - 8 for i in range(2**16)])
 FLIPS = np.float32([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])  # invert words
-ONES = np.array([i.bit_count() for i in range(2**16)], np.uint8)
 
 
 @lru_cache(1000)
@@ -53,11 +53,14 @@ def near_pairs(hashes, radius=RADIUS):
         while (at := at[: np.searchsorted(at, len(key) - step)]).size:
             at = at[key[at] == key[at + step]]  # pairs of one bucket, `step` apart
             a, b = order[at], order[at + step]
-            ones = ONES[(unique[a] ^ unique[b]).view(np.uint16)].reshape(-1, 4, 4).sum(2)
-            distance = (128 + ((ones - np.float32(32)) @ FLIPS).min(1)).astype(int)
+            for e in range(min(c, 3)):  # found before, by chunk e: quick for most of them
+                fresh = chunks[e, a] != chunks[e, b]
+                a, b = a[fresh], b[fresh]
+            ones = ONES[(unique[a] ^ unique[b]).view(np.uint16)]
+            distance = (128 + (FLIPS.repeat(4, 1) @ ones.T).min(0)).astype(np.uint8)
             new = distance <= radius
             new[new] = (chunks[:d, a[new]] == chunks[:d, b[new]]).sum(0) == 1  # only c is before d
-            found.append(np.stack([a, b, distance])[:, new])
+            found.append(np.stack([a[new], b[new], distance[new]]))
             step += 1
     a, b, distance = np.concatenate(found, 1)
     image, start = np.argsort(group.ravel(), kind="stable"), np.cumsum(count) - count
