@@ -13,9 +13,11 @@ from common.readers import ImageSet
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 SPLITS = {"train": "train", "val": "val", "test": "test"}
 SPLITS |= {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-_made = "masks?|seg(mentations?)?|superpixels|annotations?|ground.?truth|thumb(nail)?s?|previews?"
+_made = "seg(mentations?)?|superpixels|annotations?|ground.?truth|thumb(nail)?s?|previews?"
 # made from other images: a folder or a whole name, or the end of a name
-DERIVED = re.compile(rf"(^|/)(@eadir|{_made})(/|\.\w+$)|[_ -]({_made})([_ -]?\d+)?\.\w+$", re.I)
+DERIVED = rf"(^|/)(@eadir|[^/]*masks?|annotations?[^/]*|{_made})(/|\.\w+$)"
+DERIVED = re.compile(rf"{DERIVED}|[_ -](masks?|{_made})([_ -]?\d+)?\.\w+$", re.I)
+PARTS = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?|part[_ -]?\d+", re.I)  # no classes
 
 
 def list_files(root):
@@ -38,7 +40,9 @@ def list_images(root):
     endings = Counter(Path(f).suffix.lower() or "no ending" for f in set(files).difference(images))
     others = preview(f"{n} {e}" for e, n in endings.most_common())
     if not images:
-        raise UserError(f"{root}: holds {others or 'nothing'}, but no images {EXTENSIONS}")
+        raise UserError(
+            f"{root}: holds {others or 'nothing'}, but no images {EXTENSIONS}; --images DIR?"
+        )
     notes = [f"not read: {others}"] if others else []
     names = [name for name in images if not DERIVED.search(name)] or images
     if left := sorted({*images} - {*names}):
@@ -55,56 +59,53 @@ def by_path(names, pattern, flag):
     except re.error as error:
         raise UserError(f"{flag} {pattern}: no column, nor a regular expression: {error}") from None
     if none := [name for name, match in zip(names, found) if match is None]:
-        raise UserError(f"{flag} {pattern}: no column, nor found in {len(none)}: {preview(none)}")
+        what = f"no column, and found in {len(names) - len(none)} of {len(names)} paths, not in"
+        raise UserError(f"{flag} {pattern}: {what} {preview(none)}")
     return ["/".join(filter(None, match.groups())) or match[0] for match in found]
 
 
-def read_folder(root, level=None):
+def read_folder(root, level=None, split=None):
     """Images below a folder. level: "none", no labels; the level or pattern of the classes, as
     by_path takes it; None: subfolders (of train, test, ..., if these exist) count as classes if
     there are at least two and every image is directly inside one. Raises UserError."""
     names, notes = list_images(root)
     parts = [name.split("/") for name in names]
     given = np.array([SPLITS.get(p[0].lower(), "") if p[1:] else "" for p in parts])
-    if level != "none":
-        _refuse_unclear_splits(root, parts, given)
-    if len({*given} - {""}) > 1 or level == "none":
-        parts = [p[given[i] != "" :] for i, p in enumerate(parts)]
-    else:
-        given[:] = ""
-    cells, depths = [], Counter(map(len, parts))
-    if level is not None and level != "none":
-        cells = by_path(names, level, "--label-col")
-    elif level is None and set(depths) == {2}:
+    whole = len({*given} - {""}) > 1
+    if level != "none" and split is None:
+        _refuse_unclear_splits(root, parts, given, whole)
+    given[:] = given if whole else ""
+    parts = [p[1:] if side else p for p, side in zip(parts, given)]
+    cells, odd = [], [n for n, p in zip(names, parts) if len(p) != 2]
+    if level not in (None, "none"):
+        cells = by_path(names, level, "--class-depth")
+    elif level is None and not odd:
         cells = [p[0] for p in parts]
-    elif level is None and set(depths) != {1}:
-        odd = [n for n, p in zip(names, parts) if len(p) != 2]
-        few = odd if len(odd) <= len(names) / 2 else names
-        where = (
-            "in no folder of a class" if few is odd else f"{min(depths) - 1} or more folders deep"
-        )
-        fix = "--class-depth N or a pattern tells which folder is the class"
-        notes.append(f"no labels, since there are images {where}: {preview(few)}; {fix}")
+    elif level is None and any(p[1:] for p in parts):
+        few = odd if len(odd) < len(names) else names
+        fix = "--class-depth N, or a pattern, tells which folder on their path is the class"
+        notes.append(f"no labels: not directly inside a class folder: {preview(few)}; {fix}")
     classes = sorted(set(cells)) if len(set(cells)) > 1 else []
     if cells and not classes:
-        notes.append(f"no labels, since all images are in one folder, {cells[0]}")
+        notes.append(f"no labels: all images are in one folder, {cells[0]}")
+    alike = {PARTS.sub("", c) for c in classes}
+    if len(alike) == 1 and (level is None or alike == {""}):
+        fix = "--class-depth 1 if they are classes, --labels FILE, or --label-col none"
+        raise UserError(f"{root}: {preview(classes)} are named like parts or splits: give {fix}")
     labels = np.array(cells or names)[:, None] == np.array(classes, str)
     sources = [os.path.join(root, name) for name in names]
     return ImageSet(str(root), names, sources, labels, classes, given, notes=notes)
 
 
-def _refuse_unclear_splits(root, parts, given):
+def _refuse_unclear_splits(root, parts, given, whole):
     """Raise UserError where a folder named like a split may hold images to test on, unseen."""
-    ignore = "or ignore all labels with --label-col none"
-    below = [p for p in parts if any(x.lower() in SPLITS for x in p[1:-1])]
-    if len({*given} - {""}) > 1:
-        if beside := ["/".join(p) for p, side in zip(parts, given) if side == ""]:
-            raise UserError(f"{root}: {preview(beside)}: in no split; move, or use --split FILE")
-    elif below:
-        what = f"{'/'.join(below[0])}: a folder named like a split, further down"
-        raise UserError(f"{root}: has {what}; give the folder above it as --data, {ignore}")
-    elif split := {p[0] for p, side in zip(parts, given) if side}:
-        others = sorted({p[0] for p in parts} - split)
-        what = f"{preview(split)} beside {preview(others)}" if others else f"{preview(split)} alone"
-        fix = "name the splits train, val and test, or give one of them as --data"
-        raise UserError(f"{root}: holds {what}; {fix}, {ignore}")
+    beside = ["/".join(p) for p, side in zip(parts, given) if side == ""]
+    below = ["/".join(p) for p in parts if any(x.lower() in SPLITS for x in p[1:-1])]
+    one = sorted({p[0] for p, side in zip(parts, given) if side})
+    what = f"{preview(beside)}: in no split" if whole and beside else ""
+    if not whole and (one or below):
+        what = f"of the folders train, val and test there is {preview(one)} alone"
+        what = what if one else f"{below[0]}: a folder named like a split, further down"
+    if what:
+        fix = "give the folder of train and test as --data, --split WHAT, or --label-col none"
+        raise UserError(f"{root}: {what}; {fix}")

@@ -81,7 +81,7 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
     or a CSV file of labels; more: image_col, uncertain, skip_bad of read_csv. Raises UserError."""
     from common import folders, tables  # which import this module
 
-    level, file = label_col[0] if label_col else None, split not in (None, "none")
+    level = label_col[0] if label_col else None
     table = next((x for x in (path, images) if x and tables.is_table(x)), None)
     flags = {"--labels": images, **{f"--{k.replace('_', '-')}": x for k, x in more.items()}}
     flags |= {"--label-sep": isinstance(multilabel, str), "--skip-bad": False}
@@ -89,27 +89,57 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
         columns = {"label_col": label_col, "multilabel": multilabel, "group_col": group_col}
         root = images if table is path else path
         data = tables.read_csv(table, root, table is images, split=split, **columns, **more)
-        file = file and split not in data.columns
     elif unused := [flag for flag, value in flags.items() if value and os.path.exists(path)]:
         raise UserError(f"{path}: {preview(unused, 9)} need a CSV file as --data or --labels")
     elif os.path.isdir(path):
-        data = folders.read_folder(path, level)
+        data = folders.read_folder(path, level, split)
     elif Path(path).suffix.lower() == ".npz" and os.path.isfile(path):
         data = tables.read_npz(path, level == "none")
     else:
-        raise UserError(f"{path}: there is no such file or folder, or not .csv, .npz (--data)")
-    several = (data.labels[data.labelled].sum(1) != 1).any()
-    data.multilabel = multilabel not in (False, None, "none") or bool(data.classes and several)
+        what = "is neither an image folder nor a .csv, .tsv, .txt or .npz file"
+        raise UserError(
+            f"{path}: {what if os.path.exists(path) else 'there is no such file or folder'} (--data)"
+        )
+    several = data.labels[data.labelled].sum(1)
+    data.multilabel = multilabel not in (False, None, "none")
+    data.multilabel |= bool(data.classes and (several != 1).any())
+    nothing = [c.lower().replace("_", " ") == "no finding" for c in data.classes]
+    if n := (data.labels[:, nothing].any(1) & (data.labels.sum(1) > 1)).sum():
+        data.notes.append(f"{n} images have No Finding, counted as a class, and another label")
     if group_col and data.groups is None:
         data.groups = np.array(folders.by_path(data.names, group_col, "--group-by"))
+    if group_col:
         sizes = Counter(data.groups.tolist()).most_common()
-        shown = preview(f"{group} {n}" for group, n in sizes)
-        data.notes.append(f"--group-by {group_col}: {len(sizes)} groups: {shown}")
-    if file:
-        data.given = tables.read_split(split, data.names)
-        if unnamed := list(compress(data.names, data.given == "")):
-            data.notes.append(f"left out because {split} does not name them: {preview(unnamed)}")
-        data.keep(data.given != "")
-    elif split == "none":
-        data.given[:] = ""
+        shown = (
+            "each of one image"
+            if len(sizes) == len(data)
+            else preview(map("{0[0]} {0[1]}".format, sizes))
+        )
+        data.notes.append(f"--group-by {group_col}: {len(sizes)} groups, {shown}")
+    _split(data, split, folders, tables)
     return data
+
+
+def _split(data, split, folders, tables):
+    """Set the given sides by --split: a file, a pattern on the paths, or none. Raises UserError."""
+    if split == "none":
+        data.given[:] = ""
+    elif split is None and data.columns and not any(data.given):
+        sides = {
+            x for name in data.names for x in name.split("/")[:-1] if x.lower() in folders.SPLITS
+        }
+        if len(sides) > 1:
+            what = f"its images are in {preview(sorted(sides))}"
+            raise UserError(f"{data.path}: {what}: keep that with --split PATTERN, or --split none")
+    elif split is not None and split not in data.columns:
+        if os.path.isfile(split):
+            data.given = tables.read_split(split, data.names)
+        else:
+            sides = folders.by_path(data.names, split, "--split")
+            data.given = np.array([folders.SPLITS.get(side.lower(), "") for side in sides], "U5")
+        if unnamed := list(compress(data.names, data.given == "")):
+            what = f"left out because --split {split} names no split of them"
+            data.notes.append(f"{what}: {preview(unnamed)}")
+        if len(unnamed) == len(data):
+            raise UserError(f"--split {split}: names neither train, val nor test of any image")
+        data.keep(data.given != "")

@@ -50,7 +50,7 @@ class Table:
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{file}: is no CSV file in UTF-8 ({error})") from error
         head = [c.strip() for c in head[1]]
-        if names := [c for c in head if c.lower().endswith(EXTENSIONS)]:
+        if names := [c for c in head if c.lower().endswith((*EXTENSIONS, "/"))]:
             raise UserError(f"{file}: line 1 names an image, {names[0]}: put column names above it")
         if not rows or not any(head) or max(Counter(filter(None, head)).values()) > 1:
             raise UserError(f"{file}: needs rows below distinct column names: {preview(head)}")
@@ -188,7 +188,9 @@ def _image_paths(table, index, column, skip_bad):
         hits = {c: np.mean([len(paths) == 1 for paths in x]) for c, x in found.items()}
         fits = [c for c in hits if hits[c] > 0.5] or [c for c in hits if c.lower() in IMAGE_NAMES]
         if len(fits) != 1:
-            raise UserError(f"{table.file}: give --image-col ({preview(fits or hits)}) or --images")
+            what = f"{'no' if not fits else 'more than one'} column names images in {index.root}"
+            fix = f"their folder: --images DIR, or the column: --image-col ({preview(hits)})"
+            raise UserError(f"{table.file}: {what}; give {fix}")
         (column,) = fits
     if column.lower() not in IMAGE_NAMES and len(index.find(column)) == 1:
         raise UserError(f"{table.file}: line 1 names an image, {column}: put column names above it")
@@ -213,14 +215,15 @@ def _image_paths(table, index, column, skip_bad):
 def _labels(table, others, label_col=None, multilabel=False, uncertain=None):
     """The columns (label_col None: found out, of others), labels (N, C) bool, (N,) bool of the rows
     that have some, C class names. Raises UserError."""
-    columns = others if label_col is None else label_col if label_col != ["none"] else []
+    columns = others if label_col is None else [c.strip() for c in label_col if c != "none"]
     cells = {c: table.column(c, "--label-col") for c in columns}
     if label_col is None:
         named = [c for c in others if c.lower() in ("label", "labels", "class", "target")]
         columns = named if len(named) == 1 else columns
         if columns[1:] and any(set(map(_finding, cells[c])) - {0, 1, -1, None} for c in columns):
             raise UserError(f"{table.file}: give --label-col (of {preview(columns, 9)}), or none")
-    if len(columns) != 1:
+    found = {x for c in columns for x in map(_finding, cells[c])}
+    if len(columns) != 1 or {0, 1, -1, None} >= found >= {1, -1}:
         return columns, *_findings(table, {c: cells[c] for c in columns}, uncertain)
     labels, labelled, classes = _classes(table, cells[columns[0]], multilabel, uncertain)
     many, n = label_col is None and len(classes), labelled.sum()
@@ -259,9 +262,6 @@ def _findings(table, cells, uncertain):
     used, columns = labels.any(0), list(cells)
     if empty := list(compress(columns, ~used)):
         table.notes.append(f"label column without any image dropped: {preview(empty, 9)}")
-    nothing = [c.lower().replace("_", " ") == "no finding" for c in columns]
-    if n := (labels[:, nothing].any(1) & (labels.sum(1) > 1)).sum():
-        table.notes.append(f"{n} rows have No Finding, which counts as a class, and another label")
     return labels[:, used], labelled, list(compress(columns, used))
 
 
@@ -325,6 +325,8 @@ def read_npz(file, unlabelled=False):
         raise UserError(f"{file}: needs plain arrays: {{train,val,test}}_images, _labels") from None
     for x, y in zip(images, labels):
         fits = x.dtype == np.uint8 and x.ndim > 2 and x.shape[3:] in ((), (3,)) and x.size
+        if x.ndim > 3 and x.shape[3:] != (3,):
+            raise UserError(f"{file}: images of shape {x.shape}: volumes cannot be read")
         if not fits or y.dtype.kind not in "iub" or y.shape != (len(x), *width) or len(width) > 1:
             raise UserError(f"{file}: needs images (N, H, W[, 3]) uint8, labels (N, C) int, one N")
     labels = np.concatenate(labels).reshape(sum(sizes), -1)

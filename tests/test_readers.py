@@ -225,7 +225,7 @@ def test_multilabel_as_told(folder):
         ("image,label\ni0,a\n", "no column dx.*image, label", {"label_col": ["dx"]}),
         ("image,label\ni0,a\n", "no column id", {"image_col": "id"}),
         ("one,two\ni0,i1\ni1,i0\n", "--image-col", {}),
-        ("one,two\nq,r\ns,t\n", "--image-col.*--images", {}),
+        ("one,two\nq,r\ns,t\n", "no column names images in .*--images DIR.*--image-col", {}),
         ("image,image\ni0,i1\n", "distinct.*image, image", {}),
         ("image,label\n", "rows below", {}),
         ("", "column names", {}),
@@ -250,7 +250,7 @@ def test_a_name_that_fits_two_files_is_refused(table):
 def test_flags_of_tables_need_a_table(folder):
     with pytest.raises(UserError, match="--image-col, --uncertain need a CSV"):
         read(**flags(folder, image_col="x", uncertain="skip"))
-    with pytest.raises(UserError, match="--label-col x/: no column, nor found in 30"):
+    with pytest.raises(UserError, match="--class-depth x/: no column, and found in 0 of 30 paths"):
         read(**flags(folder, label_col=["x/"]))
 
 

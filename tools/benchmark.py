@@ -34,7 +34,7 @@ from cass import CASS, build_arm
 from common import cli
 from common.checkpoint import write_json
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, decode_all
-from common.readers import read_folder
+from common.folders import read_folder
 from common.run import Run, on_device
 
 SMALL = {"cnn": "resnet18", "vit": "vit_tiny_patch16_224", "vit_kwargs": {"patch_size": 8}}
