@@ -137,7 +137,7 @@ def check_quotes(quotes, status, text):
         assert part.strip() in text
 
 
-@pytest.mark.parametrize("name", forms_with_marks())
+@pytest.mark.parametrize("name", [*forms_with_marks()])
 def test_command(name, says):
     """The command finds what the data set holds, or is refused in one line."""
     words = words_of(name)
