@@ -258,7 +258,7 @@ def main():
     write("cost.csv", "data,decode_us,with_hash_us,hash_share,least,most", rows)
     hashes = {k: np.stack([near.perceptual_hash(x) for x in opened(files[k])]) for k in SETS}
     rows, nearest = lesions(hashes["ham10000"], lesion, half)
-    header = "images,radius,different_lesion_pairs,of,rate,share_of_images,same_lesion_pairs,of"
+    header = "images,radius,different_lesion_pairs,of,rate,share_of_images,same_lesion_pairs,of_all"
     write("lesions.csv", header, rows)
     if args.sheets:
         captions = [f"{row['lesion_id'][-4:]} {row['dx']}" for row in table]
