@@ -197,7 +197,7 @@ def test_the_pixels_at_work_are_bounded_and_a_large_image_has_its_turn(tmp_path,
     for i, size in enumerate(sizes):
         Image.new("1", size).save(tmp_path / f"{i}.png")
 
-    def slow(image, tags):
+    def slow(image, *_):
         for step in (image.width * image.height, -image.width * image.height):
             with change:
                 at_work[0] += step
