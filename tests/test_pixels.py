@@ -106,6 +106,7 @@ def test_each_kind_of_tiff_is_read_right_or_refused(tmp_path, dtype):
                     wrong.append((order, layout, packed, tile, difference))
             except ValueError as error:
                 named = f"TIFF of {channels} x {8 * int(dtype[1])}-bit "
+                must &= (dtype, layout[:4]) != ("u2", "cmyk")  # Pillow 10.3 lacks some of it
                 if must or not str(error).startswith(named) or "\n" in str(error):
                     wrong.append((order, layout, packed, tile, str(error)))
     assert wrong == []
