@@ -47,16 +47,26 @@ def digest(*parts):
     return int.from_bytes(h.digest(), "little")
 
 
-def to_rgb(image, tags):
-    """Any Pillow image, and the tags of its TIFF file, as 8-bit RGB, transparency laid over black.
+def to_rgb(image):
+    """Any Pillow image as it is opened: 8-bit RGB, upright by EXIF, transparency laid over black.
     16-bit, 32-bit and float grey is scaled from its own minimum and maximum to 0..255 (constant:
-    black; NaN, infinite, transparent: minimum), and inverted if the tags say that 0 is white."""
+    black; NaN, infinite, transparent: minimum). Raises UnidentifiedImageError, as Pillow does."""
+    tags, clear = getattr(image, "tag_v2", {339: (2,)}), image.info.get("transparency")
+    if _misread(tags):
+        raise Image.UnidentifiedImageError
+    if isinstance(clear, tuple) and ";16" in str(getattr(image, "tile", "")):  # cut to 8, as pixels
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    image.load()
+    turn = None
+    with contextlib.suppress(Exception):  # broken EXIF
+        turn = TURNS.get(image.getexif().get(0x112))
+    image = image if turn is None else image.transpose(turn)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, np.float64)
         if image.mode == "I" and tags.get(339, (1,))[0] == 1:
             values = values % 2**32  # unsigned: those of Pillow are signed
         values = np.ma.masked_invalid(-values if tags.get(262) == 0 else values)
-        values = np.ma.masked_equal(values, image.info.get("transparency"))
+        values = np.ma.masked_equal(values, clear)
         values = (values - values.min()).filled(0)
         image = Image.fromarray(np.rint(values * (255 / (values.max() or 1))).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -117,16 +127,7 @@ def decode(source, size):
                 image = room.enter_context(Image.open(source) if path else Image.fromarray(source))
                 frames = getattr(image, "n_frames", 1)
                 _take(room, *image.size)
-            mode, tags, turn = image.mode, getattr(image, "tag_v2", {339: (2,)}), None
-            if _misread(tags):
-                raise Image.UnidentifiedImageError
-            clear = image.info.get("transparency")
-            if isinstance(clear, tuple) and ";16" in image.tile[0][3]:  # the pixels will have 8
-                image.info["transparency"] = tuple(value >> 8 for value in clear)
-            image.load()
-            with contextlib.suppress(Exception):  # broken EXIF
-                turn = TURNS.get(image.getexif().get(0x112))
-            rgb = to_rgb(image if turn is None else image.transpose(turn), tags)
+            mode, rgb = image.mode, to_rgb(image)
             pixel_hash = digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb))
             return square(rgb, size), dict(zip(FIELDS[1:], (pixel_hash, *rgb.size, frames, mode)))
     except Image.DecompressionBombError:

@@ -106,6 +106,7 @@ def test_each_kind_of_tiff_is_read_right_or_refused(tmp_path, dtype):
                     wrong.append((order, layout, packed, tile, difference))
             except ValueError as error:
                 named = f"TIFF of {channels} x {8 * int(dtype[1])}-bit "
+                must &= (dtype, layout[:4]) != ("u2", "cmyk")  # Pillow 10.3 lacks some of it
                 if must or not str(error).startswith(named) or "\n" in str(error):
                     wrong.append((order, layout, packed, tile, str(error)))
     assert wrong == []
@@ -197,7 +198,7 @@ def test_the_pixels_at_work_are_bounded_and_a_large_image_has_its_turn(tmp_path,
     for i, size in enumerate(sizes):
         Image.new("1", size).save(tmp_path / f"{i}.png")
 
-    def slow(image, tags):
+    def slow(image, *_):
         for step in (image.width * image.height, -image.width * image.height):
             with change:
                 at_work[0] += step
