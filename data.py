@@ -141,6 +141,7 @@ def add_arguments(parser, data="--data"):
     add("--uncertain", choices=["negative", "positive", "skip"], help=unsure)
     groups = "patients or lesions, kept on one side: a CSV column, or a pattern on the paths"
     add("--group-by", "--group-col", dest="group_col", metavar="WHAT", help=groups)
+    add("--group-near", action="store_true", help="keep near-duplicates on one side, too")
     split = "a CSV file of path and split, a column of splits, or none: draw another"
     add("--split", "--split-col", metavar="WHAT", type=file_or_name, help=split)
     add("--dedup", action="store_true", help="drop exact duplicates of images in earlier splits")
@@ -152,7 +153,7 @@ def add_arguments(parser, data="--data"):
 
 
 READING = ("images", "image_col", "label_col", "multilabel", "uncertain", "group_col", "split")
-READING += ("skip_bad",)
+READING += ("skip_bad", "group_near")
 OPTIONS = ("data", *READING, "dedup", "cache")  # what a weights file carries
 
 

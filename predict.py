@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import ImageOps
 
 import data
 from common import checkpoint, cli, collapse, starts
@@ -48,7 +47,7 @@ def load(path):
 
 def transform(image, size, mean, std):
     """A Pillow image of any mode -> (3, size, size) float32, made as common.decode makes files."""
-    pixels = square(to_rgb(ImageOps.exif_transpose(image)), size)
+    pixels = square(to_rgb(image), size)
     return normalize(torch.from_numpy(pixels), mean, std)
 
 

@@ -21,10 +21,11 @@ from torchvision.transforms.v2 import functional
 from common.checkpoint import atomic_open
 from common.cli import UserError, lock, progress
 from common.dicom import is_dicom, to_pillow
+from common.near import perceptual_hash
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FIELDS = ("key", "hash", "width", "height", "frames", "mode", "crc")
-ROW = np.dtype([*zip(FIELDS, ("u8", "u8", "i4", "i4", "i4", "U8", "u4"))])
+FIELDS = ("key", "hash", "near", "width", "height", "frames", "mode", "crc")
+ROW = np.dtype([*zip(FIELDS, ("u8", "u8", "4u8", "i4", "i4", "i4", "U8", "u4"))])
 TURNS = dict(enumerate((0, 3, 1, 5, 4, 6, 2), 2))  # EXIF orientation: Image.Transpose
 BUDGET, TURN = 200, threading.Lock()  # megapixels of the images that are decoded at a time
 MEGAPIXELS = threading.Semaphore(BUDGET)
@@ -114,7 +115,8 @@ def _take(room, width, height):  # wait until there is room for an image, until 
 
 def decode(source, size):
     """square() of a file (first frame, EXIF orientation applied) or (H, W[, 3]) uint8 array, and
-    {"hash": of all pixels, "width", "height", "frames", "mode"}. Raises ValueError, of one line."""
+    {"hash": of all pixels, "near": perceptual_hash(), "width", "height", "frames", "mode"}. Raises
+    ValueError, of one line."""
     path = isinstance(source, str)
     if path and os.path.exists(source) and not os.path.isfile(source):
         raise ValueError("not a regular file")  # to open a named pipe would wait for ever
@@ -129,7 +131,8 @@ def decode(source, size):
                 _take(room, *image.size)
             mode, rgb = image.mode, to_rgb(image)
             pixel_hash = digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb))
-            return square(rgb, size), dict(zip(FIELDS[1:], (pixel_hash, *rgb.size, frames, mode)))
+            row = pixel_hash, perceptual_hash(rgb), *rgb.size, frames, mode
+            return square(rgb, size), dict(zip(FIELDS[1:], row))
     except Image.DecompressionBombError:
         raise ValueError("above 200 megapixels") from None
     except Image.UnidentifiedImageError:

@@ -6,7 +6,10 @@ from common.checkpoint import write_csv, write_json
 from common.cli import UserError
 from common.splits import SIDES, class_counts, cross_split_duplicates, label_text
 
-PARTS = ("test", "test_without_duplicates", "test_without_seen")
+FLAGS = {"duplicate": "exact duplicates", "near": "exact and near-duplicates"}  # of test images
+FLAGS["seen"] = "that pre-training saw"
+PARTS = ("test", "test_without_duplicates", "test_without_near", "test_without_seen")
+COUNTS = ("n_test_duplicates", "n_test_near", "n_test_seen")
 SHOWN = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
 
 
@@ -50,9 +53,9 @@ def score(labels, probabilities, classes, multilabel):
     return {**scores, "confusion": confusion.tolist()}
 
 
-def score_parts(labels, probabilities, copied, seen, *what):
-    """{part: score() or None}; copied, seen: (N,) bool, left out; what: classes, multilabel."""
-    kept = zip(PARTS, (np.ones(len(labels), bool), ~copied, ~seen))
+def score_parts(labels, probabilities, flags, *what):
+    """{part: score() or None}; flags: (3, N) bool, left out; what: classes, multilabel."""
+    kept = zip(PARTS, (np.ones(len(labels), bool), *~flags))
     return {p: score(labels[k], probabilities[k], *what) if k.any() else None for p, k in kept}
 
 
@@ -68,13 +71,14 @@ def summarize(results):
     return summary
 
 
-def prediction_table(names, probabilities, classes, multilabel, true, duplicate, seen):
-    """Header and rows of predictions.csv, of (N, C) and (N,) arrays, to the last bit of float32."""
+def prediction_table(names, probabilities, classes, multilabel, true, flags):
+    """Header and rows of predictions.csv, of (N, C) and (N,) arrays, to the last bit of float32;
+    flags: (3, N) bool, the FLAGS."""
     predicted = predicted_labels(probabilities, multilabel)
-    header = ["path", "true", "predicted", *(f"prob_{c}" for c in classes), "duplicate", "seen"]
+    header = ["path", "true", "predicted", *(f"prob_{c}" for c in classes), *FLAGS]
     return header, (
-        [n, label_text(classes, t), label_text(classes, p), *map(str, q), *map(int, flags)]
-        for n, t, p, q, *flags in zip(names, true, predicted, probabilities, duplicate, seen)
+        [n, label_text(classes, t), label_text(classes, p), *map(str, q), *map(int, f)]
+        for n, t, p, q, f in zip(names, true, predicted, probabilities, flags.T)
     )
 
 
@@ -94,21 +98,22 @@ def write_results(job, probabilities, settings, training):
     """Print and write the test results of probabilities (N, C). Returns what metrics.json holds."""
     images, split, test = job.images, job.split, job.split == "test"
     classes, multilabel, labels = images.classes, images.multilabel, images.labels[test]
-    copied, seen = cross_split_duplicates(images, split)[test], job.seen[test]
+    copies = (cross_split_duplicates(images, split, near)[test] for near in (False, True))
+    flags = np.stack([*copies, job.seen[test]])
     metrics = {key: job.start.metadata[key] for key in ("arch", "arm")} | settings
     metrics |= {"seed": job.seed, "classes": classes, "multilabel": multilabel}
     metrics |= {f"n_{name}": int((split == name).sum()) for name in SIDES}
     metrics |= {"n_labelled": int(job.used.sum()), "labelled": class_counts(images, job.used)}
-    metrics |= {"n_test_duplicates": int(copied.sum()), "n_test_seen": int(seen.sum()), **training}
-    metrics |= score_parts(labels, probabilities, copied, seen, classes, multilabel)
-    notes = "", " without the {} exact duplicates", " without the {} that pre-training saw"
-    for part, note, left_out in zip(PARTS, notes, (0, copied.sum(), seen.sum())):
-        if (scores := metrics[part]) and (left_out or part == "test"):
+    metrics |= {**dict(zip(COUNTS, flags.sum(1).tolist())), **training}
+    metrics |= score_parts(labels, probabilities, flags, classes, multilabel)
+    notes = [f" without the {n} {what}" for n, what in zip(flags.sum(1), FLAGS.values())]
+    for part, note, some in zip(PARTS, ["", *notes], [True, *flags.any(1)]):
+        if some and (scores := metrics[part]):
             shown = ", ".join(f"{k} {scores[k]:.4f}" for k in SHOWN if scores.get(k) is not None)
-            print(f"test, {scores['n']} images{note.format(left_out)}: {shown}")
+            print(f"test, {scores['n']} images{note}: {shown}")
     if (predicted := predicted_labels(probabilities, multilabel).any(0)).sum() == 1:
         print(f"every prediction is {classes[predicted.argmax()]}: the model tells nothing apart")
-    columns = np.array(images.names)[test], probabilities, classes, multilabel, labels, copied, seen
+    columns = np.array(images.names)[test], probabilities, classes, multilabel, labels, flags
     write_csv(job.out / "predictions.csv", *prediction_table(*columns))
     header = ["label", "tp", "fp", "fn", "tn"] if multilabel else ["true \\ predicted", *classes]
     confusion = ([c, *row] for c, row in zip(classes, metrics["test"]["confusion"]))

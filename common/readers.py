@@ -32,6 +32,8 @@ class ImageSet:
     rows: np.ndarray = None  # numbers of the images that the rows of a file name
     table: np.ndarray = None  # (N,) of common.decode.ROW, and
     images: DecodedImages = None  # the pixels: both set by decode()
+    group_near: bool = False  # whether drawn splits keep near-duplicates together
+    pairs: np.ndarray = None  # of splits.near_duplicates
 
     def __post_init__(self):
         if self.labelled is None:
@@ -69,6 +71,7 @@ class ImageSet:
         for key in ("labels", "given", "groups", "labelled", "table"):
             if getattr(self, key) is not None:
                 setattr(self, key, getattr(self, key)[mask])
+        self.pairs = None
         self.hints = {column: cells[mask] for column, cells in self.hints.items()}
         if self.rows is not None:
             self.rows = (np.cumsum(mask) - 1)[self.rows[mask[self.rows]]]
@@ -76,7 +79,16 @@ class ImageSet:
             self.images.keep(mask)
 
 
-def read(path, images=None, label_col=None, multilabel=False, group_col=None, split=None, **more):
+def read(
+    path,
+    images=None,
+    label_col=None,
+    multilabel=False,
+    group_col=None,
+    split=None,
+    group_near=False,
+    **more,
+):
     """The ImageSet at `path`, by the data flags. images: the other half, where `path` is a folder
     or a CSV file of labels; more: image_col, uncertain, skip_bad of read_csv. Raises UserError."""
     from common import folders, tables  # which import this module
@@ -97,9 +109,8 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
         data = tables.read_npz(path, level == "none")
     else:
         what = "is neither an image folder nor a .csv, .tsv, .txt or .npz file"
-        raise UserError(
-            f"{path}: {what if os.path.exists(path) else 'there is no such file or folder'} (--data)"
-        )
+        what = what if os.path.exists(path) else "there is no such file or folder"
+        raise UserError(f"{path}: {what} (--data)")
     several = data.labels[data.labelled].sum(1)
     data.multilabel = multilabel not in (False, None, "none")
     data.multilabel |= bool(data.classes and (several != 1).any())
@@ -117,6 +128,7 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
         )
         data.notes.append(f"--group-by {group_col}: {len(sizes)} groups, {shown}")
     _split(data, split, folders, tables)
+    data.group_near = group_near
     return data
 
 

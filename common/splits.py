@@ -23,16 +23,33 @@ def duplicates(data):
     return [group for group in same.values() if len(group) > 1]
 
 
-def cross_split_duplicates(data, split):
-    """(N,) bool: images with an exact duplicate in an earlier split of train, val, test."""
-    rank, copy = np.array([SIDES.index(side) for side in split]), np.zeros(len(data), bool)
-    for group in duplicates(data):
-        copy[group] = rank[group] > rank[group].min()
-    return copy
+def near_duplicates(data):
+    """(P, 3) int: numbers of two different images that look alike, and how far their hashes are
+    (common.near). Of exact duplicates the first stands for all."""
+    if data.pairs is None:
+        from common.near import near_pairs
+
+        first = np.sort(np.unique(data.table["hash"], return_index=True)[1])
+        data.pairs = near_pairs(data.table["near"][first])
+        data.pairs[:, :2] = first[data.pairs[:, :2]]
+    return data.pairs
+
+
+def cross_split_duplicates(data, split, near=False):
+    """(N,) bool: images with an exact duplicate (near: or a near-duplicate) in an earlier split of
+    train, val, test."""
+    rank = np.array([SIDES.index(side) for side in split])
+    _, unit = np.unique(data.table["hash"], return_inverse=True)
+    least = np.full(len(data), 3)  # of units
+    np.minimum.at(least, unit, rank)
+    if near:
+        i, j, _ = unit[near_duplicates(data)[:, [0, 1, 1]].T]
+        np.minimum.at(least, np.append(i, j), least[np.append(j, i)])
+    return rank > least[unit]
 
 
 def indivisible_units(data):
-    """(N,) int: images that must not be parted, sharing a group or being exact duplicates."""
+    """(N,) int: images that must not be parted: of one group, exact duplicates, or asked for."""
     parent = list(range(len(data)))
 
     def root(i):
@@ -44,6 +61,8 @@ def indivisible_units(data):
         first = {}
         for i, key in enumerate(keys):
             parent[root(i)] = root(first.setdefault(key, i))
+    for i, j, _ in near_duplicates(data).tolist() if data.group_near else ():
+        parent[root(i)] = root(j)
     return np.unique([root(i) for i in range(len(data))], return_inverse=True)[1]
 
 
@@ -167,13 +186,16 @@ def class_counts(data, mask):
 
 
 def write_split(out, data, split, used=None):
-    """split.csv, with the (N,) bool of used labels, and duplicates.csv, numbers of equal images."""
+    """split.csv, with the (N,) bool of used labels, and duplicates.csv: groups of equal images, and
+    pairs of near-duplicates with their distance."""
     labels = [label_text(data.classes, has) for has in data.labels]
     flags = np.zeros(len(data), int) if used is None else used.astype(int)
     rows = list(zip(data.names, split, labels, flags if data.classes else [""] * len(data)))
     write_csv(out / "split.csv", ("path", "split", "labels", "label_used"), rows)
-    same = [(number, *rows[i][:3]) for number, group in enumerate(duplicates(data)) for i in group]
-    write_csv(out / "duplicates.csv", ("group", "path", "split", "labels"), same)
+    alike = [(group, 0) for group in duplicates(data)]
+    alike += [((i, j), distance) for i, j, distance in near_duplicates(data).tolist()]
+    same = [(n, *rows[i][:3], x) for n, (group, x) in enumerate(alike) for i in group]
+    write_csv(out / "duplicates.csv", ("group", "path", "split", "labels", "distance"), same)
 
 
 def print_report(data, split):
@@ -202,8 +224,14 @@ def print_report(data, split):
         ).any():
             what = "macro_f1 counts it as 0, macro_f1_present and auroc leave it out"
             print(f"  no {name} image of {preview(absent)}: {what}")
-    if not table["width"].any():  # --dry-run
-        return
+    if table["width"].any():  # not of a --dry-run
+        _print_pixels(data, split)
+    for note in data.notes:
+        print(f"  {note}")
+
+
+def _print_pixels(data, split):
+    table = data.table
     sizes = [f"{key}s {table[key].min()} to {table[key].max()}" for key in ("width", "height")]
     modes = ", ".join(f"{mode} {n}" for mode, n in Counter(table["mode"].tolist()).most_common())
     print(f"  {', '.join(sizes)} pixels; modes {modes}")
@@ -211,11 +239,13 @@ def print_report(data, split):
     sample = np.stack([data.images[i] for i in train[:: len(train) // 100 + 1]]) / np.float32(255)
     mean, std = (" ".join(f"{x:.3f}" for x in m((0, 2, 3))) for m in (sample.mean, sample.std))
     print(f"  mean {mean}, std {std} (ImageNet: 0.485 0.456 0.406, 0.229 0.224 0.225)")
+    exact, both = (cross_split_duplicates(data, split, near).sum() for near in (False, True))
     if same := duplicates(data):
-        n, later = sum(map(len, same)), cross_split_duplicates(data, split).sum()
-        print(f"  {n} images have exact duplicates; {later} of them have one in an earlier split")
+        n = sum(map(len, same))
+        print(f"  {n} images have exact duplicates; {exact} of them have one in an earlier split")
+    if n := len(np.unique(near_duplicates(data)[:, :2])):
+        what = f"{both - exact} more have one in an earlier split"
+        print(f"  {n} images have near-duplicates; {what}; --group-near keeps them together")
     if odd := [group for group in same if (data.labels[group] != data.labels[group[0]]).any()]:
         pairs = preview(" = ".join(data.names[i] for i in group[:2]) for group in odd)
         print(f"  {len(odd)} sets of exact duplicates have different labels: {pairs}")
-    for note in data.notes:
-        print(f"  {note}")

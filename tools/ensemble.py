@@ -38,7 +38,7 @@ def folders_of(run):
 
 def read_run(folder):
     """What finetune.py wrote: the keys of metrics.json and, of N test images, names, true (text),
-    labels (N, C) bool, probabilities (N, C) float32, copied and seen (N,) bool."""
+    labels (N, C) bool, probabilities (N, C) float32, flags (3, N) bool."""
     run = SimpleNamespace(**read_json(folder / "metrics.json"))
     with open(folder / "predictions.csv", **TEXT) as file:
         rows = list(csv.DictReader(file))
@@ -46,9 +46,9 @@ def read_run(folder):
     has = [text.split("|") if run.multilabel else [text] for text in run.true]
     run.labels = np.array([[c in x for c in run.classes] for x in has])
     run.probabilities = np.array([[row[f"prob_{c}"] for c in run.classes] for row in rows], "f4")
-    run.copied, run.seen = ([row[key] == "1" for row in rows] for key in ("duplicate", "seen"))
-    counts = [run.n_test, run.n_test_duplicates, run.n_test_seen]
-    if counts != [len(rows), sum(run.copied), sum(run.seen)]:
+    run.flags = np.array([[row[flag] == "1" for row in rows] for flag in metrics.FLAGS])
+    counts = [getattr(run, name) for name in ("n_test", *metrics.COUNTS)]
+    if counts != [len(rows), *run.flags.sum(1)]:
         raise ValueError("predictions.csv and metrics.json are of different runs")
     return run
 
@@ -71,16 +71,16 @@ def read_equal(folders, runs):
 
 
 def mean_of(runs):
-    """The mean of runs, as another run; copied and seen is what any of them says is so."""
+    """The mean of runs, as another run; flagged is what any of them flags."""
     mean = copy.copy(runs[0])
-    for key, join in (("probabilities", np.mean), ("copied", np.any), ("seen", np.any)):
+    for key, join in (("probabilities", np.mean), ("flags", np.any)):
         setattr(mean, key, join([getattr(run, key) for run in runs], axis=0))
     return mean
 
 
 def score(run, mean):
     """{part of the test split: scores} of a run, on the images that the mean says are in it."""
-    of = run.labels, run.probabilities, mean.copied, mean.seen
+    of = run.labels, run.probabilities, mean.flags
     return metrics.score_parts(*of, run.classes, run.multilabel)
 
 
@@ -123,7 +123,7 @@ def main():
     tests = {seed: read_equal([f[seed] for f in folders], args.runs) for seed in folders[0]}
     means = {seed: mean_of(of_runs) for seed, of_runs in tests.items()}
     for seed, mean in means.items():
-        what = (mean.classes, mean.multilabel, mean.labels, mean.copied, mean.seen)
+        what = (mean.classes, mean.multilabel, mean.labels, mean.flags)
         (out / seed).mkdir(parents=True, exist_ok=True)
         table = metrics.prediction_table(mean.names, mean.probabilities, *what)
         write_csv(out / seed / "ensemble_predictions.csv", *table)
@@ -136,7 +136,7 @@ def main():
         entry |= {"run": run, "arch": of_seeds[0].arch, "frac": of_seeds[0].frac}
         entry["seeds"] = [test.seed for test in of_seeds]
     result = {"classes": mean.classes, "multilabel": mean.multilabel, "n_test": mean.n_test}
-    result |= {"n_test_duplicates": int(mean.copied.sum()), "n_test_seen": int(mean.seen.sum())}
+    result |= dict(zip(metrics.COUNTS, mean.flags.sum(1).tolist()))
     write_json(out / "ensemble.json", result | {"runs": entries[:-1], "mean": entries[-1]})
     print_scores([*args.runs, f"mean of the {len(runs)}"], entries)
     print(f"wrote {out / 'ensemble.json'}")
