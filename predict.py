@@ -22,8 +22,9 @@ import torch
 import data
 from common import checkpoint, cli, collapse, starts
 from common.cli import UserError, preview
-from common.decode import default_dir, normalize, square, to_rgb
+from common.decode import default_dir, normalize
 from common.metrics import predicted_labels
+from common.pixels import square, to_rgb
 from common.readers import read
 from common.run import on_device
 from common.splits import label_text

@@ -2,11 +2,9 @@
 of ROW, (N, 3, S, S) uint8. What changed since (path, size, times) is decoded again."""
 
 import contextlib
-import functools
 import hashlib
 import os
 import tempfile
-import threading
 import time
 import warnings
 import zlib
@@ -15,22 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, TiffImagePlugin
 from torchvision.transforms.v2 import functional
 
 from common.checkpoint import atomic_open
 from common.cli import UserError, lock, progress
-from common.dicom import is_dicom, to_pillow
-from common.near import perceptual_hash
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FIELDS = ("key", "hash", "near", "width", "height", "frames", "mode", "crc")
 ROW = np.dtype([*zip(FIELDS, ("u8", "u8", "4u8", "i4", "i4", "i4", "U8", "u4"))])
-TURNS = dict(enumerate((0, 3, 1, 5, 4, 6, 2), 2))  # EXIF orientation: Image.Transpose
-BUDGET, TURN = 200, threading.Lock()  # megapixels of the images that are decoded at a time
-MEGAPIXELS = threading.Semaphore(BUDGET)
-WHITE_IS_ZERO = b"MM", 0, (1,), 1, (16,), ()  # which Pillow lacks: big-endian 16-bit grey
-TiffImagePlugin.OPEN_INFO.setdefault(WHITE_IS_ZERO, ("I;16B", "I;16B"))
 
 
 def default_dir():
@@ -48,100 +38,10 @@ def digest(*parts):
     return int.from_bytes(h.digest(), "little")
 
 
-def to_rgb(image):
-    """Any Pillow image as it is opened: 8-bit RGB, upright by EXIF, transparency laid over black.
-    16-bit, 32-bit and float grey is scaled from its own minimum and maximum to 0..255 (constant:
-    black; NaN, infinite, transparent: minimum). Raises UnidentifiedImageError, as Pillow does."""
-    tags, clear = getattr(image, "tag_v2", {339: (2,)}), image.info.get("transparency")
-    if _misread(tags):
-        raise Image.UnidentifiedImageError
-    if isinstance(clear, tuple) and ";16" in str(getattr(image, "tile", "")):  # cut to 8, as pixels
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
-    image.load()
-    turn = None
-    with contextlib.suppress(Exception):  # broken EXIF
-        turn = TURNS.get(image.getexif().get(0x112))
-    image = image if turn is None else image.transpose(turn)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image, np.float64)
-        if image.mode == "I" and tags.get(339, (1,))[0] == 1:
-            values = values % 2**32  # unsigned: those of Pillow are signed
-        values = np.ma.masked_invalid(-values if tags.get(262) == 0 else values)
-        values = np.ma.masked_equal(values, clear)
-        values = (values - values.min()).filled(0)
-        image = Image.fromarray(np.rint(values * (255 / (values.max() or 1))).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert("RGB")
-
-
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """(N, 3, H, W) uint8 -> float32, channels normalized (F.2.2)."""
     images = functional.to_dtype(images, torch.float32, scale=True)
     return functional.normalize(images, mean, std, inplace=True)
-
-
-def square(rgb, size):
-    """Pillow RGB -> (3, size, size) uint8: bilinear, antialiased, the aspect ignored (F.2.2)."""
-    return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1).copy()
-
-
-def _misread(tags):  # what Pillow opens, but reads wrong: tests/test_pixels.py tries all kinds
-    bits, kind, packed = tags.get(258, (1,))[0], tags.get(339, (1,))[0], tags.get(259, 1) != 1
-    planes = tags.get(284) == 2 and not packed and (bits not in (1, 8) or not tags.get(262))
-    planes |= tags.get(284) == tags.get(277) == 2
-    return planes or kind != 1 and (bits == 8 or packed and tags.prefix == b"MM")
-
-
-def _why_not(file):  # what a TIFF file holds, or that this is none
-    with contextlib.suppress(Exception), open(file, "rb") as f:
-        head = f.read(8)
-        tags = TiffImagePlugin.ImageFileDirectory_v2(head + f.read(8 if head[2] == 43 else 0))
-        f.seek(tags.next)
-        tags.load(f)
-        kind = {1: "unsigned", 2: "signed", 3: "float"}.get(tags.get(339, (1,))[0], "complex")
-        what = f"TIFF of {tags.get(277, 1)} x {tags.get(258, (1,))[0]}-bit {kind}"
-        what += f" ({tags.prefix.decode()}, compression {tags.get(259, 1)}"
-        return f"{what}, planes {tags.get(284, 1)}) is not supported: convert it"
-    return "not an image" if os.path.getsize(file) else "an empty file"
-
-
-def _take(room, width, height):  # wait until there is room for an image, until `room` is closed
-    with TURN:
-        for _ in range(min(BUDGET, width * height // 10**6 + 1)):
-            room.enter_context(MEGAPIXELS)
-
-
-def decode(source, size):
-    """square() of a file (first frame, EXIF orientation applied) or (H, W[, 3]) uint8 array, and
-    {"hash": of all pixels, "near": perceptual_hash(), "width", "height", "frames", "mode"}. Raises
-    ValueError, of one line."""
-    path = isinstance(source, str)
-    if path and os.path.exists(source) and not os.path.isfile(source):
-        raise ValueError("not a regular file")  # to open a named pipe would wait for ever
-    Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses above twice as many
-    try:
-        with contextlib.ExitStack() as room:
-            if path and is_dicom(source):
-                image, frames = to_pillow(source, functools.partial(_take, room))
-            else:
-                image = room.enter_context(Image.open(source) if path else Image.fromarray(source))
-                frames = getattr(image, "n_frames", 1)
-                _take(room, *image.size)
-            mode, rgb = image.mode, to_rgb(image)
-            pixel_hash = digest(f"{rgb.width}x{rgb.height}", np.asarray(rgb))
-            row = pixel_hash, perceptual_hash(rgb), *rgb.size, frames, mode
-            return square(rgb, size), dict(zip(FIELDS[1:], row))
-    except Image.DecompressionBombError:
-        raise ValueError("above 200 megapixels") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(_why_not(source)) from None
-    except UserError as error:
-        raise ValueError(str(error)) from None
-    except Exception as error:  # decoders raise all kinds on broken files
-        reason = " ".join(f"broken image ({error})".split())
-        raise ValueError(getattr(error, "strerror", "") or reason) from None
 
 
 class DecodedImages:
@@ -173,6 +73,8 @@ class DecodedImages:
     def __getitem__(self, i):
         row = self.rows[i]
         if self.file is None:
+            from common.pixels import decode  # not loaded where there is a map
+
             try:
                 return decode(self.sources[row], self.size)[0]
             except ValueError as error:
@@ -204,6 +106,8 @@ def decode_all(sources, size, name, directory):
         if array is not None and zlib.crc32(array) == row["crc"]:
             table[i] = row
             return array
+        from common.pixels import decode
+
         try:
             array, metadata = decode(sources[i], size)
             table[i] = (table["key"][i], *metadata.values(), 0)

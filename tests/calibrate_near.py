@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import decode, near
+from common import near, pixels
 from common.checkpoint import write_csv
 
 RADII = (0, 4, 8, 12, 16, 20, 24, 28, 30, 32, 36, 40, 48, 56)
@@ -179,18 +179,18 @@ def cost(files, rng, rounds=15, n=300):
     """Microseconds of decode() at 64 px, and of it with the hash of the same pixels, interleaved
     image by image; the share that the hash adds: median of the rounds, least and most."""
     picks = [str(files[i]) for i in rng.choice(len(files), n, replace=False)]
-    plain = decode.square
+    plain = pixels.square
     hashed = lambda rgb, size: (near.perceptual_hash(rgb), plain(rgb, size))[1]  # noqa: E731
     times = np.zeros((rounds, 2))
     try:
         for r in range(rounds):
             for file in picks:
-                for k, decode.square in enumerate((plain, hashed)):
+                for k, pixels.square in enumerate((plain, hashed)):
                     start = time.thread_time()
-                    decode.decode(file, 64)
+                    pixels.decode(file, 64)
                     times[r, k] += time.thread_time() - start
     finally:
-        decode.square = plain
+        pixels.square = plain
     share = times[:, 1] / times[:, 0] - 1
     micro = np.median(times, 0) / n * 1e6
     return [f"{x:.0f}" for x in micro] + [f"{f(share):.3f}" for f in (np.median, min, max)]

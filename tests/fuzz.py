@@ -25,7 +25,7 @@ import torch
 from conftest import picture
 from PIL import Image, ImageOps
 
-from common import checkpoint, decode, schema, starts, tables
+from common import checkpoint, decode, pixels, schema, starts, tables
 from common.cli import UserError
 
 IMAGES = {
@@ -212,7 +212,7 @@ def image_file(ending, folder):
     Image.fromarray(picture(3, (50, 40))).save(folder / f"good.{ending}", **options)
 
     def check(path):
-        array, metadata = decode.decode(str(path), 16)
+        array, metadata = pixels.decode(str(path), 16)
         with Image.open(path) as image:
             if image.mode not in ("RGB", "L", "P", "1") or "transparency" in image.info:
                 return array.shape == (3, 16, 16)

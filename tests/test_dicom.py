@@ -9,6 +9,7 @@ from conftest import picture
 from PIL import Image
 
 from common import decode as cache
+from common import pixels
 from common import dicom
 from common.cli import UserError
 
@@ -47,7 +48,7 @@ def save(pydicom, tmp_path):
 
 def read(path, size=S):
     """(size, size, 3) pixels and the facts."""
-    pixels, facts = cache.decode(str(path), size)
+    pixels, facts = pixels.decode(str(path), size)
     return pixels.transpose(1, 2, 0), facts
 
 
@@ -118,8 +119,8 @@ def test_colour_is_rgb(pydicom, name):
     assert image.mode == "RGB" and frames == COLOUR[name]
     limit = np.iinfo(expected.dtype).max
     assert np.abs(np.asarray(image) - expected * (255 / limit)).max() <= 0.51
-    pixels, facts = cache.decode(path, 16)
-    assert (pixels == cache.square(image, 16)).all()
+    pixels, facts = pixels.decode(path, 16)
+    assert (pixels == pixels.square(image, 16)).all()
     assert [facts[k] for k in ("width", "height", "frames")] == [*image.size, frames]
     assert np.array([facts["mode"]], cache.ROW["mode"])[0] == "RGB"
 
@@ -180,7 +181,7 @@ def test_the_group_of_a_file(save, tmp_path):
 
 def refused(path):
     with pytest.raises(ValueError) as error:
-        cache.decode(str(path), S)
+        pixels.decode(str(path), S)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -234,7 +235,7 @@ def test_without_pydicom_one_line_says_how_to_get_it(tmp_path, monkeypatch):
 
 def test_the_pixels_of_a_dicom_file_count_before_they_are_decoded(save, pydicom, monkeypatch):
     calls, array = [], pydicom.pixels.pixel_array
-    monkeypatch.setattr(cache, "_take", lambda room, *size: calls.append(size))
+    monkeypatch.setattr(pixels, "_take", lambda room, *size: calls.append(size))
     monkeypatch.setattr(
         pydicom.pixels, "pixel_array", lambda *a, **k: calls.append("decoded") or array(*a, **k)
     )

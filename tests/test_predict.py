@@ -15,7 +15,8 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 import finetune
 import predict
-from common.decode import decode, normalize
+from common.decode import normalize
+from common.pixels import decode
 from tools import ensemble
 
 RUN = ["--init", "random", "--epochs", 1, "--amp", "off"]

@@ -16,7 +16,7 @@ from PIL import Image
 
 import data
 import predict
-from common import cli, decode
+from common import cli, decode, pixels
 from common.cli import UserError
 from tools import ensemble
 
@@ -40,7 +40,7 @@ def begin(code, cwd, *arguments, **env):
 MAIN = """
 import os, signal, time
 import {module} as script, data
-from common import cli, collapse, decode
+from common import cli, collapse, pixels
 import swa
 {patch}
 sys.argv = ["{module}.py", *sys.argv[1:]]
@@ -217,11 +217,11 @@ def test_rot_in_the_map_is_noticed_and_mended(folder, tmp_path, script):
         images = data.read(folder)
         try:
             images.decode(32, tmp_path / "cache")
-            pixels = [images.images[i].copy() for i in range(len(images))]
+            found = [images.images[i].copy() for i in range(len(images))]
         except UserError as error:
             assert str(file) in str(error)
         else:
-            assert all((p == decode.decode(s, 32)[0]).all() for p, s in zip(pixels, images.sources))
+            assert all((p == pixels.decode(s, 32)[0]).all() for p, s in zip(found, images.sources))
         del images
         assert report() == (0, right, "") or report()[1] == right
 
@@ -234,7 +234,7 @@ def test_a_map_is_not_removed_under_a_reader(tmp_path):
     _, images, _ = decode.decode_all(paths, 16, "set", tmp_path / "cache")
     _, others, _ = decode.decode_all(paths[:5], 16, "set", tmp_path / "cache")
     again = decode.DecodedImages(*images.__reduce__()[1])  # as a spawned worker opens it
-    assert (again[7] == decode.decode(paths[7], 16)[0]).all()
+    assert (again[7] == pixels.decode(paths[7], 16)[0]).all()
     del images, again
     decode.decode_all(paths[:5], 16, "set", tmp_path / "cache")
     decode.decode_all(paths[:4], 16, "set", tmp_path / "cache")
@@ -412,7 +412,7 @@ def slow(*a):
     return real(*a)
 {what} = slow
 """
-STOPS = {"decode.decode": 0.3, "collapse.Monitor.__call__": 2, "swa.update_bn": 60}
+STOPS = {"pixels.decode": 0.3, "collapse.Monitor.__call__": 2, "swa.update_bn": 60}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -16,7 +16,8 @@ import data
 import finetune
 import predict
 import pretrain
-from common.decode import decode, normalize
+from common.decode import normalize
+from common.pixels import decode
 from tools import demo
 
 

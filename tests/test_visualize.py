@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 import finetune
-from common.decode import decode
+from common.pixels import decode
 from tools import visualize
 from tools.introspect import (
     attention,

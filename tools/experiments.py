@@ -80,7 +80,6 @@ def add_arguments(parser):
     add("--metric", choices=SHOWN, help="in table.md (macro_f1; in Table 5, balanced_accuracy)")
     warm = "start both arms from these weights files of finetune.py, heads included"
     add("--warm", nargs=2, metavar=("CNN", "VIT"), help=warm)
-    add("--dry-run", action="store_true", help="print every command and an estimate of the time")
     add("--out", metavar="DIR", help="folder of the table (default: runs/tableN)")
     add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")

@@ -27,7 +27,7 @@ from common import cli
 from common.arms import make_arm
 from common.checkpoint import TEXT, atomic_open
 from common.cli import UserError
-from common.decode import decode
+from common.pixels import decode
 from common.readers import read
 from common.run import on_device
 from common.splits import stratified_order
