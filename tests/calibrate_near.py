@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import near, pixels
+from common import near
 from common.checkpoint import write_csv
+from common.decode import digest
 
 RADII = (0, 4, 8, 12, 16, 20, 24, 28, 30, 32, 36, 40, 48, 56)
 SETS = ("ham10000", "brain_mri")
@@ -179,18 +180,18 @@ def cost(files, rng, rounds=15, n=300):
     """Microseconds of decode() at 64 px, and of it with the hash of the same pixels, interleaved
     image by image; the share that the hash adds: median of the rounds, least and most."""
     picks = [str(files[i]) for i in rng.choice(len(files), n, replace=False)]
-    plain = pixels.square
+    plain = files.square
     hashed = lambda rgb, size: (near.perceptual_hash(rgb), plain(rgb, size))[1]  # noqa: E731
     times = np.zeros((rounds, 2))
     try:
         for r in range(rounds):
             for file in picks:
-                for k, pixels.square in enumerate((plain, hashed)):
+                for k, files.square in enumerate((plain, hashed)):
                     start = time.thread_time()
-                    pixels.decode(file, 64)
+                    files.decode(file, 64)
                     times[r, k] += time.thread_time() - start
     finally:
-        pixels.square = plain
+        files.square = plain
     share = times[:, 1] / times[:, 0] - 1
     micro = np.median(times, 0) / n * 1e6
     return [f"{x:.0f}" for x in micro] + [f"{f(share):.3f}" for f in (np.median, min, max)]
@@ -263,7 +264,7 @@ def main():
     if args.sheets:
         captions = [f"{row['lesion_id'][-4:]} {row['dx']}" for row in table]
         sheets(nearest, files["ham10000"], captions, args.sheets)
-    pixels = np.array([decode.digest(f"{x.size}", np.asarray(x)) for x in opened(files[SETS[1]])])
+    pixels = np.array([digest(f"{x.size}", np.asarray(x)) for x in opened(files[SETS[1]])])
     rows = brain(files["brain_mri"], hashes["brain_mri"], pixels)
     header = (
         "kind,radius,train_test_pairs,test_images,of_these_no_exact_duplicate,other_class_pairs"

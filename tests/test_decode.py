@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from common import decode as cache
-from common import pixels
+from common import pixels as files
 from common.cli import UserError
 
 
@@ -25,7 +25,7 @@ def read(path, size=None):
     """(H, W, 3) pixels of a square image at its own size, and the facts."""
     with Image.open(path) as image:
         size = size or image.height
-    pixels, facts = pixels.decode(str(path), size)
+    pixels, facts = files.decode(str(path), size)
     return pixels.transpose(1, 2, 0), facts
 
 
@@ -120,7 +120,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
     image.save(tmp_path / "x.png", exif=exif)
-    pixels, facts = pixels.decode(str(tmp_path / "x.png"), 24)
+    pixels, facts = files.decode(str(tmp_path / "x.png"), 24)
     assert (facts["width"], facts["height"]) == (30, 20)
     upright = image.rotate(-90, expand=True).resize((24, 24), Image.Resampling.BILINEAR)
     assert (pixels.transpose(1, 2, 0) == np.asarray(upright)).all()
@@ -137,7 +137,7 @@ def test_the_first_of_several_frames(tmp_path, ending):
 def test_resizing_is_torchvision_s_antialiased_bilinear(tmp_path):
     image = picture(2, (100, 60))
     Image.fromarray(image).save(tmp_path / "x.png")
-    pixels, _ = pixels.decode(str(tmp_path / "x.png"), 32)
+    pixels, _ = files.decode(str(tmp_path / "x.png"), 32)
     expected = v2.functional.resize(
         torch.from_numpy(image).permute(2, 0, 1), [32, 32], antialias=True
     )
@@ -146,8 +146,8 @@ def test_resizing_is_torchvision_s_antialiased_bilinear(tmp_path):
 
 def test_arrays_are_read_like_files(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "x.png")
-    from_file, facts = pixels.decode(str(tmp_path / "x.png"), 16)
-    from_array, array_facts = pixels.decode(GREY, 16)
+    from_file, facts = files.decode(str(tmp_path / "x.png"), 16)
+    from_array, array_facts = files.decode(GREY, 16)
     assert (from_file == from_array).all() and facts == array_facts
 
 
@@ -192,7 +192,7 @@ BAD = {
 def test_what_cannot_be_read_has_a_reason(tmp_path, name):
     BAD[name](tmp_path / name)
     with pytest.raises(ValueError) as error:
-        pixels.decode(str(tmp_path / name), 32)
+        files.decode(str(tmp_path / name), 32)
     assert str(error.value) and "\n" not in str(error.value)
     if name == "huge.png":
         assert "200 megapixels" in str(error.value)
@@ -204,7 +204,7 @@ def test_a_file_without_permission_is_named(tmp_path):
     if os.access(tmp_path / "x.png", os.R_OK):
         pytest.skip("this user may read everything")
     with pytest.raises(ValueError, match="Permission"):
-        pixels.decode(str(tmp_path / "x.png"), 32)
+        files.decode(str(tmp_path / "x.png"), 32)
     (tmp_path / "x.png").chmod(stat.S_IRUSR)
 
 
@@ -226,16 +226,16 @@ def decoded(paths, directory, size=16):
 
 
 def test_the_map_holds_what_decode_gives(paths, tmp_path):
-    expected = np.stack([pixels.decode(p, 16)[0] for p in paths])
+    expected = np.stack([files.decode(p, 16)[0] for p in paths])
     for directory in (tmp_path / "cache", tmp_path / "cache", None):
         table, pixels, bad = decoded(paths, directory)
         assert (pixels == expected).all() and not bad
-        assert table["hash"].tolist() == [pixels.decode(p, 16)[1]["hash"] for p in paths]
+        assert table["hash"].tolist() == [files.decode(p, 16)[1]["hash"] for p in paths]
 
 
 def test_nothing_is_decoded_twice_and_what_changed_is(paths, tmp_path, monkeypatch):
-    calls, decode = [], pixels.decode
-    monkeypatch.setattr(pixels, "decode", lambda p, size: calls.append(p) or decode(p, size))
+    calls, decode = [], files.decode
+    monkeypatch.setattr(files, "decode", lambda p, size: calls.append(p) or decode(p, size))
     decoded(paths, tmp_path / "cache")
     assert len(calls) == 70
     decoded(paths, tmp_path / "cache")
@@ -260,7 +260,7 @@ def test_unreadable_images_are_reported_again_and_mended_ones_are_read(paths, tm
         assert list(bad) == [5]
     open(paths[5], "wb").write(good)
     _, pixels, bad = decoded(paths, tmp_path / "cache")
-    assert not bad and (pixels[5] == pixels.decode(paths[5], 16)[0]).all()
+    assert not bad and (pixels[5] == files.decode(paths[5], 16)[0]).all()
 
 
 def test_a_file_cut_short_or_foreign_is_made_anew(paths, tmp_path):
@@ -270,7 +270,7 @@ def test_a_file_cut_short_or_foreign_is_made_anew(paths, tmp_path):
     for broken in (whole[: len(whole) // 2], b"", b"something else"):
         file.write_bytes(broken)
         _, pixels, _ = decoded(paths, tmp_path / "cache")
-        assert (pixels[69] == pixels.decode(paths[69], 16)[0]).all()
+        assert (pixels[69] == files.decode(paths[69], 16)[0]).all()
 
 
 def test_images_travel_to_spawned_workers_without_their_pixels(paths, tmp_path):
@@ -279,7 +279,7 @@ def test_images_travel_to_spawned_workers_without_their_pixels(paths, tmp_path):
     sent = pickle.dumps(images)
     assert len(sent) < 20_000
     again = pickle.loads(sent)
-    assert len(again) == 35 and (again[1] == pixels.decode(paths[2], 64)[0]).all()
+    assert len(again) == 35 and (again[1] == files.decode(paths[2], 64)[0]).all()
 
 
 def test_a_folder_that_cannot_be_written_is_named(paths, tmp_path):
@@ -303,7 +303,7 @@ def build(paths, directory, results=None):
 
 
 def test_two_processes_that_start_on_an_empty_cache_get_the_right_pixels(paths, tmp_path):
-    expected = np.stack([pixels.decode(p, 64)[0] for p in paths])
+    expected = np.stack([files.decode(p, 64)[0] for p in paths])
     results = fork.Queue()
     both = [fork.Process(target=build, args=(paths, tmp_path / "cache", results)) for _ in range(2)]
     for process in both:
@@ -316,7 +316,7 @@ def test_two_processes_that_start_on_an_empty_cache_get_the_right_pixels(paths, 
 
 
 def test_the_next_run_after_a_kill_builds_a_right_map(paths, tmp_path):
-    expected = np.stack([pixels.decode(p, 64)[0] for p in paths])
+    expected = np.stack([files.decode(p, 64)[0] for p in paths])
     began = time.perf_counter()
     build(paths, tmp_path / "timing")
     seconds, rng = time.perf_counter() - began, np.random.default_rng(0)
@@ -364,4 +364,4 @@ def test_a_disk_that_fills_up_leaves_no_half_file(paths, tmp_path, monkeypatch):
         decoded(paths, tmp_path / "cache", 64)
     assert not list((tmp_path / "cache").iterdir())
     monkeypatch.undo()
-    assert (decoded(paths, tmp_path / "cache", 64)[1][7] == pixels.decode(paths[7], 64)[0]).all()
+    assert (decoded(paths, tmp_path / "cache", 64)[1][7] == files.decode(paths[7], 64)[0]).all()

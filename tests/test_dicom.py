@@ -9,8 +9,8 @@ from conftest import picture
 from PIL import Image
 
 from common import decode as cache
-from common import pixels
 from common import dicom
+from common import pixels as files
 from common.cli import UserError
 
 S = 24
@@ -48,7 +48,7 @@ def save(pydicom, tmp_path):
 
 def read(path, size=S):
     """(size, size, 3) pixels and the facts."""
-    pixels, facts = pixels.decode(str(path), size)
+    pixels, facts = files.decode(str(path), size)
     return pixels.transpose(1, 2, 0), facts
 
 
@@ -119,8 +119,8 @@ def test_colour_is_rgb(pydicom, name):
     assert image.mode == "RGB" and frames == COLOUR[name]
     limit = np.iinfo(expected.dtype).max
     assert np.abs(np.asarray(image) - expected * (255 / limit)).max() <= 0.51
-    pixels, facts = pixels.decode(path, 16)
-    assert (pixels == pixels.square(image, 16)).all()
+    pixels, facts = files.decode(path, 16)
+    assert (pixels == files.square(image, 16)).all()
     assert [facts[k] for k in ("width", "height", "frames")] == [*image.size, frames]
     assert np.array([facts["mode"]], cache.ROW["mode"])[0] == "RGB"
 
@@ -181,7 +181,7 @@ def test_the_group_of_a_file(save, tmp_path):
 
 def refused(path):
     with pytest.raises(ValueError) as error:
-        pixels.decode(str(path), S)
+        files.decode(str(path), S)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -235,7 +235,7 @@ def test_without_pydicom_one_line_says_how_to_get_it(tmp_path, monkeypatch):
 
 def test_the_pixels_of_a_dicom_file_count_before_they_are_decoded(save, pydicom, monkeypatch):
     calls, array = [], pydicom.pixels.pixel_array
-    monkeypatch.setattr(pixels, "_take", lambda room, *size: calls.append(size))
+    monkeypatch.setattr(files, "_take", lambda room, *size: calls.append(size))
     monkeypatch.setattr(
         pydicom.pixels, "pixel_array", lambda *a, **k: calls.append("decoded") or array(*a, **k)
     )

@@ -13,7 +13,7 @@ from conftest import picture
 from PIL import Image
 
 from common import decode as cache
-from common import pixels
+from common import pixels as files
 
 S = 24
 RAMP = np.arange(S * S).reshape(S, S) / (S * S - 1)
@@ -101,7 +101,7 @@ def test_each_kind_of_tiff_is_read_right_or_refused(tmp_path, dtype):
             write(path, values, order, photometric, planes, packed, tile)
             must = must_be_read(dtype, order, layout, packed)
             try:
-                pixels = pixels.decode(str(path), S)[0].transpose(1, 2, 0)
+                pixels = files.decode(str(path), S)[0].transpose(1, 2, 0)
                 difference = np.abs(pixels - expected).max()
                 if not must or difference > 1:
                     wrong.append((order, layout, packed, tile, difference))
@@ -117,11 +117,11 @@ def test_a_big_tiff_and_12_bits(tmp_path):
     tifffile, values = pytest.importorskip("tifffile"), (RAMP * 4095).astype(np.uint16)
     for more in ({"bigtiff": True}, {"bitspersample": 12}):
         tifffile.imwrite(tmp_path / "x.tif", values, photometric="minisblack", **more)
-        pixels = pixels.decode(str(tmp_path / "x.tif"), S)[0]
+        pixels = files.decode(str(tmp_path / "x.tif"), S)[0]
         assert np.abs(pixels - RAMP * 255).max() <= 1
     tifffile.imwrite(tmp_path / "x.tif", values.astype("f2"), bigtiff=True)
     with pytest.raises(ValueError, match="TIFF of 1 x 16-bit float"):
-        pixels.decode(str(tmp_path / "x.tif"), S)
+        files.decode(str(tmp_path / "x.tif"), S)
 
 
 def chunk(kind, data):
@@ -142,13 +142,13 @@ def test_deep_transparency_is_black(tmp_path, clear):
     grey = np.rint(RAMP * 40000).astype(np.uint16) + 10000
     grey[:4] = clear
     save_png(tmp_path / "grey.png", grey, clear)
-    pixels = pixels.decode(str(tmp_path / "grey.png"), S)[0]
+    pixels = files.decode(str(tmp_path / "grey.png"), S)[0]
     opaque = (grey[4:] - float(grey[4, 0])) / (grey[-1, -1] - float(grey[4, 0])) * 255
     assert (pixels[:, :4] == 0).all() and np.abs(pixels[:, 4:] - opaque).max() <= 1
     colours = np.dstack([grey, grey[::-1], grey])
     colours[:4] = clear
     save_png(tmp_path / "rgb.png", colours, [clear] * 3)
-    pixels = pixels.decode(str(tmp_path / "rgb.png"), S)[0]
+    pixels = files.decode(str(tmp_path / "rgb.png"), S)[0]
     assert (pixels[:, :4] == 0).all()
     assert (pixels[:, 4:] == (colours >> 8)[4:].transpose(2, 0, 1)).all()
 
@@ -181,7 +181,7 @@ def test_broken_exif_is_ignored_but_for_the_orientation(tmp_path, ending, block,
     Image.fromarray(image).save(path, exif=block, lossless=True, quality=100)
     with Image.open(path) as file:
         plain = np.asarray(file)
-    pixels, _ = pixels.decode(str(path), S)
+    pixels, _ = files.decode(str(path), S)
     assert (pixels.transpose(1, 2, 0) == (np.rot90(plain, -1) if turned else plain)).all()
 
 
@@ -190,7 +190,7 @@ def test_a_broken_exif_folder_of_a_tiff_is_ignored(tmp_path):
     image, data = picture(4, (S, S)), io.BytesIO()
     Image.fromarray(image).save(data, "TIFF", tiffinfo={34665: 2**31 - 8})
     (tmp_path / "x.tif").write_bytes(data.getvalue())
-    assert (pixels.decode(str(tmp_path / "x.tif"), S)[0].transpose(1, 2, 0) == image).all()
+    assert (files.decode(str(tmp_path / "x.tif"), S)[0].transpose(1, 2, 0) == image).all()
 
 
 def test_the_pixels_at_work_are_bounded_and_a_large_image_has_its_turn(tmp_path, monkeypatch):
@@ -207,15 +207,15 @@ def test_the_pixels_at_work_are_bounded_and_a_large_image_has_its_turn(tmp_path,
             time.sleep(0.1 if step > 0 else 0)
         return image.convert("RGB")
 
-    monkeypatch.setattr(pixels, "to_rgb", slow)
+    monkeypatch.setattr(files, "to_rgb", slow)
     monkeypatch.setattr(cache.os, "cpu_count", lambda: 12)
-    monkeypatch.setattr(pixels, "BUDGET", 7)
-    monkeypatch.setattr(pixels, "MEGAPIXELS", threading.Semaphore(7))
+    monkeypatch.setattr(files, "BUDGET", 7)
+    monkeypatch.setattr(files, "MEGAPIXELS", threading.Semaphore(7))
     paths = [str(tmp_path / f"{i}.png") for i in range(12)]
     table, _, bad = cache.decode_all(paths, 8, "name", None)
     assert not bad and (table["width"] > 0).all()
     assert most[0] == 9_000_000  # it was alone, and there were at most 2 of the others
-    assert pixels.MEGAPIXELS._value == 7  # all was given back
+    assert files.MEGAPIXELS._value == 7  # all was given back
 
 
 def test_room_is_given_back_where_decoding_fails(tmp_path):
@@ -223,5 +223,5 @@ def test_room_is_given_back_where_decoding_fails(tmp_path):
     (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:2000])
     for _ in range(3):
         with pytest.raises(ValueError):
-            pixels.decode(str(tmp_path / "x.png"), 8)
-    assert pixels.MEGAPIXELS._value == pixels.BUDGET
+            files.decode(str(tmp_path / "x.png"), 8)
+    assert files.MEGAPIXELS._value == files.BUDGET
