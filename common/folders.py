@@ -109,3 +109,17 @@ def _refuse_unclear_splits(root, parts, given, whole):
     if what:
         fix = "give the folder of train and test as --data, --split WHAT, or --label-col none"
         raise UserError(f"{root}: {what}; {fix}")
+
+
+def sides(names, pattern):
+    """(N,) splits that a pattern finds in N paths, as by_path does; "" for other texts."""
+    found = by_path(names, pattern, "--split")
+    return np.array([SPLITS.get(text.lower(), "") for text in found], "U5")
+
+
+def refuse_parted(path, names):
+    """Raise UserError where the paths of images lie in folders of several splits."""
+    found = {part for name in names for part in name.split("/")[:-1] if part.lower() in SPLITS}
+    if len(found) > 1:
+        fix = "to keep that give --split PATTERN (1: the first folder), else --split none"
+        raise UserError(f"{path}: its images lie in {preview(sorted(found))}; {fix}")

@@ -48,11 +48,9 @@ class ImageSet:
         need = f"{len(self)} images at {img_size} px need {3e-9 * img_size**2 * len(self):.2g} GB"
         print(f"{self.path}: {need} in {cache}" if cache else f"{self.path}: decoded in each epoch")
         if dry_run:
-            self.images, self.table = (
-                DecodedImages(self.sources, img_size),
-                np.zeros(len(self), ROW),
-            )
+            self.table = np.zeros(len(self), ROW)
             self.table["hash"] = np.arange(len(self))
+            self.images = DecodedImages(self.sources, img_size)
             return
         self.table, self.images, bad = decode_all(self.sources, img_size, self.path, cache)
         if bad:
@@ -79,28 +77,20 @@ class ImageSet:
             self.images.keep(mask)
 
 
-def read(
-    path,
-    images=None,
-    label_col=None,
-    multilabel=False,
-    group_col=None,
-    split=None,
-    group_near=False,
-    **more,
-):
+def read(path, images=None, label_col=None, multilabel=False, group_col=None, split=None, **more):
     """The ImageSet at `path`, by the data flags. images: the other half, where `path` is a folder
-    or a CSV file of labels; more: image_col, uncertain, skip_bad of read_csv. Raises UserError."""
+    or a CSV file of labels; more: group_near and, of CSV files, image_col, uncertain, skip_bad.
+    Raises UserError."""
     from common import folders, tables  # which import this module
 
-    level = label_col[0] if label_col else None
+    level, group_near = label_col[0] if label_col else None, more.pop("group_near", False)
     table = next((x for x in (path, images) if x and tables.is_table(x)), None)
     flags = {"--labels": images, **{f"--{k.replace('_', '-')}": x for k, x in more.items()}}
     flags |= {"--label-sep": isinstance(multilabel, str), "--skip-bad": False}
     if table is not None:
-        columns = {"label_col": label_col, "multilabel": multilabel, "group_col": group_col}
+        more |= {"label_col": label_col, "multilabel": multilabel, "group_col": group_col}
         root = images if table is path else path
-        data = tables.read_csv(table, root, table is images, split=split, **columns, **more)
+        data = tables.read_csv(table, root, whole=table is images, split=split, **more)
     elif unused := [flag for flag, value in flags.items() if value and os.path.exists(path)]:
         raise UserError(f"{path}: {preview(unused, 9)} need a CSV file as --data or --labels")
     elif os.path.isdir(path):
@@ -111,47 +101,30 @@ def read(
         what = "is neither an image folder nor a .csv, .tsv, .txt or .npz file"
         what = what if os.path.exists(path) else "there is no such file or folder"
         raise UserError(f"{path}: {what} (--data)")
-    several = data.labels[data.labelled].sum(1)
+    n_labels, data.group_near = data.labels.sum(1), group_near
     data.multilabel = multilabel not in (False, None, "none")
-    data.multilabel |= bool(data.classes and (several != 1).any())
+    data.multilabel |= bool(data.classes and (n_labels[data.labelled] != 1).any())
     nothing = [c.lower().replace("_", " ") == "no finding" for c in data.classes]
-    if n := (data.labels[:, nothing].any(1) & (data.labels.sum(1) > 1)).sum():
+    if n := (data.labels[:, nothing].any(1) & (n_labels > 1)).sum():
         data.notes.append(f"{n} images have No Finding, counted as a class, and another label")
     if group_col and data.groups is None:
         data.groups = np.array(folders.by_path(data.names, group_col, "--group-by"))
     if group_col:
-        sizes = Counter(data.groups.tolist()).most_common()
-        shown = (
-            "each of one image"
-            if len(sizes) == len(data)
-            else preview(map("{0[0]} {0[1]}".format, sizes))
-        )
-        data.notes.append(f"--group-by {group_col}: {len(sizes)} groups, {shown}")
-    _split(data, split, folders, tables)
-    data.group_near = group_near
-    return data
-
-
-def _split(data, split, folders, tables):
-    """Set the given sides by --split: a file, a pattern on the paths, or none. Raises UserError."""
+        groups = [f"{group} {n}" for group, n in Counter(data.groups.tolist()).most_common()]
+        shown = preview(groups) if len(groups) < len(data) else "each of one image"
+        data.notes.append(f"--group-by {group_col}: {len(groups)} groups, {shown}")
     if split == "none":
         data.given[:] = ""
     elif split is None and data.columns and not any(data.given):
-        sides = {
-            x for name in data.names for x in name.split("/")[:-1] if x.lower() in folders.SPLITS
-        }
-        if len(sides) > 1:
-            what = f"its images are in {preview(sorted(sides))}"
-            raise UserError(f"{data.path}: {what}: keep that with --split PATTERN, or --split none")
+        folders.refuse_parted(data.path, data.names)
     elif split is not None and split not in data.columns:
-        if os.path.isfile(split):
-            data.given = tables.read_split(split, data.names)
-        else:
-            sides = folders.by_path(data.names, split, "--split")
-            data.given = np.array([folders.SPLITS.get(side.lower(), "") for side in sides], "U5")
-        if unnamed := list(compress(data.names, data.given == "")):
+        file = os.path.isfile(split)
+        sides = tables.read_split(split, data.names) if file else folders.sides(data.names, split)
+        if unnamed := list(compress(data.names, sides == "")):
             what = f"left out because --split {split} names no split of them"
             data.notes.append(f"{what}: {preview(unnamed)}")
         if len(unnamed) == len(data):
             raise UserError(f"--split {split}: names neither train, val nor test of any image")
-        data.keep(data.given != "")
+        data.given = sides
+        data.keep(sides != "")
+    return data

@@ -106,8 +106,7 @@ def make_split(data, seed, known=None, allow_seen=False):
         raise UserError(f"{data.path}: the given split leaves no image for training")
     groups = [] if data.groups is None else data.groups.tolist()
     if parted := _parted(groups, split.tolist()):
-        n = len({*groups})
-        what = f"the given split parts {len(parted)} of {n} groups ({preview(parted)})"
+        what = f"the given split parts {len(parted)} of {len({*groups})} groups ({preview(parted)})"
         raise UserError(f"{data.path}: {what}; give another, or leave out --group-by")
     if not drawn or not (drawable := pool & data.labelled).any():
         return split
@@ -213,16 +212,14 @@ def print_report(data, split):
             n = f" in {len(np.unique(data.groups[mask]))} groups" if grouped else ""
             print(f"  {name:5} {mask.sum():6}{n}  {counts}")
     for column, cells in data.hints.items():
-        n, parted = len(np.unique(cells)), _parted(cells.tolist(), split.tolist())
         what = (
-            f"column {column}, of {n} different texts, is not used: the split parts {len(parted)}"
+            f"column {column} is not used: {len(np.unique(cells))} texts, of which the split parts"
         )
-        print(f"  {what} of them; are these patients or lesions? --group-by {column!r}")
-    for name in SIDES[1:]:
-        if (absent := [c for c, n in class_counts(data, split == name).items() if not n]) and (
-            split == name
-        ).any():
-            what = "macro_f1 counts it as 0, macro_f1_present and auroc leave it out"
+        n = len(_parted(cells.tolist(), split.tolist()))
+        print(f"  {what} {n}; are these patients or lesions? --group-by {column!r}")
+    for name in [name for name in SIDES[1:] if name in split]:
+        if absent := [c for c, n in class_counts(data, split == name).items() if not n]:
+            what = "0 in macro_f1, left out of macro_f1_present and auroc"
             print(f"  no {name} image of {preview(absent)}: {what}")
     if table["width"].any():  # not of a --dry-run
         _print_pixels(data, split)

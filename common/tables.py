@@ -90,7 +90,9 @@ class Table:
         return np.array([SPLITS[cell] for cell in cells], "U5")
 
 
-def read_csv(file, root, whole, split=None, image_col=None, group_col=None, skip_bad=False, **kw):
+def read_csv(
+    file, root=None, whole=False, split=None, image_col=None, group_col=None, skip_bad=False, **kw
+):
     """The images that a CSV file names; root: their folder (None: the file's); whole: and all the
     others below it, without a label. The rest as the data flags; kw: of _labels. UserError."""
     table, index = Table(file), Index(Path(root or Path(file).parent))

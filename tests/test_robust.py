@@ -175,7 +175,7 @@ def test_an_output_folder_that_cannot_be_made_is_found_first(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    monkeypatch.setattr(decode, "decode", lambda *_: pytest.fail("images were decoded before"))
+    monkeypatch.setattr(pixels, "decode", lambda *_: pytest.fail("images were decoded before"))
     status, _, err = script(pretrain, "--data", folder, *TINY, "--out", out)
     assert status == 2 and "--out" in one_line(err)
 
