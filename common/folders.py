@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import dicom
 from common.cli import UserError, preview
 from common.readers import ImageSet
 
@@ -36,7 +37,7 @@ def list_files(root):
 def list_images(root):
     """Relative paths of the images below root, and notes on what else is there. UserError: none."""
     files = list_files(root)
-    images = [f for f in files if f.lower().endswith(EXTENSIONS)]
+    images = [f for f in files if f.lower().endswith(EXTENSIONS) or _is_dicom(root, f)]
     endings = Counter(Path(f).suffix.lower() or "no ending" for f in set(files).difference(images))
     others = preview(f"{n} {e}" for e, n in endings.most_common())
     if not images:
@@ -48,6 +49,22 @@ def list_images(root):
     if left := sorted({*images} - {*names}):
         notes.append(f"left out as masks, thumbnails and the like: {preview(left)}")
     return names, notes
+
+
+def _is_dicom(root, name):  # to open a named pipe would wait for ever
+    return os.path.isfile(path := os.path.join(root, name)) and dicom.is_dicom(path)
+
+
+def by_header(data, keyword):
+    """(N,) numbers, as text, of what DICOM files hold under a keyword such as PatientID; a file
+    without is a group of its own. None: there are no such files, or all are without."""
+    files = [isinstance(x, str) and dicom.is_dicom(x) for x in data.sources]
+    if not keyword.isidentifier() or not any(files):
+        return None
+    values = [dicom.group(x, keyword) if is_file else "" for x, is_file in zip(data.sources, files)]
+    numbers = np.unique(values, return_inverse=True)[1]
+    groups = [str(n) if value else name for n, value, name in zip(numbers, values, data.names)]
+    return np.array(groups) if any(values) else None
 
 
 def by_path(names, pattern, flag):

@@ -108,11 +108,15 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
     if n := (data.labels[:, nothing].any(1) & (n_labels > 1)).sum():
         data.notes.append(f"{n} images have No Finding, counted as a class, and another label")
     if group_col and data.groups is None:
+        data.groups = folders.by_header(data, group_col)
+    if group_col and data.groups is None:
         data.groups = np.array(folders.by_path(data.names, group_col, "--group-by"))
     if group_col:
         groups = [f"{group} {n}" for group, n in Counter(data.groups.tolist()).most_common()]
         shown = preview(groups) if len(groups) < len(data) else "each of one image"
         data.notes.append(f"--group-by {group_col}: {len(groups)} groups, {shown}")
+    elif any(str(source).lower().endswith((".dcm", ".dicom")) for source in data.sources[:9]):
+        data.notes.append("DICOM: --group-by PatientID keeps the images of a patient on one side")
     if split == "none":
         data.given[:] = ""
     elif split is None and data.columns and not any(data.given):
