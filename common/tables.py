@@ -18,6 +18,7 @@ from common.readers import ImageSet
 IMAGE_NAMES = {"image", "images", "image_id", "img", "file", "filename", "file_name", "path"}
 _what = "(patient|subject|person|case|study|lesion)s?[ _-]?(id|nr|no|num|number|name|index|.*uid)?"
 GROUPS = re.compile(rf"(.*[ _-])?{_what}|pid", re.I)  # names of columns
+ENDS_TABLE = (".csv", ".tsv", ".tab", ".txt", "")
 ENDINGS = (*EXTENSIONS, ".dcm", ".dicom")
 NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.I)
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "null"}  # cells that say nothing
@@ -29,7 +30,7 @@ UNCERTAIN = (
 
 def is_table(path):
     """Whether this is a file of rows, by its ending."""
-    return Path(path).suffix.lower() in (".csv", ".tsv", ".txt") and os.path.isfile(path)
+    return Path(path).suffix.lower() in ENDS_TABLE and os.path.isfile(path)
 
 
 class Table:
@@ -149,11 +150,8 @@ class Index:
 
     def list(self):  # once, where it is needed
         if self.paths is None:
-            (self.paths, self.notes), self.alike = list_images(self.root), defaultdict(list)
-            for path in self.paths:
-                parts = _alike(path).split("/")
-                for i in range(len(parts)):
-                    self.alike["/".join(parts[i:])].append(path)
+            self.paths, self.notes = list_images(self.root)
+            self.alike = _by_ends(self.paths)
         return self.paths
 
     def find(self, name, skip=0):
@@ -164,8 +162,8 @@ class Index:
             if not path.startswith("../") and os.path.isfile(os.path.join(self.base, path)):
                 return [path]
         self.list()
-        hits, bare = self.alike.get(_alike(path), []), re.sub(r"\.\w+$", "", path)
-        return [x for x in hits if re.sub(r"\.\w+$", "", x).endswith(bare)] or hits
+        hits, bare = self.alike.get(_alike(path), []), os.path.splitext(path)[0]
+        return [x for x in hits if os.path.splitext(x)[0].endswith(bare)] or hits
 
     def find_all(self, names):
         """For each name its paths, without folders in front of all names that are not here."""
@@ -178,6 +176,15 @@ class Index:
         return found
 
 
+def _by_ends(paths):  # {what the end of a path is like: the paths}
+    found = defaultdict(list)
+    for path in paths:
+        parts = _alike(path).split("/")
+        for i in range(len(parts)):
+            found["/".join(parts[i:])].append(path)
+    return found
+
+
 def _alike(path):
     bare, ending = os.path.splitext(path)
     return unicodedata.normalize("NFC", bare if ending.lower() in ENDINGS else path).casefold()
@@ -187,11 +194,15 @@ def _image_paths(table, index, column, skip_bad):
     """The column that names images (None: found out), and N paths below the root. UserError."""
     if column is None:
         found = {c: index.find_all(x[:20]) for c, x in table.columns.items()}
-        hits = {c: np.mean([len(paths) == 1 for paths in x]) for c, x in found.items()}
-        fits = [c for c in hits if hits[c] > 0.5] or [c for c in hits if c.lower() in IMAGE_NAMES]
+        one = {c: [len(paths) == 1 for paths in x] for c, x in found.items()}
+        some = {c: list(map(bool, x)) for c, x in found.items()}
+        fits = [c for c in one if np.mean(one[c]) > 0.5] or [
+            c for c in some if np.mean(some[c]) > 0.5
+        ]
+        fits = fits or [c for c in found if c.lower() in IMAGE_NAMES]
         if len(fits) != 1:
             what = f"{'no' if not fits else 'more than one'} column names images in {index.root}"
-            fix = f"their folder: --images DIR, or the column: --image-col ({preview(hits)})"
+            fix = f"their folder: --images DIR, or the column: --image-col ({preview(found)})"
             raise UserError(f"{table.file}: {what}; give {fix}")
         (column,) = fits
     if column.lower() not in IMAGE_NAMES and len(index.find(column)) == 1:
@@ -306,7 +317,9 @@ def _as_class(text):  # what is alike: numbers of one value, texts that differ i
 def read_split(file, names):
     """(N,) sides by a CSV file of path and split, as a run writes; "" without. Raises UserError."""
     table, known = Table(file, own=True), set(names)
-    paths = [p if p in known else p.strip() for p in table.column("path", "--split")]
+    alike, paths = _by_ends(names), table.column("path", "--split")
+    found = [[p] if p in known else alike.get(_alike(p.strip()), []) for p in paths]
+    paths = [x[0] if len(x) == 1 else p for x, p in zip(found, paths)]
     sides, count = table.sides("split"), Counter(paths)
     table.refuse(paths, [p not in known for p in paths], "name no image of the data")
     table.refuse(paths, [count[p] > 1 for p in paths], "name an image twice; keep one of each")

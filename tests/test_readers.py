@@ -85,8 +85,8 @@ def test_images_beside_the_split_folders_are_refused(tmp_path):
 
 def test_a_folder_without_images_says_what_is_there(tmp_path):
     (tmp_path / "d").mkdir()
-    (tmp_path / "d/scan.dcm").write_text("")
-    with pytest.raises(UserError, match="1 .dcm, but no images"):
+    (tmp_path / "d/scan.nii").write_text("")
+    with pytest.raises(UserError, match="1 .nii, but no images"):
         read(**flags(tmp_path / "d"))
     with pytest.raises(UserError, match="no such"):
         read(**flags(tmp_path / "nothing"))
