@@ -59,8 +59,9 @@ class Table:
         self.lines, rows = map(list, zip(*rows))
         odd = [len(r) < least or any(r[len(head) :]) for r in rows]
         self.refuse(map(len, rows), odd, f"need {len(head)} cells")
-        columns = zip(*(row[:least] for row in rows))
-        self.columns = {c: np.array(x, object) for c, x in zip(head, columns) if c}
+        strip = str if own else str.strip
+        cells = (np.array([*map(strip, x)], object) for x in zip(*(row[:least] for row in rows)))
+        self.columns = {c: x for c, x in zip(head, cells) if c}
 
     def _text(self, content):
         """The bytes of a file as text: UTF-8, UTF-16 with its mark or, said, Windows-1252."""
@@ -76,7 +77,7 @@ class Table:
         if name not in self.columns:
             names = preview(self.columns, 9)
             raise UserError(f"{self.file}: no column {name} ({flag}), only {names}")
-        return [cell if self.own else cell.strip() for cell in self.columns[name]]
+        return self.columns[name].tolist()
 
     def refuse(self, cells, bad, what):
         """Raise UserError, with `what` as its predicate, if any of N cells is bad (N bools)."""
@@ -91,30 +92,36 @@ class Table:
         return np.array([SPLITS[cell] for cell in cells], "U5")
 
 
-def read_csv(
-    file, root=None, whole=False, split=None, image_col=None, group_col=None, skip_bad=False, **kw
-):
+def read_csv(file, root=None, whole=False, split=None, image_col=None, group_col=None, **more):
     """The images that a CSV file names; root: their folder (None: the file's); whole: and all the
-    others below it, without a label. The rest as the data flags; kw: of _labels. UserError."""
+    others below it, without a label. The rest as the data flags; more: skip_bad, and of _labels.
+    Raises UserError."""
     table, index = Table(file), Index(Path(root or Path(file).parent))
-    image_col, paths = _image_paths(table, index, image_col, skip_bad)
-    told = {image_col, group_col, split, *(kw["label_col"] or ())}
-    others = {c: np.char.strip(x.astype(str)) for c, x in table.columns.items() if c not in told}
-    if split is None and (c := next((c for c, x in others.items() if _are(SPLITS, x)), None)):
-        fix = f"give --split {c!r} to keep them, or --split none to draw others"
-        raise UserError(f"{file}: the column {c} names splits; {fix}")
-    sides = table.sides(split) if split in table.columns else np.full(len(paths), "", "U5")
+    image_col, paths = _image_paths(table, index, image_col, more.pop("skip_bad", False))
+    told = {image_col, group_col, split, *(more.get("label_col") or ())}
+    others = {c: x for c, x in table.columns.items() if c not in told}
+    sides = np.full(len(paths), "", "U5")
+    if split in table.columns:
+        sides = table.sides(split)
+    elif split is None and (
+        asked := [c for c in others if SPLITS.keys() >= {x.lower() for x in others[c]}]
+    ):
+        fix = f"give --split {asked[0]!r} to keep them, or --split none to draw others"
+        raise UserError(f"{file}: the column {asked[0]} names splits; {fix}")
     hints = {c: x for c, x in others.items() if GROUPS.fullmatch(c) and 1 < len({*x}) < len(x)}
-    columns, labels, labelled, classes = _labels(table, [c for c in others if c not in hints], **kw)
+    columns, labels, labelled, classes = _labels(
+        table, [c for c in others if c not in hints], **more
+    )
     if unused := [c for c in others if c not in {*hints, *columns}]:
         table.notes.append(f"columns that are not used: {preview(unused, 9)}")
-    groups = np.array(paths)
+    groups = paths
     if group_col in table.columns:
-        cells, hints = table.column(group_col, "--group-by"), {}
-        groups = np.array([p if x.lower() in MISSING else x for p, x in zip(paths, cells)])
+        groups, hints = table.column(group_col, "--group-by"), {}
+        groups = [p if x.lower() in MISSING else x for p, x in zip(paths, groups)]
+    groups = np.array(groups)
     first = {}  # path -> its first row
     origin = np.array([first.setdefault(path, i) for i, path in enumerate(paths)])
-    if kw["multilabel"] is True and len(columns) == 1:  # a row per finding
+    if more.get("multilabel") is True and len(columns) == 1:  # a row per finding
         np.logical_or.at(labels, origin, labels.copy())
         labels = labels[origin]
     differ = (labels != labels[origin]).any(1) | (labelled != labelled[origin])
@@ -124,20 +131,16 @@ def read_csv(
     kept, rows = np.unique(origin, return_inverse=True)
     if n := len(paths) - len(kept):
         table.notes.append(f"{n} rows repeat an image")
-    more = [path for path in index.list() if path not in first] if whole else []
-    names, n = [*first, *more], len(more)
+    rest = [path for path in index.list() if path not in first] if whole else []
+    names, n = [*first, *rest], len(rest)
     data = ImageSet(str(file), names, [os.path.join(index.root, name) for name in names])
     data.labels, data.classes = np.pad(labels[kept], ((0, n), (0, 0))), classes
     data.labelled = np.pad(labelled[kept], (0, n))
     data.given, data.rows = np.append(sides[kept], [""] * n), rows
-    data.hints = {c: np.append(x[kept], more) for c, x in hints.items()}
-    data.groups = np.append(groups[kept], more) if group_col in table.columns else None
+    data.hints = {c: np.append(x[kept], rest) for c, x in hints.items()}
+    data.groups = np.append(groups[kept], rest) if group_col in table.columns else None
     data.notes, data.columns = table.notes + index.notes * whole, tuple(table.columns)
     return data
-
-
-def _are(known, cells):
-    return known.keys() >= {cell.lower() for cell in cells}
 
 
 class Index:
@@ -157,23 +160,21 @@ class Index:
     def find(self, name, skip=0):
         """The paths that a name fits without its first folders, in other case or Unicode form, with
         another ending of images or none, and with folders missing in front."""
-        for text in (name, "/".join(name.strip().replace("\\", "/").split("/")[skip:])):
-            path = os.path.relpath(os.path.join(self.base, text), self.base).replace(os.sep, "/")
-            if not path.startswith("../") and os.path.isfile(os.path.join(self.base, path)):
-                return [path]
+        text = "/".join(name.replace("\\", "/").split("/")[skip:])
+        path = os.path.relpath(os.path.join(self.base, text), self.base).replace(os.sep, "/")
+        if not path.startswith("../") and os.path.isfile(os.path.join(self.base, path)):
+            return [path]
         self.list()
         hits, bare = self.alike.get(_alike(path), []), os.path.splitext(path)[0]
         return [x for x in hits if os.path.splitext(x)[0].endswith(bare)] or hits
 
     def find_all(self, names):
         """For each name its paths, without folders in front of all names that are not here."""
-        folders = [name.strip().replace("\\", "/").split("/")[:-1] for name in names]
-        lead, n = os.path.commonprefix(folders), 0
-        while not any(found := [self.find(name, n) for name in names]) and lead[n:]:
-            n += 1
-            if lead[n - 1].lower() in SPLITS:
-                break
-        return found
+        folders = [name.replace("\\", "/").split("/")[:-1] for name in names]
+        lead = os.path.commonprefix(folders)
+        for n, folder in enumerate([*lead, "test"]):
+            if any(found := [self.find(name, n) for name in names]) or folder.lower() in SPLITS:
+                return found
 
 
 def _by_ends(paths):  # {what the end of a path is like: the paths}
@@ -187,28 +188,26 @@ def _by_ends(paths):  # {what the end of a path is like: the paths}
 
 def _alike(path):
     bare, ending = os.path.splitext(path)
-    return unicodedata.normalize("NFC", bare if ending.lower() in ENDINGS else path).casefold()
+    path = bare if ending.lower() in ENDINGS else path
+    return unicodedata.normalize("NFC", path).casefold().strip()
 
 
 def _image_paths(table, index, column, skip_bad):
     """The column that names images (None: found out), and N paths below the root. UserError."""
     if column is None:
         found = {c: index.find_all(x[:20]) for c, x in table.columns.items()}
-        one = {c: [len(paths) == 1 for paths in x] for c, x in found.items()}
-        some = {c: list(map(bool, x)) for c, x in found.items()}
-        fits = [c for c in one if np.mean(one[c]) > 0.5] or [
-            c for c in some if np.mean(some[c]) > 0.5
-        ]
-        fits = fits or [c for c in found if c.lower() in IMAGE_NAMES]
-        if len(fits) != 1:
-            what = f"{'no' if not fits else 'more than one'} column names images in {index.root}"
+        one = [c for c, x in found.items() if np.mean([len(paths) == 1 for paths in x]) > 0.5]
+        some = [c for c, x in found.items() if np.mean([bool(paths) for paths in x]) > 0.5]
+        likely = one or some or [c for c in found if c.lower() in IMAGE_NAMES]
+        if len(likely) != 1:
+            what = f"{'more than one' if likely else 'no'} column names images in {index.root}"
             fix = f"their folder: --images DIR, or the column: --image-col ({preview(found)})"
             raise UserError(f"{table.file}: {what}; give {fix}")
-        (column,) = fits
+        (column,) = likely
     if column.lower() not in IMAGE_NAMES and len(index.find(column)) == 1:
         raise UserError(f"{table.file}: line 1 names an image, {column}: put column names above it")
     names = table.column(column, "--image-col")
-    found = index.find_all(table.columns[column])
+    found = index.find_all(names)
     lost = np.array([not paths for paths in found])
     if skip_bad and 0 < lost.sum() < len(lost):
         table.notes.append(f"left out, no such image: {preview(compress(names, lost))}")
@@ -218,11 +217,11 @@ def _image_paths(table, index, column, skip_bad):
     texts = [f"{name}, {len(paths)} images" for name, paths in zip(names, found)]
     what = f"name no image in {index.root}, or several (--images, --image-col, --skip-bad)"
     table.refuse(texts, [len(paths) != 1 for paths in found], what)
-    paths, known = [path for (path,) in found], [name.lower().endswith(ENDINGS) for name in names]
-    pairs = ((re.split(r"[/\\]", name)[-1], path) for name, path in zip(names, paths))
-    if odd := [f"{x} = {p}" for (x, p), ends in zip(pairs, known) if ends and not p.endswith(x)]:
-        table.notes.append(f"names that differ from their file: {preview(odd)}")
-    return column, paths
+    pairs = [(re.split(r"[/\\]", name)[-1], path) for name, (path,) in zip(names, found)]
+    odd = [(x, p) for x, p in pairs if x.lower().endswith(ENDINGS) and not p.endswith(x)]
+    if odd:
+        table.notes.append(f"names that differ from their file: {preview(map(' = '.join, odd))}")
+    return column, [path for _, path in pairs]
 
 
 def _labels(table, others, label_col=None, multilabel=False, uncertain=None):
@@ -259,9 +258,8 @@ def _findings(table, cells, uncertain):
     values = np.full((len(table.lines), len(cells)), np.nan)
     for column, (name, texts) in zip(values.T, cells.items()):
         found = list(map(_finding, texts))
-        table.refuse(
-            texts, [x not in (0, 1, -1, None) for x in found], f"are not 0, 1 or -1 in {name}"
-        )
+        odd = [x not in (0, 1, -1, None) for x in found]
+        table.refuse(texts, odd, f"are not 0, 1 or -1 in {name}")
         column[:] = np.array(found, float)
     unsure, blank = values == -1, np.isnan(values)
     labelled = ~blank.all(1)
