@@ -1,14 +1,22 @@
 """Images and labels as they really come: said or asked, never guessed."""
 
+import csv
+import json
+import shlex
+
 import numpy as np
 import pytest
-from conftest import picture  # noqa: F401
+from conftest import ARMS, ROOT, one_line, run
 from PIL import Image
 from test_readers import labels_of, save
 
 import data
+import finetune
+import pretrain
+from common import splits
 from common.cli import UserError
 from common.readers import read
+from tools import demo
 
 NAMES = [f"i{i}" for i in range(6)]
 
@@ -361,8 +369,133 @@ def test_images_of_one_colour_do_not_break_the_report(tmp_path, script):
     assert script(data, tmp_path / "d", "--img-size", 16)[0] == 0
 
 
+@pytest.mark.parametrize("table", ["few", "all"])
+def test_the_recipes_for_a_few_labels(folder, tmp_path, table):
+    """The README's lines, in processes of their own; only the sizes are tiny."""
+    names, lines = few_labels(folder, 20)
+    (tmp_path / "few.csv").write_text("\n".join(["image,label", *lines]))
+    lines = [f"images/{x}" for x in lines] + [f"images/{name}," for name in names[20:]]
+    (tmp_path / "all.csv").write_text("\n".join(["image,label", *lines]))
+    readme = (ROOT / "README.md").read_text().splitlines()
+    commands = [line for line in readme if f" {table}.csv" in line or f" {table}/cnn.pt" in line]
+    commands = [shlex.split(line) for line in commands if line.startswith("python ")]
+    tiny = ["--epochs", "1", *ARMS, "--cnn-kwargs", "--vit-kwargs"], ["--epochs", "1"]
+    for words, more in zip(commands, tiny):
+        words = [str(folder) if word == "/path" else word for word in words[1:]]
+        done = run(ROOT / words[0], *words[1:], *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / table / "finetune_cnn_1/metrics.json").read_text())
+    assert metrics["n_train"] + metrics["n_val"] + metrics["n_test"] == 30
+    assert (
+        metrics["n_test_seen"] == 0
+        and metrics["n_labelled"] == 20 - metrics["n_val"] - metrics["n_test"]
+    )
+
+
+def test_a_run_without_labels_says_that_nothing_can_be_tested(folder, tmp_path, script):
+    flags = *ARMS, "--epochs", 1, "--out", tmp_path / "run"
+    status, out, err = script(pretrain, "--data", folder, "--label-col", "none", *flags)
+    assert status == 0, err
+    assert out.index("none can be tested on later") < out.index("1 epochs of 30 images")
+    names, lines = few_labels(folder, 20)
+    (tmp_path / "few.csv").write_text("\n".join(["image,label", *lines]))
+    flags = "--data", tmp_path / "few.csv", "--images", folder, "--epochs", 1
+    status, _, err = script(finetune, "--ckpt", tmp_path / "run/cnn.pt", *flags)
+    assert status == 2 and "pre-train with --labels FILE" in one_line(err)
+    flags = *flags, "--allow-seen"
+    assert script(finetune, "--ckpt", tmp_path / "run/cnn.pt", *flags)[0] == 0
+
+
+# near-duplicates
+
+
+@pytest.fixture
+def alike(tmp_path):
+    """Twelve drawn images of two classes; of the first six, of class a, a compressed copy."""
+    for i in range(12):
+        image = Image.fromarray(demo.cells(i % 4, np.random.default_rng(i)))
+        path = tmp_path / f"set/{'ab'[i // 6]}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        if i < 6:
+            image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(
+                path.with_suffix(".jpg"), quality=70
+            )
+    return tmp_path / "set"
+
+
+def test_near_duplicates_are_counted_listed_and_kept_together(alike, tmp_path, script):
+    _, out, _ = script(data, alike, "--img-size", 16, "--out", tmp_path / "one")
+    assert "12 images have near-duplicates; " in out
+    with open(tmp_path / "one/duplicates.csv") as file:
+        found = list(csv.DictReader(file))
+    groups = [
+        {row["path"].split(".")[0] for row in found if row["group"] == str(n)} for n in range(6)
+    ]
+    assert groups == [{f"a/{i}"} for i in range(6)] and len(found) == 12
+    assert all(0 < int(row["distance"]) <= 30 for row in found)
+    parted = []
+    for seed in range(6):
+        images = read(str(alike), group_near=seed > 2)
+        images.decode(16, None)
+        split = data.split_and_report(images, seed)
+        sides = dict(zip(images.names, split))
+        parted.append(sum(sides[f"a/{i}.png"] != sides[f"a/{i}.jpg"] for i in range(6)))
+        later = splits.cross_split_duplicates(images, split, near=True)
+        assert later.sum() == parted[-1] and not splits.cross_split_duplicates(images, split).any()
+    assert sum(parted[:3]) and not any(parted[3:])
+
+
+def test_the_score_without_near_duplicates_stands_beside(alike, tmp_path, script):
+    rows = [
+        f"{p.relative_to(alike)},{'train' if p.suffix == '.png' and i % 4 else 'test'}"
+        for i, p in enumerate(sorted(alike.rglob("*.*g")))
+    ]
+    (tmp_path / "split.csv").write_text("\n".join(["path,split", *rows]))
+    flags = "--arch", "test_resnet", "--init", "random", "--img-size", 32, "--epochs", 1
+    flags = *flags, "--data", alike, "--split", tmp_path / "split.csv", "--out", tmp_path / "run"
+    status, out, err = script(finetune, *flags)
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    images = read(str(alike), split=str(tmp_path / "split.csv"))
+    given = dict(zip(images.names, images.given))
+    train = {name[:-4] for name, side in given.items() if side != "test"}
+    near = sum(name[:-4] in train for name, side in given.items() if side == "test")
+    assert near and metrics["n_test_near"] >= near and metrics["n_test_duplicates"] == 0
+    assert metrics["test_without_near"]["n"] == metrics["n_test"] - metrics["n_test_near"]
+    assert f"without the {metrics['n_test_near']} exact and near-duplicates" in out
+
+
 def test_a_dry_run_decodes_and_writes_nothing(folder, tmp_path, script, monkeypatch):
     cache = tmp_path / "cache"
     status, out, err = script(data, folder, "--img-size", 16, "--dry-run", "--cache", cache)
     assert status == 0 and "30 images at 16 px need 2.3e-05 GB" in out, err
     assert not cache.exists()
+    assert "about" not in out and not (tmp_path / "out").exists()
+    flags = *ARMS, "--dry-run", "--cache", cache, "--out", tmp_path / "out"
+    status, out, err = script(pretrain, "--data", folder, *flags)
+    assert status == 0 and "GB" in out and "100 epochs of 21 images: about" in out, err
+    flags = "--arch", "test_resnet", "--init", "random", "--img-size", 32, *flags[len(ARMS) :]
+    status, out, err = script(finetune, "--data", folder, *flags, "--seeds", 0, 1)
+    assert status == 0 and "50 epochs of 21 images: about" in out and "2 times as long" in out, err
+    assert not cache.exists() and not (tmp_path / "out").exists()
+
+
+def test_an_absent_class_and_a_model_of_one_class_are_said(folder, tmp_path, script):
+    lines = [
+        f"{'c' if 'c/' in n else n[0]}/{n[2:]},{'train' if n[0] == 'c' or i % 3 else 'test'}"
+        for i, n in enumerate(few_labels(folder)[0])
+    ]
+    (tmp_path / "split.csv").write_text("\n".join(["path,split", *lines]))
+    flags = "--arch", "test_resnet", "--init", "random", "--img-size", 32, "--epochs", 1, "--lr", 0
+    flags = *flags, "--data", folder, "--split", tmp_path / "split.csv", "--out", tmp_path / "run"
+    status, out, err = script(finetune, *flags)
+    assert status == 0, err
+    assert "no test image of c: 0 in macro_f1, left out of macro_f1_present" in out
+    test = json.loads((tmp_path / "run/metrics.json").read_text())["test"]
+    f1 = [row["f1"] for row in test["per_class"]]
+    assert np.isclose(test["macro_f1"], sum(f1) / 3) and np.isclose(
+        test["macro_f1_present"], sum(f1[:2]) / 2
+    )
+    one = {row["support"] for row in test["per_class"]}
+    assert ("every prediction is" in out) == (sum(np.sum(test["confusion"], 0) > 0) == 1), one
