@@ -45,8 +45,8 @@ class ImageSet:
     def decode(self, img_size, cache, skip_bad=False, dry_run=False):
         """Set table and images, of img_size pixels a side. Raises UserError unless all are read.
         dry_run: each image is read when it is asked for, and counts as different from others."""
-        need = f"{len(self)} images at {img_size} px need {3e-9 * img_size**2 * len(self):.2g} GB"
-        print(f"{self.path}: {need} in {cache}" if cache else f"{self.path}: decoded in each epoch")
+        where = f"{3e-6 * img_size**2 * len(self):,.1f} MB in {cache}" if cache else "no disk space"
+        print(f"{self.path}: {len(self)} images at {img_size} px, decoded, need {where}")
         if dry_run:
             self.table = np.zeros(len(self), ROW)
             self.table["hash"] = np.arange(len(self))

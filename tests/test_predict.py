@@ -213,10 +213,12 @@ def test_a_bad_image(tuned, folder, tmp_path, script):
 
 
 def test_csv_files_and_arrays_without_labels(tuned, folder, tmp_path, script):
-    """A CSV keeps its order, whatever its other columns hold; a .npz file needs no labels."""
+    """A CSV keeps its order and its repeated rows, whatever its other columns hold; a .npz file
+    needs no labels."""
     names = [f"{c}/{i}.png" for i in (3, 0, 5) for c in "cab"]
     (tmp_path / "d.csv").write_text(
-        "image,label,label2\n" + "".join(f"{name},,{i}\n" for i, name in enumerate(names))
+        "image,label,label2\n"
+        + "".join(f"{name},,{i}\n" for i, name in enumerate([*names, *names[:2]]))
     )
     np.savez(
         tmp_path / "d.npz",
@@ -234,10 +236,11 @@ def test_csv_files_and_arrays_without_labels(tuned, folder, tmp_path, script):
             tmp_path / f"{kind}.out",
         )
         assert status == 0, err
-    assert [r["path"] for r in rows(tmp_path / "csv.out")] == names
+    table = rows(tmp_path / "csv.out")
+    assert [r["path"] for r in table] == [*names, *names[:2]] and table[9:] == table[:2]
     assert [r["path"] for r in rows(tmp_path / "npz.out")] == [f"test/{i}" for i in range(9)]
     np.testing.assert_array_equal(
-        probabilities(rows(tmp_path / "csv.out")), probabilities(rows(tmp_path / "npz.out"))
+        probabilities(table[:9]), probabilities(rows(tmp_path / "npz.out"))
     )
 
 

@@ -469,12 +469,16 @@ def test_the_score_without_near_duplicates_stands_beside(alike, tmp_path, script
 def test_a_dry_run_decodes_and_writes_nothing(folder, tmp_path, script, monkeypatch):
     cache = tmp_path / "cache"
     status, out, err = script(data, folder, "--img-size", 16, "--dry-run", "--cache", cache)
-    assert status == 0 and "30 images at 16 px need 2.3e-05 GB" in out, err
+    assert status == 0 and "30 images at 16 px, decoded, need 0.0 MB in " in out, err
     assert not cache.exists()
     assert "about" not in out and not (tmp_path / "out").exists()
     flags = *ARMS, "--dry-run", "--cache", cache, "--out", tmp_path / "out"
     status, out, err = script(pretrain, "--data", folder, *flags)
-    assert status == 0 and "GB" in out and "100 epochs of 21 images: about" in out, err
+    assert (
+        status == 0
+        and "30 images at 32 px, decoded, need 0.1 MB" in out
+        and "100 epochs of 21 images: about" in out
+    ), err
     flags = "--arch", "test_resnet", "--init", "random", "--img-size", 32, *flags[len(ARMS) :]
     status, out, err = script(finetune, "--data", folder, *flags, "--seeds", 0, 1)
     assert status == 0 and "50 epochs of 21 images: about" in out and "2 times as long" in out, err
