@@ -20,10 +20,11 @@ from common.cli import Parser, count, progress, refuse_overwrite, run
 CLASSES = ("granular", "ringed", "spiky", "striped")
 PER_CLASS, SIZE = 300, 48
 ARMS = "--cnn resnet18 --vit vit_tiny_patch16_224 --vit-kwargs patch_size=8 --init random"
-COMMANDS = (  # equation 1 would collapse from random weights
-    f"pretrain.py {ARMS} --img-size 48 --epochs 3 --swa-start 0.5 --objective vicreg --lr 3e-4",
-    "finetune.py --ckpt {out}/cnn.pt --frac 0.1",
-    "finetune.py --arch resnet18 --init random --img-size 48 --frac 0.1",
+LOSS = "--objective vicreg --lr 3e-4"  # equation 1 would collapse from random weights
+COMMANDS = (
+    f"pretrain.py {ARMS} --img-size 48 --epochs 3 --swa-start 0.5 {LOSS} --out OUT",
+    "finetune.py --ckpt OUT/cnn.pt --frac 0.1 --out OUT/finetune",
+    "finetune.py --arch resnet18 --init random --img-size 48 --frac 0.1 --out OUT/baseline",
 )
 
 
@@ -57,17 +58,15 @@ def draw(folder, seed):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--out", default="demo", metavar="DIR", help="output folder")
-    parser.add_argument("--seed", type=count, default=0, help="of the images and the split")
+    parser.add_argument("--seed", type=count, default=0, help="of the images")
     parser.add_argument("--amp", default="auto", help="autocast precision of the three commands")
     args = parser.parse_args()
     out = Path(args.out)
     refuse_overwrite(out, ("images", "cnn.pt"), False)
     draw(out / "images", args.seed)
-    places = "", "/finetune", "/baseline"
-    for command, place in zip(COMMANDS, places):
-        words = shlex.split(command.replace("{out}", shlex.quote(str(out))))
-        words += ["--data", out / "images", "--cache", out / "cache", "--out", f"{out}{place}"]
-        words = [*map(str, words), "--amp", args.amp]
+    for command in COMMANDS:
+        command += " --data OUT/images --cache OUT/cache --amp"
+        words = [word.replace("OUT", str(out)) for word in command.split()] + [args.amp]
         print(f"\npython {shlex.join(words)}", flush=True)
         script = Path(__file__).parent.parent / words[0]
         if status := subprocess.call([sys.executable, script, *words[1:]]):

@@ -7,7 +7,6 @@ import math
 
 import torch
 from timm.models.swin_transformer import window_partition, window_reverse
-from timm.utils import AttentionExtract
 from torch import nn
 from torch.nn.functional import pad
 from torch.nn.modules.module import register_module_forward_hook
@@ -29,11 +28,9 @@ def _outputs(model, images, names, keep):
 
 def attention_names(model):
     """Names of the attention modules, one to a block, in order."""
-    names = [name for name, _ in model.named_modules() if name.endswith(".attn_drop")]
-    return [name.rpartition(".")[0] for name in names]
+    return [name for name, module in model.named_modules() if hasattr(module, "attn_drop")]
 
 
-@torch.no_grad()
 def attention(model, images, block=1):
     """The softmax of one block's attention, the first is 1: (N, heads, T, T), or in windows
     (N * windows, heads, T, T). A row, for the token that looks, sums to one. Raises ValueError."""
@@ -42,13 +39,10 @@ def attention(model, images, block=1):
         raise ValueError(f"has no attention block {block}; there are {len(names)} (in a CNN, none)")
     name = names[block - 1]
     model.get_submodule(name).fused_attn = False  # for good: fused, it never shows its softmax
-    extract = AttentionExtract(model, [f"{name}.attn_drop"], method="hook")
-    found = extract(images).get(f"{name}.attn_drop")
-    for handle in extract.hooks._handles:  # timm would leave them on the model
-        handle.remove()
-    if found is None:
+    found = _outputs(model, images, [f"{name}.attn_drop"], torch.clone)
+    if not found:
         raise ValueError(f"never shows the softmax of block {block}")
-    return found
+    return found[0][1]
 
 
 def attention_map(model, images, block=1):
@@ -100,10 +94,10 @@ def feature_maps(model, images, layers=1):
 def layer_names(model):
     """The blocks of a timm model, those of all stages in its feature_info. Raises ValueError."""
     names = []
-    for name in [info["module"] for info in getattr(model, "feature_info", ())]:
-        if isinstance(getattr(model.get_submodule(name), "blocks", None), nn.Sequential):
-            name = f"{name}.blocks"
-        stage = model.get_submodule(name)
+    for info in getattr(model, "feature_info", ()):
+        name, stage = info["module"], model.get_submodule(info["module"])
+        if isinstance(getattr(stage, "blocks", None), nn.Sequential):
+            name, stage = f"{name}.blocks", stage.blocks
         chain = stage.named_children() if isinstance(stage, nn.Sequential) else ()
         names += [f"{name}.{child}" for child, _ in chain] or [name]
     if not names:
