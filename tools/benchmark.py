@@ -56,17 +56,18 @@ def from_disk(paths, size, batch_size, workers):
     return DataLoader(paths, batch_size, shuffle=True, num_workers=workers, collate_fn=collate)
 
 
-def from_decoded(images, transform, batch_size, device, workers):
-    """Our loader, of N uint8 images (3, size, size)."""
+def from_decoded(paths, size, batch_size, workers, folder, device=CPU, augmented=True):
+    """Our loader, of uint8 images (3, size, size) that are decoded to a map in the folder."""
+    _, images, _ = decode_all(paths, size, "benchmark", folder)
+    transform = data.augmentation(size) if augmented else None
     dataset = data.AugmentedImages(images, range(len(images)), transform)
     return data.loader(dataset, data.EpochBatches(len(images), batch_size, 0), device, workers)
 
 
 def draw_large(folder, n=200, side=1024):
     """n JPEGs of noise over soft shapes: large files that take a camera's time to decode."""
-    paths = [str(Path(folder) / f"{i:03}.jpg") for i in range(n)]
-    for i, path in enumerate(paths):
-        rng = np.random.default_rng(i)
+    rng, paths = np.random.default_rng(0), [str(Path(folder) / f"{i:03}.jpg") for i in range(n)]
+    for path in paths:
         soft = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
         noisy = soft.resize((side, side)) + rng.normal(0, 8, (side, side, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
@@ -83,24 +84,23 @@ def timed(function, *arguments):
 
 
 def one_pass(loader):
-    """One epoch, up to normalized float batches."""
-    for _ in on_device(loader, CPU):
-        pass
+    """The number of images in one epoch of normalized float batches."""
+    return sum(map(len, on_device(loader, CPU)))
 
 
-def compare_loaders(name, paths, size, workers, rounds, directory):
+def compare_loaders(name, paths, size, args, folder):
     """Images per second of both loaders, in turn: the median over the rounds of their ratio."""
-    decoding, (_, images, _) = timed(decode_all, paths, size, f"benchmark {name}", directory)
-    ours = from_decoded(images, data.augmentation(size), 16, CPU, workers)
+    decoding, ours = timed(from_decoded, paths, size, 16, args.workers, folder)
     one_pass(ours)  # starts the workers, which stay
-    loaders = from_disk(paths, size, 16, workers), ours
-    seconds = [[timed(one_pass, loader)[0] for loader in loaders] for _ in range(rounds)]
+    loaders = from_disk(paths, size, 16, args.workers), ours
+    seconds = [[timed(one_pass, loader)[0] for loader in loaders] for _ in range(args.rounds)]
     disk, ours = len(paths) / np.array(seconds).T
+    row = {"data": name, "size": size, "workers": args.workers, "images": len(paths)}
+    row |= {"decode_once_seconds": decoding, "from_disk": disk.tolist(), "ours": ours.tolist()}
+    row["ratio"] = float(np.median(ours / disk))
     rates = f"from disk {np.median(disk):8.1f} img/s, ours {np.median(ours):8.1f} img/s"
-    print(f"{name:>20} {size:4} px: {rates}, ratio {np.median(ours / disk):.2f}")
-    row = {"data": name, "size": size, "workers": workers, "images": len(paths)}
-    row |= {"decode_once_seconds": round(decoding, 2), "from_disk": disk.round(1).tolist()}
-    return row | {"ours": ours.round(1).tolist(), "ratio": round(float(np.median(ours / disk)), 2)}
+    print(f"{name:>20} {size:4} px: {rates}, ratio {row['ratio']:.2f}")
+    return row
 
 
 def benchmark_data(args):
@@ -110,7 +110,7 @@ def benchmark_data(args):
     with tempfile.TemporaryDirectory() as folder:
         files["1024x1024 JPEG"] = draw_large(folder)
         cases = [(name, paths, size) for name, paths in files.items() for size in (64, 224, 384)]
-        return [compare_loaders(*case, args.workers, args.rounds, folder) for case in cases]
+        return [compare_loaders(*case, args, folder) for case in cases]
 
 
 def build(setup):
@@ -140,9 +140,8 @@ def notebook_loop(setup, device, paths, out):
 
 def our_loop(setup, device, paths, out, augmented=True):
     """(b) pretrain.train from the decoded map, or (c) without augmentation: the ceiling."""
-    _, images, _ = decode_all(paths, setup.img_size, "benchmark step", out)
-    transform = data.augmentation(setup.img_size) if augmented else None
-    loader = from_decoded(images, transform, setup.bs, device, setup.workers)
+    shape = (setup.img_size, setup.bs, setup.workers)
+    loader = from_decoded(paths, *shape, out, device, augmented)
     model = build(setup).to(device, memory_format=torch.channels_last)
     if setup.compile:
         model.compile()
@@ -167,19 +166,15 @@ def one_loop(name, setup, paths):
     return result | {"peak_gb": peak / 1e9}
 
 
-def flops_per_image(setup):
-    """Of the forward and backward pass of both arms, by torch's own counter."""
-    model = build(setup)
+def count_flops(setup, device, dtype):
+    """FLOPs of one image, forward and backward through both arms; FLOP/s of the best of several
+    large matrix products."""
+    model, n = build(setup), 8192 if device.type == "cuda" else 2048
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, 3, setup.img_size, setup.img_size)).backward()
-    return counter.get_total_flops() / 2
-
-
-def matrix_peak(device, dtype):
-    """FLOP/s of the best of several large matrix products."""
-    n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(timed(torch.matmul, a, b)[0] for _ in range(8))
+    peak = 2 * n**3 / min(timed(torch.matmul, a, b)[0] for _ in range(8))
+    return counter.get_total_flops() / 2, peak
 
 
 def benchmark_step(args):
@@ -191,7 +186,7 @@ def benchmark_step(args):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 rounds[name].append(process.submit(one_loop, name, args, paths).result())
     dtype = cli.pick_amp(args.amp, device) or torch.float32
-    flops, peak = flops_per_image(args), matrix_peak(device, dtype)
+    flops, peak = count_flops(args, device, dtype)
     rate = {name: args.bs / np.array([r["seconds"] for r in rounds[name]]) for name in LOOPS}
     share = {name: float(np.median(x)) * flops / peak for name, x in rate.items()}
     ratio = {name: float(np.median(rate["ours"] / x)) for name, x in rate.items()}
