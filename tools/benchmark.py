@@ -37,10 +37,9 @@ from common.decode import IMAGENET_MEAN, IMAGENET_STD, decode_all
 from common.folders import read_folder
 from common.run import Run, on_device
 
-SMALL = {"cnn": "resnet18", "vit": "vit_tiny_patch16_224", "vit_kwargs": {"patch_size": 8}}
-PAPER = {"cnn": "resnet50", "vit": "vit_base_patch16_384", "vit_kwargs": {}}
-PRESETS = {"small": SMALL | {"img_size": 64, "steps": 20}}  # steps in an epoch
-PRESETS["paper"] = PAPER | {"img_size": 384, "steps": 2}
+SMALL = dict(cnn="resnet18", vit="vit_tiny_patch16_224", patch_size=8, img_size=64, steps=20)
+PAPER = dict(cnn="resnet50", vit="vit_base_patch16_384", patch_size=16, img_size=384, steps=2)
+PRESETS = {"small": SMALL, "paper": PAPER}
 CPU = torch.device("cpu")
 
 
@@ -66,7 +65,7 @@ def from_decoded(paths, size, batch_size, workers, folder, device=CPU, augmented
 
 def draw_large(folder, n=200, side=1024):
     """n JPEGs of noise over soft shapes: large files that take a camera's time to decode."""
-    rng, paths = np.random.default_rng(0), [str(Path(folder) / f"{i:03}.jpg") for i in range(n)]
+    rng, paths = np.random.default_rng(0), [f"{folder}/{i:03}.jpg" for i in range(n)]
     for path in paths:
         soft = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
         noisy = soft.resize((side, side)) + rng.normal(0, 8, (side, side, 3))
@@ -95,32 +94,31 @@ def compare_loaders(name, paths, size, args, folder):
     loaders = from_disk(paths, size, 16, args.workers), ours
     seconds = [[timed(one_pass, loader)[0] for loader in loaders] for _ in range(args.rounds)]
     disk, ours = len(paths) / np.array(seconds).T
-    row = {"data": name, "size": size, "workers": args.workers, "images": len(paths)}
-    row |= {"decode_once_seconds": decoding, "from_disk": disk.tolist(), "ours": ours.tolist()}
-    row["ratio"] = float(np.median(ours / disk))
+    ratio = float(np.median(ours / disk))
     rates = f"from disk {np.median(disk):8.1f} img/s, ours {np.median(ours):8.1f} img/s"
-    print(f"{name:>20} {size:4} px: {rates}, ratio {row['ratio']:.2f}")
-    return row
+    print(f"{name:>20} {size:4} px: {rates}, ratio {ratio:.2f}")
+    row = {"data": name, "size": size, "workers": args.workers, "images": len(paths)}
+    row |= {"decode_once_seconds": decoding, "ratio": ratio}
+    return row | {"from_disk": disk.tolist(), "ours": ours.tolist()}
 
 
-def benchmark_data(args):
+def benchmark_data(args, folder):
     """Both loaders at three sizes, on the folder and on large JPEGs."""
     order = np.random.default_rng(0).permutation(read_folder(args.data).sources)
     files = {"/".join(Path(args.data).parts[-2:]): sorted(order[: args.images].tolist())}
-    with tempfile.TemporaryDirectory() as folder:
-        files["1024x1024 JPEG"] = draw_large(folder)
-        cases = [(name, paths, size) for name, paths in files.items() for size in (64, 224, 384)]
-        return [compare_loaders(*case, args, folder) for case in cases]
+    files["1024x1024 JPEG"] = draw_large(folder)
+    cases = [(name, paths, size) for name, paths in files.items() for size in (64, 224, 384)]
+    return [compare_loaders(*case, args, folder) for case in cases]
 
 
 def build(setup):
     """CASS on the arms of a preset, the same every time."""
     torch.manual_seed(0)
     cnn = build_arm(setup.cnn, setup.img_size)
-    return CASS(cnn, build_arm(setup.vit, setup.img_size, **setup.vit_kwargs))
+    return CASS(cnn, build_arm(setup.vit, setup.img_size, patch_size=setup.patch_size))
 
 
-def notebook_loop(setup, device, paths, out):
+def notebook_loop(setup, device, paths, folder):
     """(a) The operations of the published notebook: Pillow transforms in the loader, float32,
     channels first, two plain Adams, schedulers per batch, gradients never zeroed."""
     model = build(setup).to(device)
@@ -138,14 +136,14 @@ def notebook_loop(setup, device, paths, out):
     return {"seconds": timed(epoch)[0] / len(loader)}
 
 
-def our_loop(setup, device, paths, out, augmented=True):
+def our_loop(setup, device, paths, folder, augmented=True):
     """(b) pretrain.train from the decoded map, or (c) without augmentation: the ceiling."""
-    shape = (setup.img_size, setup.bs, setup.workers)
-    loader = from_decoded(paths, *shape, out, device, augmented)
+    how = setup.img_size, setup.bs, setup.workers
+    loader = from_decoded(paths, *how, folder, device, augmented)
     model = build(setup).to(device, memory_format=torch.channels_last)
     if setup.compile:
         model.compile()
-    run = Run(out, device, cli.pick_amp(setup.amp, device), {})
+    run = Run(folder, device, cli.pick_amp(setup.amp, device), {})
     seconds, _ = timed(pretrain.train, model, loader, run, 2)
     rest = seconds - sum(row["seconds"] for row in run.progress["log"])
     step = run.progress["log"][1]["seconds"] / setup.steps
@@ -155,14 +153,12 @@ def our_loop(setup, device, paths, out, augmented=True):
 LOOPS = {"notebook": notebook_loop, "ours": our_loop, "ceiling": partial(our_loop, augmented=False)}
 
 
-def one_loop(name, setup, paths):
+def one_loop(name, setup, paths, folder):
     """Seconds of a step of one loop and peak memory of this process."""
     device = cli.pick_device(setup.device)
-    with tempfile.TemporaryDirectory() as out:
-        result = LOOPS[name](setup, device, paths, Path(out))
+    result = LOOPS[name](setup, device, paths, folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak
     return result | {"peak_gb": peak / 1e9}
 
 
@@ -177,14 +173,13 @@ def count_flops(setup, device, dtype):
     return counter.get_total_flops() / 2, peak
 
 
-def benchmark_step(args):
+def benchmark_step(args, folder):
     """The three loops in turn, each in a process of its own."""
     rounds, device = {name: [] for name in LOOPS}, cli.pick_device(args.device)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = draw_large(folder, args.steps * args.bs, 512)
-        for name in [*LOOPS] * args.rounds:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                rounds[name].append(process.submit(one_loop, name, args, paths).result())
+    paths = draw_large(folder, args.steps * args.bs, 512)
+    for name in [*LOOPS] * args.rounds:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            rounds[name].append(process.submit(one_loop, name, args, paths, folder).result())
     dtype = cli.pick_amp(args.amp, device) or torch.float32
     flops, peak = count_flops(args, device, dtype)
     rate = {name: args.bs / np.array([r["seconds"] for r in rounds[name]]) for name in LOOPS}
@@ -219,7 +214,9 @@ def main():
     args = parser.parse_args()
     if args.what == "data" and not args.data:
         parser.error("data needs --data FOLDER")
-    figures = benchmark_data(args) if args.what == "data" else benchmark_step(args)
+    measure = benchmark_data if args.what == "data" else benchmark_step
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(args, Path(folder))
     if args.out:
         machine = platform.processor() or platform.machine()
         machine = torch.cuda.get_device_name() if torch.cuda.is_available() else machine

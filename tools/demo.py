@@ -46,15 +46,6 @@ def cells(kind, rng):
     return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
 
 
-def draw(folder, seed):
-    """Write the images as folder/CLASS/000.png, the same ones for the same seed. folder: a Path."""
-    for i in progress(range(PER_CLASS * len(CLASSES)), desc="drawing images"):
-        number, kind = divmod(i, len(CLASSES))
-        file = folder / CLASSES[kind] / f"{number:03}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(cells(kind, np.random.default_rng([seed, i]))).save(file)
-
-
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--out", default="demo", metavar="DIR", help="output folder")
@@ -63,10 +54,14 @@ def main():
     args = parser.parse_args()
     out = Path(args.out)
     refuse_overwrite(out, ("images", "cnn.pt"), False)
-    draw(out / "images", args.seed)
+    for i in progress(range(PER_CLASS * len(CLASSES)), desc="drawing images"):
+        number, kind = divmod(i, len(CLASSES))
+        file = out / "images" / CLASSES[kind] / f"{number:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(cells(kind, np.random.default_rng([args.seed, i]))).save(file)
     for command in COMMANDS:
-        command += " --data OUT/images --cache OUT/cache --amp"
-        words = [word.replace("OUT", str(out)) for word in command.split()] + [args.amp]
+        words = f"{command} --data OUT/images --cache OUT/cache --amp {args.amp}".split()
+        words = [word.replace("OUT", args.out) for word in words]
         print(f"\npython {shlex.join(words)}", flush=True)
         script = Path(__file__).parent.parent / words[0]
         if status := subprocess.call([sys.executable, script, *words[1:]]):

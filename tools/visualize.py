@@ -40,8 +40,7 @@ try:
 except ImportError:
     matplotlib = None  # main() says so
 
-STYLE = {"image.cmap": "viridis", "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9}
-STYLE |= {"text.parse_math": False, "lines.markersize": 4, "legend.frameon": False}
+STYLE = {"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9, "text.parse_math": False}
 OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 COLOURS = {"train": "#0072b2", "val": "#d55e00", "cnn": "#56b4e9", "vit": "#e69f00", "": "black"}
 
@@ -125,18 +124,15 @@ def sample(labels, n, seed):
     return order[:n]
 
 
-def pixels(sources, size):
-    """Image files or arrays -> (N, 3, size, size) uint8. Raises UserError."""
+def batches(start, sources, batch_size=16, mean=None, std=None):
+    """Images as a model wants them: (n, 3, S, S) float, normalized, on its device. UserError."""
     try:
-        return torch.from_numpy(np.stack([decode(source, size)[0] for source in sources]))
+        images = np.stack([decode(source, start.size)[0] for source in sources])
     except ValueError as error:
         raise UserError(f"{cli.preview(sources)}: cannot be read ({error})") from error
-
-
-def batches(start, sources, batch_size=16):
-    """Images as a model wants them: (n, 3, S, S) float, normalized, on its device."""
-    parts = pixels(sources, start.size).tensor_split(max(1, len(sources) // batch_size))
-    return on_device(parts, start.device, start.metadata["mean"], start.metadata["std"])
+    parts = torch.from_numpy(images).tensor_split(max(1, len(sources) // batch_size))
+    mean, std = mean or start.metadata["mean"], std or start.metadata["std"]
+    return on_device(parts, start.device, mean, std)
 
 
 def fold(text, inches):
@@ -150,7 +146,8 @@ def beside_images(starts, sources, n):
     figure = Figure((3 * n + 4, 3.6 * len(starts) + 1), layout="compressed")
     bare = {"frame_on": False, "xticks": [], "yticks": []}
     axes = figure.subplots(len(starts), 1 + n, squeeze=False, subplot_kw=bare)
-    image = pixels(sources, starts[0].size).double().mean(0).permute(1, 2, 0).numpy() / 255
+    plain = batches(starts[0], sources, mean=[0] * 3, std=[1] * 3)
+    image = torch.cat([*plain]).mean(0).permute(1, 2, 0).cpu()
     for ax, start in zip(axes[:, 0], starts):
         ax.imshow(image)
         ax.set_title(fold(start.label, 3))
