@@ -138,8 +138,7 @@ def notebook_loop(setup, device, paths, folder):
 
 def our_loop(setup, device, paths, folder, augmented=True):
     """(b) pretrain.train from the decoded map, or (c) without augmentation: the ceiling."""
-    how = setup.img_size, setup.bs, setup.workers
-    loader = from_decoded(paths, *how, folder, device, augmented)
+    loader = from_decoded(paths, setup.img_size, setup.bs, setup.workers, folder, device, augmented)
     model = build(setup).to(device, memory_format=torch.channels_last)
     if setup.compile:
         model.compile()
@@ -163,8 +162,7 @@ def one_loop(name, setup, paths, folder):
 
 
 def count_flops(setup, device, dtype):
-    """FLOPs of one image, forward and backward through both arms; FLOP/s of the best of several
-    large matrix products."""
+    """FLOPs of an image, through both arms and back; FLOP/s of the best large matrix product."""
     model, n = build(setup), 8192 if device.type == "cuda" else 2048
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, 3, setup.img_size, setup.img_size)).backward()
@@ -218,8 +216,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(args, Path(folder))
     if args.out:
-        machine = platform.processor() or platform.machine()
-        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
+        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         figures = {"what": args.what, "figures": figures, "threads": torch.get_num_threads()}
         write_json(args.out, figures | {"machine": machine, **pretrain.VERSIONS})
         print(f"wrote {args.out}")
