@@ -147,7 +147,7 @@ def beside_images(starts, sources, n):
     bare = {"frame_on": False, "xticks": [], "yticks": []}
     axes = figure.subplots(len(starts), 1 + n, squeeze=False, subplot_kw=bare)
     plain = batches(starts[0], sources, mean=[0] * 3, std=[1] * 3)
-    image = torch.cat([*plain]).mean(0).permute(1, 2, 0).cpu()
+    image = torch.cat([*plain]).mean(0).permute(1, 2, 0).cpu().numpy()
     for ax, start in zip(axes[:, 0], starts):
         ax.imshow(image)
         ax.set_title(fold(start.label, 3))
