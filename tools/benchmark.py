@@ -37,10 +37,9 @@ from common.decode import IMAGENET_MEAN, IMAGENET_STD, decode_all
 from common.folders import read_folder
 from common.run import Run, on_device
 
-SMALL = {"cnn": "resnet18", "vit": "vit_tiny_patch16_224", "vit_kwargs": {"patch_size": 8}}
-PAPER = {"cnn": "resnet50", "vit": "vit_base_patch16_384", "vit_kwargs": {}}
-PRESETS = {"small": SMALL | {"img_size": 64, "steps": 20}}  # steps in an epoch
-PRESETS["paper"] = PAPER | {"img_size": 384, "steps": 2}
+SMALL = dict(cnn="resnet18", vit="vit_tiny_patch16_224", patch_size=8, img_size=64, steps=20)
+PAPER = dict(cnn="resnet50", vit="vit_base_patch16_384", patch_size=16, img_size=384, steps=2)
+PRESETS = {"small": SMALL, "paper": PAPER}
 CPU = torch.device("cpu")
 
 
@@ -56,17 +55,18 @@ def from_disk(paths, size, batch_size, workers):
     return DataLoader(paths, batch_size, shuffle=True, num_workers=workers, collate_fn=collate)
 
 
-def from_decoded(images, transform, batch_size, device, workers):
-    """Our loader, of N uint8 images (3, size, size)."""
+def from_decoded(paths, size, batch_size, workers, folder, device=CPU, augmented=True):
+    """Our loader, of uint8 images (3, size, size) that are decoded to a map in the folder."""
+    _, images, _ = decode_all(paths, size, "benchmark", folder)
+    transform = data.augmentation(size) if augmented else None
     dataset = data.AugmentedImages(images, range(len(images)), transform)
     return data.loader(dataset, data.EpochBatches(len(images), batch_size, 0), device, workers)
 
 
 def draw_large(folder, n=200, side=1024):
     """n JPEGs of noise over soft shapes: large files that take a camera's time to decode."""
-    paths = [str(Path(folder) / f"{i:03}.jpg") for i in range(n)]
-    for i, path in enumerate(paths):
-        rng = np.random.default_rng(i)
+    rng, paths = np.random.default_rng(0), [f"{folder}/{i:03}.jpg" for i in range(n)]
+    for path in paths:
         soft = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
         noisy = soft.resize((side, side)) + rng.normal(0, 8, (side, side, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
@@ -83,44 +83,42 @@ def timed(function, *arguments):
 
 
 def one_pass(loader):
-    """One epoch, up to normalized float batches."""
-    for _ in on_device(loader, CPU):
-        pass
+    """The number of images in one epoch of normalized float batches."""
+    return sum(map(len, on_device(loader, CPU)))
 
 
-def compare_loaders(name, paths, size, workers, rounds, directory):
+def compare_loaders(name, paths, size, args, folder):
     """Images per second of both loaders, in turn: the median over the rounds of their ratio."""
-    decoding, (_, images, _) = timed(decode_all, paths, size, f"benchmark {name}", directory)
-    ours = from_decoded(images, data.augmentation(size), 16, CPU, workers)
+    decoding, ours = timed(from_decoded, paths, size, 16, args.workers, folder)
     one_pass(ours)  # starts the workers, which stay
-    loaders = from_disk(paths, size, 16, workers), ours
-    seconds = [[timed(one_pass, loader)[0] for loader in loaders] for _ in range(rounds)]
+    loaders = from_disk(paths, size, 16, args.workers), ours
+    seconds = [[timed(one_pass, loader)[0] for loader in loaders] for _ in range(args.rounds)]
     disk, ours = len(paths) / np.array(seconds).T
+    ratio = float(np.median(ours / disk))
     rates = f"from disk {np.median(disk):8.1f} img/s, ours {np.median(ours):8.1f} img/s"
-    print(f"{name:>20} {size:4} px: {rates}, ratio {np.median(ours / disk):.2f}")
-    row = {"data": name, "size": size, "workers": workers, "images": len(paths)}
-    row |= {"decode_once_seconds": round(decoding, 2), "from_disk": disk.round(1).tolist()}
-    return row | {"ours": ours.round(1).tolist(), "ratio": round(float(np.median(ours / disk)), 2)}
+    print(f"{name:>20} {size:4} px: {rates}, ratio {ratio:.2f}")
+    row = {"data": name, "size": size, "workers": args.workers, "images": len(paths)}
+    row |= {"decode_once_seconds": decoding, "ratio": ratio}
+    return row | {"from_disk": disk.tolist(), "ours": ours.tolist()}
 
 
-def benchmark_data(args):
+def benchmark_data(args, folder):
     """Both loaders at three sizes, on the folder and on large JPEGs."""
     order = np.random.default_rng(0).permutation(read_folder(args.data).sources)
     files = {"/".join(Path(args.data).parts[-2:]): sorted(order[: args.images].tolist())}
-    with tempfile.TemporaryDirectory() as folder:
-        files["1024x1024 JPEG"] = draw_large(folder)
-        cases = [(name, paths, size) for name, paths in files.items() for size in (64, 224, 384)]
-        return [compare_loaders(*case, args.workers, args.rounds, folder) for case in cases]
+    files["1024x1024 JPEG"] = draw_large(folder)
+    cases = [(name, paths, size) for name, paths in files.items() for size in (64, 224, 384)]
+    return [compare_loaders(*case, args, folder) for case in cases]
 
 
 def build(setup):
     """CASS on the arms of a preset, the same every time."""
     torch.manual_seed(0)
     cnn = build_arm(setup.cnn, setup.img_size)
-    return CASS(cnn, build_arm(setup.vit, setup.img_size, **setup.vit_kwargs))
+    return CASS(cnn, build_arm(setup.vit, setup.img_size, patch_size=setup.patch_size))
 
 
-def notebook_loop(setup, device, paths, out):
+def notebook_loop(setup, device, paths, folder):
     """(a) The operations of the published notebook: Pillow transforms in the loader, float32,
     channels first, two plain Adams, schedulers per batch, gradients never zeroed."""
     model = build(setup).to(device)
@@ -138,15 +136,13 @@ def notebook_loop(setup, device, paths, out):
     return {"seconds": timed(epoch)[0] / len(loader)}
 
 
-def our_loop(setup, device, paths, out, augmented=True):
+def our_loop(setup, device, paths, folder, augmented=True):
     """(b) pretrain.train from the decoded map, or (c) without augmentation: the ceiling."""
-    _, images, _ = decode_all(paths, setup.img_size, "benchmark step", out)
-    transform = data.augmentation(setup.img_size) if augmented else None
-    loader = from_decoded(images, transform, setup.bs, device, setup.workers)
+    loader = from_decoded(paths, setup.img_size, setup.bs, setup.workers, folder, device, augmented)
     model = build(setup).to(device, memory_format=torch.channels_last)
     if setup.compile:
         model.compile()
-    run = Run(out, device, cli.pick_amp(setup.amp, device), {})
+    run = Run(folder, device, cli.pick_amp(setup.amp, device), {})
     seconds, _ = timed(pretrain.train, model, loader, run, 2)
     rest = seconds - sum(row["seconds"] for row in run.progress["log"])
     step = run.progress["log"][1]["seconds"] / setup.steps
@@ -156,42 +152,34 @@ def our_loop(setup, device, paths, out, augmented=True):
 LOOPS = {"notebook": notebook_loop, "ours": our_loop, "ceiling": partial(our_loop, augmented=False)}
 
 
-def one_loop(name, setup, paths):
+def one_loop(name, setup, paths, folder):
     """Seconds of a step of one loop and peak memory of this process."""
     device = cli.pick_device(setup.device)
-    with tempfile.TemporaryDirectory() as out:
-        result = LOOPS[name](setup, device, paths, Path(out))
+    result = LOOPS[name](setup, device, paths, folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak
     return result | {"peak_gb": peak / 1e9}
 
 
-def flops_per_image(setup):
-    """Of the forward and backward pass of both arms, by torch's own counter."""
-    model = build(setup)
+def count_flops(setup, device, dtype):
+    """FLOPs of an image, through both arms and back; FLOP/s of the best large matrix product."""
+    model, n = build(setup), 8192 if device.type == "cuda" else 2048
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, 3, setup.img_size, setup.img_size)).backward()
-    return counter.get_total_flops() / 2
-
-
-def matrix_peak(device, dtype):
-    """FLOP/s of the best of several large matrix products."""
-    n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(timed(torch.matmul, a, b)[0] for _ in range(8))
+    peak = 2 * n**3 / min(timed(torch.matmul, a, b)[0] for _ in range(8))
+    return counter.get_total_flops() / 2, peak
 
 
-def benchmark_step(args):
+def benchmark_step(args, folder):
     """The three loops in turn, each in a process of its own."""
     rounds, device = {name: [] for name in LOOPS}, cli.pick_device(args.device)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = draw_large(folder, args.steps * args.bs, 512)
-        for name in [*LOOPS] * args.rounds:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                rounds[name].append(process.submit(one_loop, name, args, paths).result())
+    paths = draw_large(folder, args.steps * args.bs, 512)
+    for name in [*LOOPS] * args.rounds:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            rounds[name].append(process.submit(one_loop, name, args, paths, folder).result())
     dtype = cli.pick_amp(args.amp, device) or torch.float32
-    flops, peak = flops_per_image(args), matrix_peak(device, dtype)
+    flops, peak = count_flops(args, device, dtype)
     rate = {name: args.bs / np.array([r["seconds"] for r in rounds[name]]) for name in LOOPS}
     share = {name: float(np.median(x)) * flops / peak for name, x in rate.items()}
     ratio = {name: float(np.median(rate["ours"] / x)) for name, x in rate.items()}
@@ -224,10 +212,11 @@ def main():
     args = parser.parse_args()
     if args.what == "data" and not args.data:
         parser.error("data needs --data FOLDER")
-    figures = benchmark_data(args) if args.what == "data" else benchmark_step(args)
+    measure = benchmark_data if args.what == "data" else benchmark_step
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(args, Path(folder))
     if args.out:
-        machine = platform.processor() or platform.machine()
-        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
+        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         figures = {"what": args.what, "figures": figures, "threads": torch.get_num_threads()}
         write_json(args.out, figures | {"machine": machine, **pretrain.VERSIONS})
         print(f"wrote {args.out}")

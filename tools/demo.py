@@ -20,10 +20,11 @@ from common.cli import Parser, count, progress, refuse_overwrite, run
 CLASSES = ("granular", "ringed", "spiky", "striped")
 PER_CLASS, SIZE = 300, 48
 ARMS = "--cnn resnet18 --vit vit_tiny_patch16_224 --vit-kwargs patch_size=8 --init random"
-COMMANDS = (  # equation 1 would collapse from random weights
-    f"pretrain.py {ARMS} --img-size 48 --epochs 3 --swa-start 0.5 --objective vicreg --lr 3e-4",
-    "finetune.py --ckpt {out}/cnn.pt --frac 0.1",
-    "finetune.py --arch resnet18 --init random --img-size 48 --frac 0.1",
+LOSS = "--objective vicreg --lr 3e-4"  # equation 1 would collapse from random weights
+COMMANDS = (
+    f"pretrain.py {ARMS} --img-size 48 --epochs 3 --swa-start 0.5 {LOSS} --out OUT",
+    "finetune.py --ckpt OUT/cnn.pt --frac 0.1 --out OUT/finetune",
+    "finetune.py --arch resnet18 --init random --img-size 48 --frac 0.1 --out OUT/baseline",
 )
 
 
@@ -45,29 +46,22 @@ def cells(kind, rng):
     return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
 
 
-def draw(folder, seed):
-    """Write the images as folder/CLASS/000.png, the same ones for the same seed. folder: a Path."""
-    for i in progress(range(PER_CLASS * len(CLASSES)), desc="drawing images"):
-        number, kind = divmod(i, len(CLASSES))
-        file = folder / CLASSES[kind] / f"{number:03}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(cells(kind, np.random.default_rng([seed, i]))).save(file)
-
-
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--out", default="demo", metavar="DIR", help="output folder")
-    parser.add_argument("--seed", type=count, default=0, help="of the images and the split")
+    parser.add_argument("--seed", type=count, default=0, help="of the images")
     parser.add_argument("--amp", default="auto", help="autocast precision of the three commands")
     args = parser.parse_args()
     out = Path(args.out)
     refuse_overwrite(out, ("images", "cnn.pt"), False)
-    draw(out / "images", args.seed)
-    places = "", "/finetune", "/baseline"
-    for command, place in zip(COMMANDS, places):
-        words = shlex.split(command.replace("{out}", shlex.quote(str(out))))
-        words += ["--data", out / "images", "--cache", out / "cache", "--out", f"{out}{place}"]
-        words = [*map(str, words), "--amp", args.amp]
+    for i in progress(range(PER_CLASS * len(CLASSES)), desc="drawing images"):
+        number, kind = divmod(i, len(CLASSES))
+        file = out / "images" / CLASSES[kind] / f"{number:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(cells(kind, np.random.default_rng([args.seed, i]))).save(file)
+    for command in COMMANDS:
+        words = f"{command} --data OUT/images --cache OUT/cache --amp {args.amp}".split()
+        words = [word.replace("OUT", args.out) for word in words]
         print(f"\npython {shlex.join(words)}", flush=True)
         script = Path(__file__).parent.parent / words[0]
         if status := subprocess.call([sys.executable, script, *words[1:]]):

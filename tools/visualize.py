@@ -40,21 +40,20 @@ try:
 except ImportError:
     matplotlib = None  # main() says so
 
-STYLE = {"image.cmap": "viridis", "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9}
-STYLE |= {"text.parse_math": False, "lines.markersize": 4, "legend.frameon": False}
+STYLE = {"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9, "text.parse_math": False}
 OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 COLOURS = {"train": "#0072b2", "val": "#d55e00", "cnn": "#56b4e9", "vit": "#e69f00", "": "black"}
 
 
 def parse_arguments():
     """The flags of one figure; args.figure is the function that draws it."""
-    parser = cli.Parser(__doc__)
-    commands, add = parser.add_subparsers(dest="WHAT", required=True), {}
+    parser, add = cli.Parser(__doc__), {}
+    commands = parser.add_subparsers(dest="WHAT", required=True)
     for figure in (attention, features, cka, curves, confusion):
         command = commands.add_parser(figure.__name__, doc=None)
         command.set_defaults(figure=figure, image=None)
-        add[figure], png = command.add_argument, f"{figure.__name__}.png"
-        add[figure]("--out", default=png, metavar="FILE", help=f"PNG to write (default: {png})")
+        add[figure] = command.add_argument
+        add[figure]("--out", default=f"{figure.__name__}.png", metavar="FILE", help="PNG to write")
         if figure in (attention, features, cka):
             data.add_arguments(command)
             add[figure]("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
@@ -78,20 +77,18 @@ def parse_arguments():
 
 
 def load(args, path, check=lambda model, images: None):
-    """A weights file: model, metadata and label. Its data and seed fill in args where these lack.
+    """A weights file with its model and label; its data flags fill in args without --data.
     What check(model, images) finds is kept; it raises ValueError for what cannot be drawn."""
     start = from_checkpoint(path)
     fill_in(args, start.data)
-    args.seed = getattr(args, "seed", start.seed)
-    start.device = cli.pick_device(args.device)
+    arch, start.path, start.size = start.metadata["arch"], path, start.metadata["img_size"]
+    start.label, start.device = f"{short(path)}: {arch}", cli.pick_device(args.device)
     start.model = start.make().to(start.device).eval()
-    start.path, start.size = path, start.metadata["img_size"]
-    start.label = f"{short(path)}: {start.metadata['arch']}"
+    zeros = torch.zeros(1, 3, start.size, start.size, device=start.device)
     try:
-        zeros = torch.zeros(1, 3, start.size, start.size, device=start.device)
         start.checked = check(start.model, zeros)
     except ValueError as error:
-        raise UserError(f"{path}: {start.metadata['arch']} {error}") from error
+        raise UserError(f"{path}: {arch} {error}") from error
     return start
 
 
@@ -100,20 +97,19 @@ def choose(args, starts, n):
     or 100 where 30 would hardly hold every class). Returns their sources, and them in words."""
     if args.image:
         return [args.image], short(args.image)
-    images = read(args.data, **data.options(args))
+    images, seed = read(args.data, **data.options(args)), starts[0].seed
     images.decode(starts[0].size, data.cache_dir(args.cache), args.skip_bad)
-    split = data.split_and_report(images, args.seed, args.dedup, starts[0].carried, allow_seen=True)
+    split = data.split_and_report(images, seed, args.dedup, starts[0].carried, allow_seen=True)
     part = "test" if (split == "test").any() else "train"
-    seen = torch.cat([hashes[side < 2] for hashes, side in (s.carried for s in starts)])
-    unseen = (split == part) & ~np.isin(images.table["hash"].view("int64"), seen)
+    seen, side = torch.cat([start.carried for start in starts], 1)
+    unseen = (split == part) & ~np.isin(images.table["hash"].view("int64"), seen[side < 2])
     index = np.flatnonzero(unseen if unseen.any() else split == part)
     rarest = images.labels[index].sum(0).min(initial=len(index))
     n = n or (30 if 30 * rarest >= len(index) else 100)
-    index = index[sample(images.labels[index], n, args.seed)]
-    several, counts = len(index) > 1, images.labels[index].sum(0)
-    classes = [f"{c} {k}" if several else c for c, k in zip(images.classes, counts) if k]
-    what = f"{len(index)} images" if several else images.names[index[0]]
-    what += f" of the {part} split" + (f": {cli.preview(classes, 8)}" if classes else "")
+    index = index[sample(images.labels[index], n, seed)]
+    what = images.names[index[0]] if len(index) == 1 else f"{len(index)} images"
+    counts = [f"{c} {k}" for c, k in zip(images.classes, images.labels[index].sum(0)) if k]
+    what = cli.preview([f"{what} of the {part} split", *counts], 9)
     return [images.sources[i] for i in index], what
 
 
@@ -128,18 +124,15 @@ def sample(labels, n, seed):
     return order[:n]
 
 
-def pixels(sources, size):
-    """Image files or arrays -> (N, 3, size, size) uint8. Raises UserError."""
+def batches(start, sources, batch_size=16, mean=None, std=None):
+    """Images as a model wants them: (n, 3, S, S) float, normalized, on its device. UserError."""
     try:
-        return torch.from_numpy(np.stack([decode(source, size)[0] for source in sources]))
+        images = np.stack([decode(source, start.size)[0] for source in sources])
     except ValueError as error:
         raise UserError(f"{cli.preview(sources)}: cannot be read ({error})") from error
-
-
-def batches(start, sources, batch_size=16):
-    """Images as a model wants them: (n, 3, S, S) float, normalized, on its device."""
-    parts = pixels(sources, start.size).tensor_split(max(1, len(sources) // batch_size))
-    return on_device(parts, start.device, start.metadata["mean"], start.metadata["std"])
+    parts = torch.from_numpy(images).tensor_split(max(1, len(sources) // batch_size))
+    mean, std = mean or start.metadata["mean"], std or start.metadata["std"]
+    return on_device(parts, start.device, mean, std)
 
 
 def fold(text, inches):
@@ -153,7 +146,8 @@ def beside_images(starts, sources, n):
     figure = Figure((3 * n + 4, 3.6 * len(starts) + 1), layout="compressed")
     bare = {"frame_on": False, "xticks": [], "yticks": []}
     axes = figure.subplots(len(starts), 1 + n, squeeze=False, subplot_kw=bare)
-    image = pixels(sources, starts[0].size).double().mean(0).permute(1, 2, 0).numpy() / 255
+    plain = batches(starts[0], sources, mean=[0] * 3, std=[1] * 3)
+    image = torch.cat([*plain]).mean(0).permute(1, 2, 0).cpu().numpy()
     for ax, start in zip(axes[:, 0], starts):
         ax.imshow(image)
         ax.set_title(fold(start.label, 3))
@@ -166,25 +160,23 @@ def attention(args):
     starts = [load(args, path, check) for path in (args.ckpt, args.compare) if path]
     sources, what = choose(args, starts, args.n)
     maps = [introspect.mean_attention(s.model, batches(s, sources), args.block) for s in starts]
-    maps = [
-        m.numpy() * m.numel() for m in maps
-    ]  # 1 is an equal share, whatever the number of patches
-    scale = {"vmin": min(m.min() for m in maps), "vmax": max(m.max() for m in maps)}
+    maps = [m.numpy() * m.numel() for m in maps]  # 1: an equal share, of however many patches
     figure, axes = beside_images(starts, sources, 2)
     image = axes[0, 0].images[0]
+    scale = {"vmin": min(m.min() for m in maps), "vmax": max(m.max() for m in maps)}
     scale |= {"extent": image.get_extent(), "interpolation": "bilinear"}
     for (_, over, alone), start, values in zip(axes, starts, maps):
-        kind = "no class token: mean attention that each patch receives"
-        kind = kind if getattr(start.model, "cls_token", None) is None else "class token"
+        pooled = getattr(start.model, "cls_token", None) is None
+        kind = (
+            "no class token: mean attention that each patch receives" if pooled else "class token"
+        )
         blocks = len(introspect.attention_names(start.model))
         over.set_title(fold(f"block {args.block} of {blocks}, {kind}", 3))
         over.imshow(image.get_array().mean(-1), cmap="gray")
         over.imshow(values, alpha=0.6, **scale)
         drawn = alone.imshow(values, **scale)
     figure.colorbar(drawn, ax=axes, label="attention (1: an equal share)")
-    if len(sources) == 1:
-        return figure, f"The image: {what}. Attention: mean over the heads."
-    return figure, f"Mean of {what}. Attention: mean over heads and images."
+    return figure, f"{what}. Mean over the images, attention also over the heads."
 
 
 def features(args):
@@ -213,7 +205,7 @@ def before_training(args, arm, start):
     began = [config[key] for key in (f"init_{arm}", "init", "ckpt") if config.get(key)]
     flag, what = f"--before-{arm}", getattr(args, f"before_{arm}") or [*began, "random"][0]
     kwargs = {key: v for key, v in start.metadata["model_kwargs"].items() if key != "img_size"}
-    torch.manual_seed(args.seed)
+    torch.manual_seed(start.seed)
     try:
         model = make_arm(flag, start.metadata["arch"], what, start.size, **kwargs)
     except UserError as error:
@@ -237,10 +229,9 @@ def cka(args):
         grams = [[introspect.layer_grams(s.model, x, s.checked) for x in xs] for s, xs in parts]
         values = introspect.minibatch_cka(zip(*grams)).numpy()
         panels[title] = values, np.char.mod("%.2f", values)
-        if np.isnan(values).any():
-            what += f"\nGrey, {title}: a layer that gives the same for every image."
     rows, columns = (f"{s.label} (before training: {x})" for s, x in zip(after, began))
-    figure = tables(panels, *(start.checked for start in after), "linear CKA")
+    measure = "linear CKA; grey: a layer that gives the same for every image"
+    figure = tables(panels, *(start.checked for start in after), measure)
     return figure, f"Rows: {rows}.\nColumns: {columns}.\n{what}"
 
 
@@ -250,8 +241,8 @@ def tables(panels, rows, columns, measure):
     rows, columns = ([fold(name, 2.5) for name in names] for names in (rows, columns))
     lines = 1 + max(name.count("\n") for name in rows + columns)
     cell = max(0.6, 0.17 * lines, 3 / len(columns))  # inches
-    width = cell * len(columns) * len(panels) + 4
-    figure = Figure((width, cell * len(rows) + 4), layout="compressed")
+    size = cell * len(columns) * len(panels) + 4, cell * len(rows) + 4
+    figure = Figure(size, layout="compressed")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (title, (values, texts)) in zip(axes, panels.items()):
         drawn = ax.imshow(values, vmin=0, vmax=1)
@@ -267,8 +258,7 @@ def tables(panels, rows, columns, measure):
 
 def curves(args):
     """The numbers in log.jsonl over the epochs; of several runs, a colour for each."""
-    runs, panels, drawn = args.run, {}, {}
-    several = len(runs) > 1
+    runs, several, panels, drawn = args.run, len(args.run) > 1, {}, {}
     if len(runs) > len(OKABE_ITO):
         raise UserError(f"{len(runs)} runs: only {len(OKABE_ITO)} can be told apart in one picture")
     for run in runs:
@@ -287,8 +277,7 @@ def curves(args):
         ax = figure.add_subplot(rows, columns, i, title=fold(title, 3))
         ax.locator_params("x", integer=True, min_n_ticks=1)
         for name, points in lines.items():
-            kwargs = {"label": fold(name, 2), "color": palette[name]}
-            (drawn[name],) = ax.plot(*zip(*points), ".-", **kwargs)
+            (drawn[name],) = ax.plot(*zip(*points), ".-", color=palette[name], label=fold(name, 2))
     figure.legend(handles=[drawn[name] for name in drawn if name], loc="outside right upper")
     return figure, "by epoch" if several else f"{short(runs[0])}, by epoch"
 
@@ -318,10 +307,9 @@ def confusion(args):
         (_, *columns), *rows = csv.reader(lines)
         counts = np.array([row[1:] for row in rows], int).reshape(len(rows), len(columns))
         shares = counts / np.where(counts.any(1), counts.sum(1), np.nan)[:, None]
-        panels = {"": (shares, counts)}
-        figure = tables(panels, [row[0] for row in rows], columns, "share of row")
+        names, measure = [row[0] for row in rows], "share of row; grey: no such image"
+        figure = tables({"": (shares, counts)}, names, columns, measure)
     note = f"{counts.sum()} test images; rows: true classes; columns: predicted ones"
-    note += "" if counts.any(1).all() else "; grey: no such image"
     if columns == ["tp", "fp", "fn", "tn"]:
         note = f"{counts[0].sum()} test images; rows: labels; true/false positives/negatives"
     return figure, f"{short(args.run)}\n{note}"
