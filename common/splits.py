@@ -242,7 +242,8 @@ def _print_pixels(data, split):
         print(f"  {n} images have exact duplicates; {exact} of them have one in an earlier split")
     if n := len(np.unique(near_duplicates(data)[:, :2])):
         what = f"{both - exact} more have one in an earlier split"
-        print(f"  {n} images have near-duplicates; {what}; --group-near keeps them together")
+        what += "; --group-near draws splits without" * bool(both > exact and not data.group_near)
+        print(f"  {n} images have near-duplicates; {what}")
     if odd := [group for group in same if (data.labels[group] != data.labels[group[0]]).any()]:
         pairs = preview(" = ".join(data.names[i] for i in group[:2]) for group in odd)
         print(f"  {len(odd)} sets of exact duplicates have different labels: {pairs}")
