@@ -61,8 +61,6 @@ def explain(error):
         return 2, text.rpartition("UserError: ")[2].strip()
     if isinstance(error, Stopped):
         return error.args
-    if isinstance(error, FloatingPointError):
-        return 1, text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
         return 1, "out of memory: try a smaller --bs or --img-size"
     if "DataLoader worker (pid" in text or "unable to write to file </torch" in text:
@@ -117,15 +115,12 @@ def claim(folder):
     if distributed.rank():
         return
     try:
-        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; give another folder with --out") from error
     descriptor = os.open(folder if os.name == "posix" else os.devnull, os.O_RDONLY)
     _afterwards.callback(os.close, descriptor)
-    if made:
-        _afterwards.callback(lambda: any(folder.iterdir()) or folder.rmdir())
     if not lock(descriptor):
         raise UserError(f"{folder}: another run writes there now; give another --out")
 
