@@ -115,12 +115,15 @@ def claim(folder):
     if distributed.rank():
         return
     try:
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; give another folder with --out") from error
     descriptor = os.open(folder if os.name == "posix" else os.devnull, os.O_RDONLY)
     _afterwards.callback(os.close, descriptor)
+    if made:
+        _afterwards.callback(lambda: any(folder.iterdir()) or folder.rmdir())
     if not lock(descriptor):
         raise UserError(f"{folder}: another run writes there now; give another --out")
 
