@@ -54,8 +54,7 @@ def make_arm(flag, name, init, img_size, **model_kwargs):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
         raise UserError(f"{flag}: no model {name!r}; close names: {', '.join(close) or 'none'}")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # one line is enough
-    if init not in ("imagenet", "random"):
-        init = checkpoint.load_state_dict(init)
+    init = init if init in ("imagenet", "random") else checkpoint.load_state_dict(init)
     try:
         return channels_last(build_arm(name, img_size, init=init, **model_kwargs))
     except (TypeError, AssertionError, RuntimeError, KeyError, AttributeError, ValueError) as error:

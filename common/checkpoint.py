@@ -27,8 +27,11 @@ def atomic_open(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:  # a full disk: say of which file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    except (OSError, RuntimeError) as error:  # a full disk, which torch wraps: say of which file
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -68,12 +71,7 @@ def write_json_lines(path, rows):
 def save(path, value):
     """torch.save, whole or not at all. Raises OSError where it cannot be written."""
     with atomic_open(path, "wb") as file:
-        try:
-            torch.save(value, file)
-        except RuntimeError as error:  # torch's own, on top of what went wrong
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        torch.save(value, file)
 
 
 def weights_file(model, **metadata):

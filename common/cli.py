@@ -61,8 +61,6 @@ def explain(error):
         return 2, text.rpartition("UserError: ")[2].strip()
     if isinstance(error, Stopped):
         return error.args
-    if isinstance(error, FloatingPointError):
-        return 1, text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in text:
         return 1, "out of memory: try a smaller --bs or --img-size"
     if "DataLoader worker (pid" in text or "unable to write to file </torch" in text:

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common.cli import Stopped
 from common.decode import normalize
 
 COLLAPSED_SPREAD, COLLAPSED_AGREEMENT = 0.1, 0.25  # calibration: docs/collapse.md
+SHOWN = {f"{arm}_features_effective_rank": f"{arm} rank" for arm in ("cnn", "vit")}  # in progress
+SHOWN |= {"cnn_knn_readout": "cnn k-NN", "vit_knn_readout": "vit k-NN", "agreement": "agreement"}
 
 
 def measures(x):
@@ -17,11 +20,10 @@ def measures(x):
     for random ones; mean_cosine: of different rows; effective_rank: exp of the entropy of singular
     values, as RankMe (arXiv 2210.02885) but of centred rows: a common offset hides the rest."""
     unit, n = F.normalize(x, dim=1), len(x)
-    values = torch.linalg.svdvals(x - x.mean(0))
-    p = values / values.sum().clamp(min=1e-30)
+    p = F.normalize(torch.linalg.svdvals(x - x.mean(0)), p=1, dim=0)
     found = {"spread": unit.std(0).mean() * x.shape[1] ** 0.5}
     found["mean_cosine"] = (unit.sum(0).square().sum() - n) / (n * (n - 1))
-    found["effective_rank"] = torch.exp(-(p * (p + 1e-30).log()).sum())
+    found["effective_rank"] = torch.special.entr(p).sum().exp()
     return {name: value.item() for name, value in found.items()}
 
 
@@ -46,12 +48,10 @@ def knn(features, labels, queries, k=20, temperature=0.07):
 
 @torch.no_grad()
 def embed(model, batches):
-    """Features (N, D) before the head and logits (N, C), float32, of normalized (n, 3, H, W)."""
-    was_training = model.training
-    model.eval()
-    maps = map(model.forward_features, batches)  # one batch at a time
+    """Features (N, D) before the head and logits (N, C), float32, of normalized (n, 3, H, W). The
+    model is left in eval mode."""
+    maps = map(model.eval().forward_features, batches)  # one batch at a time
     outputs = [[model.forward_head(x, pre_logits=p).float() for p in (True, False)] for x in maps]
-    model.train(was_training)
     return [torch.cat(parts) for parts in zip(*outputs)]
 
 
@@ -93,20 +93,12 @@ class Monitor:
             yield normalize(torch.from_numpy(pixels).to(device))
 
 
-def in_brief(row):  # what the progress line shows of a log row
-    arms = row["arms"].split("+")
-    shown = {f"{arm} rank": row[f"{arm}_features_effective_rank"] for arm in arms}
-    shown |= {f"{arm} k-NN": row.get(f"{arm}_knn_readout") for arm in arms}
-    shown["agreement"] = row.get("agreement")
-    return "".join(f", {name} {x:.3g}" for name, x in shown.items() if x is not None)
-
-
 def react(row, objective, fail):
-    """Warn of collapsed logits in a row of the log, or, where `fail`, raise FloatingPointError."""
+    """Warn of collapsed logits in a row of the log, or, where `fail`, stop with exit status 1."""
     arms = [arm for arm in row["arms"].split("+") if row.get(f"{arm}_logits_collapsed")]
     text = f"epoch {row['epoch']}: logits of {' and '.join(arms)} collapsed to nearly one vector"
     text += "; see docs/collapse.md, or try --objective vicreg --lr 3e-4" * (objective == "cosine")
     if arms and fail:
-        raise FloatingPointError(f"{text} (--fail-on-collapse)")
+        raise Stopped(1, f"{text} (--fail-on-collapse)")
     if arms:
         tqdm.write(text, file=sys.stderr)

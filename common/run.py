@@ -26,20 +26,17 @@ def on_device(loader, device, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         yield parts[0] if single else parts
 
 
-def seconds_per_step(step, batch, model, device, amp, limit=3.0):
-    """Seconds of step (batch -> loss) and backward, the last of 3; model and RNG stay the same."""
+def seconds_per_step(step, batch, model, device, amp):
+    """Seconds of step (batch -> loss) and backward, the second time; model and RNG stay as are."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    began = time.perf_counter()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for _ in range(3):
+        for _ in range(2):
             start = time.perf_counter()
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 loss = step(batch)
             loss.backward()
             loss.item()  # waits for the device
             seconds = time.perf_counter() - start
-            if start + seconds - began > limit:
-                break
     for buffer, value in buffers:
         buffer.copy_(value)
     model.zero_grad()
@@ -138,9 +135,7 @@ class Run:
             if stop or due:
                 self.check_finite()
                 loss = distributed.gather(self.loss[None]).tolist()  # of each process
-                self.save(batch=batch, loss=loss, seconds=time.perf_counter() - self.began)
-            if stop:
-                cli.stop(stop, advice=f"to resume from {self.out / 'last.pt'}, give --resume")
+                self.save(stop, batch=batch, loss=loss, seconds=time.perf_counter() - self.began)
 
     def _agree(self):
         """(signal, whether a checkpoint is due) in all processes; GPUs ask every 20 iterations."""
@@ -152,8 +147,7 @@ class Run:
         if self.device.type == "cuda" and self.iteration % 20:
             return 0, due and not timed
         both = torch.tensor([self.signals.number, due], device=self.device)
-        self.signals.number, due = distributed.all_reduce(both, "MAX").tolist()
-        return self.signals.number, bool(due)
+        return distributed.all_reduce(both, "MAX").tolist()
 
     def show(self, text):
         self.bar.set_postfix_str(f"epoch {self.epoch + 1}/{self.n}, {text}{self.status}", False)
@@ -178,17 +172,16 @@ class Run:
         if self.monitor is not None and distributed.rank() == 0:
             row |= self.monitor(models, self.device)
             row["monitor_seconds"] = round(time.perf_counter() - self.began - took, 3)
-            self.status = collapse.in_brief(row)
+            shown = [(name, row[key]) for key, name in collapse.SHOWN.items() if key in row]
+            self.status = "".join(f", {name} {value:.3g}" for name, value in shown)
         self.progress["log"] = [*self.progress["log"], row]
         stop = self.signals.number if distributed.world_size() == 1 else 0  # since the last step
         skip = time.perf_counter() - self.saved < self.seconds_between_saves and not stop
-        self.save(log_only=skip, epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0)
+        self.save(stop, skip, epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0)
         self.react(row)
-        if stop:
-            cli.stop(stop, advice=f"to resume from {self.out / 'last.pt'}, give --resume")
 
-    def save(self, log_only=False, **progress):
-        """Write last.pt and log.jsonl, whole or not at all."""
+    def save(self, stop=0, log_only=False, **progress):
+        """Write last.pt and log.jsonl, whole or not at all; then stop by this signal."""
         self.progress.update(progress)
         if distributed.rank() == 0 and not log_only:
             rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
@@ -198,10 +191,11 @@ class Run:
         if distributed.rank() == 0:
             checkpoint.write_json_lines(self.out / "log.jsonl", self.progress["log"])
         self.saved = self.saved if log_only else time.perf_counter()
+        if stop:
+            cli.stop(stop, advice=f"to resume from {self.out / 'last.pt'}, give --resume")
 
     def check_finite(self, *losses):
-        """Raise FloatingPointError (exit status 1) on a loss that is NaN or infinite."""
-        loss = sum(losses, self.loss.item())
-        if not math.isfinite(loss):
+        """Stop with exit status 1 on a loss that is NaN or infinite."""
+        if not math.isfinite(loss := sum(losses, self.loss.item())):
             what = f"the loss is {loss} in epoch {self.epoch + 1}; what was saved before is intact"
-            raise FloatingPointError(f"{what}; try a smaller --lr, or --amp off")
+            raise cli.Stopped(1, f"{what}; try a smaller --lr, or --amp off")

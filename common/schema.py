@@ -25,9 +25,7 @@ LAST = {"pretrain.py": PRETRAINING, "tools.dino": {**PRETRAINING, "phase": int}}
 LAST["finetune.py"] = {**TRAINING, "seed": int, "digest": int, "best": dict}
 RULES = {  # for values of the right type
     "arch": timm.is_model,
-    "model_kwargs": lambda x: all(
-        type(v) is int if k == "img_size" else is_shape_argument(k, v) for k, v in x.items()
-    ),
+    "model_kwargs": lambda x: all(is_shape_argument(k, x[k]) for k in x.keys() - {"img_size"}),
     "img_size": lambda x: 0 < x <= 8192,
     "mean": lambda x: len(x) == 3 and all(map(isfinite, x)),
     "std": lambda x: len(x) == 3 and all(map(isfinite, x)) and min(x) >= 1e-6,

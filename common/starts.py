@@ -69,8 +69,8 @@ def from_name(arch, init, img_size, model_kwargs):
     metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size, **NORMALIZATION}
     metadata["model_kwargs"] = rebuild_kwargs(arch, img_size, model_kwargs)
     known = carried_by(init)
-    history = {"carried": known, "seen": known[0, known[1] == 0]}
-    return SimpleNamespace(make=make, metadata=metadata, data={}, **history)
+    seen = known[0, known[1] == 0]
+    return SimpleNamespace(make=make, metadata=metadata, carried=known, seen=seen)
 
 
 def refuse_odd_head(model, metadata, linear):
@@ -87,8 +87,6 @@ def refuse_odd_head(model, metadata, linear):
 
 def fill_in(args, saved):
     """Without --data: the data flags of a checkpoint, where none was given."""
-    given = vars(args)
     if args.data is None:
-        old = {"label_col": ["none"]} if saved.get("unlabelled") else {}  # of earlier versions
-        old |= {"multilabel": saved["label_sep"]} if saved.get("label_sep") else {}
-        given |= {key: given[key] or value for key, value in (saved | old).items() if key in given}
+        saved |= {"label_col": ["none"]} if saved.get("unlabelled") else {}  # an earlier version's
+        vars(args).update({k: getattr(args, k) or x for k, x in saved.items() if k in args})
