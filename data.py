@@ -101,14 +101,13 @@ def loader(dataset, batches, device, workers=None):
 def split_and_report(images, seed, dedup=False, known=None, allow_seen=False):
     """make_split, --dedup, and the report of every run; known: (2, M) carried split. The split."""
     split = make_split(images, seed, known, allow_seen)
-    if (held := (split != "train") & ~images.labelled & bool(images.classes)).any():
-        images.notes.append(f"left out, beside a validation or test image, no label: {held.sum()}")
-        images.keep(~held)
-        split = split[~held]
-    if dedup and (copies := cross_split_duplicates(images, split)).any():
-        images.notes.append(f"left out by --dedup: {copies.sum()} exact duplicates across splits")
-        images.keep(~copies)
-        split = split[~copies]
+    held = (split != "train") & ~images.labelled & bool(images.classes)
+    copies = cross_split_duplicates(images, split) & dedup
+    whys = "without a label beside a validation or test image", "by --dedup"
+    for why, out in zip(whys, (held, copies)):
+        images.notes += [f"left out {why}: {out.sum()}"] * out.any()
+    images.keep(~(held | copies))
+    split = split[~(held | copies)]
     print_report(images, split)
     return split
 
@@ -131,8 +130,9 @@ def add_arguments(parser, data="--data"):
     other = "labels of a folder's images, a CSV file; or the folder of a CSV file's images"
     add("--labels", "--images", dest="images", metavar="PATH", type=path, help=other)
     add("--image-col", metavar="NAME", help="CSV column of image names")
-    labels = "CSV column of labels, or several of 0/1; of a folder the level of its class folders,"
-    labels += " from 1, or a pattern on the paths; none: ignore labels, train on all"
+    labels = (
+        "CSV columns of labels; of a folder, level or pattern of its classes; none: ignore them"
+    )
     add("--label-col", "--class-depth", metavar="WHAT", nargs="+", help=labels)
     several = "several labels per image (SEP between those in a cell; none: a cell is one label)"
     flags = {"nargs": "?", "const": True, "default": False, "metavar": "SEP", "help": several}
@@ -142,14 +142,13 @@ def add_arguments(parser, data="--data"):
     groups = "patients or lesions, kept on one side: a CSV column, or a pattern on the paths"
     add("--group-by", "--group-col", dest="group_col", metavar="WHAT", help=groups)
     add("--group-near", action="store_true", help="keep near-duplicates on one side, too")
-    split = "a CSV file of path and split, a column of splits, or none: draw another"
+    split = "CSV file of path and split, column, pattern on the paths, or none: draw another"
     add("--split", "--split-col", metavar="WHAT", type=file_or_name, help=split)
     add("--dedup", action="store_true", help="drop exact duplicates of images in earlier splits")
     add("--skip-bad", action="store_true", help="leave missing and unreadable images out")
     cache = f"folder of the decoded images (default: {default_dir()}); --no-cache: decode each time"
     keep = {"nargs": "?", "const": "none", "metavar": "DIR", "type": path, "help": cache}
     add("--cache", "--no-cache", **keep)
-    add("--dry-run", action="store_true", help="say what it needs, in disk and time, and stop")
 
 
 READING = ("images", "image_col", "label_col", "multilabel", "uncertain", "group_col", "split")
@@ -173,6 +172,7 @@ def main():
     parser.add_argument("--img-size", type=positive, default=384, help="side of the decoded images")
     parser.add_argument("--seed", type=count, default=0, help="of the split")
     parser.add_argument("--out", metavar="DIR", help="write split.csv and duplicates.csv there")
+    parser.add_argument("--dry-run", action="store_true", help="say what disk space it needs")
     args = parser.parse_args()
     if args.out:
         out = Path(args.out)

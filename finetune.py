@@ -149,14 +149,13 @@ def main():
         counts = ", ".join(f"{c} {n}" for c, n in class_counts(images, job.used).items())
         of = f"{job.used.sum()} of {(split == 'train').sum()} training images"
         print(f"seed {job.seed}: labels of {of}: {counts}")
-        if args.dry_run:
-            run = Run(job.out, device, amp, {}, normalization=start.normalization)
-            prepare(job, build(job), run, args.epochs)
-            return print(f"{len(seeds)} times as long for {len(seeds)} seeds" * (len(seeds) > 1))
-        checkpoint.start_folder(job.out, OUTPUTS, OUTPUTS if state is None else ())
-        config = {"command": sys.argv, "arguments": vars(args)}
-        checkpoint.write_json(job.out / "config.json", config)
-        data.write_split(job.out, images, split, job.used)
+        if not args.dry_run:
+            checkpoint.start_folder(job.out, OUTPUTS, OUTPUTS if state is None else ())
+            config = {"command": sys.argv, "arguments": vars(args)}
+            checkpoint.write_json(job.out / "config.json", config)
+            data.write_split(job.out, images, split, job.used)
+        elif args.mode == "knn":
+            return
         if args.mode != "knn" and (state is None or "rng" in state):
             metadata = {"script": "finetune.py", "args": vars(args)}
             metadata |= {"seed": job.seed, "digest": job.digest}
@@ -237,23 +236,17 @@ def build(job):
     return model.to(job.device).train(not job.linear)
 
 
-def prepare(job, model, run, epochs):
-    """The loader of the used images; says how long the epochs take."""
-    transform, val = data.augmentation(job.start.metadata["img_size"]), job.split == "val"
-    loader = batches_of(job, job.used, transform)
-    run.announce(lambda x: focal_loss(model(x[0]), x[1]), model, loader, epochs, val)
-    return loader
-
-
 def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
     """Train on the used labels; the model ends with the weights of the epoch of the lowest
     validation loss. Returns how training went."""
     images, device, amp, val_mask = job.images, job.device, job.amp, job.split == "val"
-    train_loader, val_loader = prepare(job, model, run, epochs), batches_of(job, val_mask)
+    train_loader = batches_of(job, job.used, data.augmentation(job.start.metadata["img_size"]))
+    val_loader = batches_of(job, val_mask)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, fused=True)
     t_max = half_cycle(t_max, epochs * len(train_loader))
     scheduler = CosineAnnealingLR(optimizer, t_max, min_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    run.announce(lambda x: focal_loss(model(x[0]), x[1]), model, train_loader, epochs, val_mask)
     run.track(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     best = run.progress.setdefault("best", {"best_loss": math.inf, "best_epoch": 0})
     if val_mask.sum() < TOO_FEW:

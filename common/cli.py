@@ -198,6 +198,7 @@ def add_run_arguments(parser, epochs, lr):
     add("--lr", type=rate, default=lr, help="Adam's learning rate")
     add("--min-lr", type=rate, default=1e-6, help="the minimum of its cosine")
     add("--t-max", type=t_max, default=16, help="iterations down, then up; or: run, one descent")
+    add("--dry-run", action="store_true", help="say what it needs, in disk and time, and stop")
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
     add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="autocast precision")
     add("--workers", type=count, metavar="N", help="loader processes (CPU: 0; GPU: up to 8)")

@@ -69,7 +69,7 @@ class ImageSet:
         for key in ("labels", "given", "groups", "labelled", "table"):
             if getattr(self, key) is not None:
                 setattr(self, key, getattr(self, key)[mask])
-        self.pairs = None
+        self.pairs = self.pairs if mask.all() else None
         self.hints = {column: cells[mask] for column, cells in self.hints.items()}
         if self.rows is not None:
             self.rows = (np.cumsum(mask) - 1)[self.rows[mask[self.rows]]]

@@ -280,8 +280,6 @@ def main():
         last = {**metadata, "phase": phase}
         run = Run(out, device, amp, last, state, log, args.save_every, monitor=monitor)
         run.announce(model, model, loader, args.epochs)
-        if args.dry_run:
-            return
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
         state, log = None, run.progress["log"]
         if rank == 0:
