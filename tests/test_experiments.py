@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, draw_classes, one_line
 
+import data
 import finetune
 import pretrain
 from common import cli
@@ -138,6 +139,31 @@ def test_dry_run_prints_commands_with_a_time_and_writes_nothing(tiny, tmp_path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "images"] or sorted(
         p.name for p in tmp_path.iterdir()
     ) == ["images"]
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("", ""),
+        ("--dry-run", ""),  # which is not for the runs
+        (
+            "--labels /x/y.csv --group-by p --split none",
+            "--images=/x/y.csv --group-col=p --split=none",
+        ),
+        ("--multilabel", "--multilabel"),
+        ("--label-sep ,", "--multilabel=,"),
+        ("--image-col=-i --label-col a b", "--image-col=-i --label-col a b"),
+        ("--group-near --skip-bad --dedup", "--skip-bad --group-near --dedup"),
+        ("--uncertain skip --no-cache", "--uncertain=skip --cache=none"),
+    ],
+)
+def test_data_flags_are_handed_on_as_they_were_given(given, words):
+    parser = cli.Parser("")
+    data.add_arguments(parser)
+    args = parser.parse_args(["--data", "/images", *given.split()])
+    assert experiments.data_flags(args) == ["--data=/images", *words.split()]
+    again = parser.parse_args(experiments.data_flags(args))
+    assert {**vars(again), "dry_run": args.dry_run} == vars(args)
 
 
 def test_a_table_is_run_recorded_and_gone_on_with(tiny, tmp_path, script, monkeypatch):

@@ -242,8 +242,8 @@ def main():
         torch.manual_seed(args.seed)
         name, init, kwargs = specs[arm]
         init = init if state is None or models else "random"  # the weights of last.pt follow
-        backbone = make_backbone(f"--{arm}", name, init, size, **kwargs)
-        models[arm] = DINO(arm, *backbone, args.outputs)
+        backbone, dim = make_backbone(f"--{arm}", name, init, size, **kwargs)
+        models[arm] = DINO(arm, backbone, dim, args.outputs)
 
     with distributed.one_first():
         images.decode(size, data.cache_dir(args.cache), args.skip_bad, args.dry_run)

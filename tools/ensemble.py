@@ -97,8 +97,7 @@ def main():
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", help="output folder of finetune.py")
-    default = "default: ensemble_NAME_NAME beside the first run"
-    add("--out", metavar="DIR", help=f"output folder ({default})")
+    add("--out", metavar="DIR", help="output folder (default: ensemble_NAME_NAME by the first run)")
     add("--overwrite", action="store_true", help="replace an earlier ensemble")
     args = parser.parse_args()
     if len({os.path.realpath(run) for run in args.runs}) < max(2, len(args.runs)):

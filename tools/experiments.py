@@ -37,6 +37,7 @@ PAPER = read_json(Path(__file__).with_name("paper.json"))
 MODELS = PAPER["models"]  # the paper's name: [timm's, arguments] at its size and at one for a CPU
 SCALES = {"paper": (384, 100, []), "small": (32, 3, ["--init", "random"])}  # px, epochs, flags
 SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
+SCRIPTS = {"cass": "pretrain.py", "dino": "tools.dino"}  # that pre-train
 OTHER_ARMS = "10 11 12 13 16 17 18 19 20".split()  # tables that change arms or start
 ROW = {"method": "cass", "cnn": "ResNet-50", "vit": "ViT-B/16", "arms": ["cnn", "vit"]}
 ROW |= {"flags": "", "epochs": 1}  # epochs: times those of the scale
@@ -48,7 +49,7 @@ def rows_of(table, only=None, fracs=None, epochs=100):
     about = PAPER["tables"][table]
     fracs = [frac for frac in about["fracs"] if frac in (fracs or about["fracs"])]
     labels = [label for label in about["rows"] if label in (only or about["rows"])]
-    rows = [SimpleNamespace(label=x, **{**ROW, **PAPER["rows"].get(x, {})}) for x in labels]
+    rows = [SimpleNamespace(label=x, **ROW | PAPER["rows"].get(x, {})) for x in labels]
     for row in rows:
         row.epochs = max(1, round(epochs * row.epochs))
         arms = [*row.arms, "mean"] if len(row.arms) == 2 else row.arms
@@ -110,8 +111,8 @@ def model_of(args, row, arm):
     if not args.warm:
         return MODELS[getattr(row, arm)][args.scale == "small"]
     weights = args.warm_weights[arm]
-    kwargs = {**weights["model_kwargs"], "num_classes": weights["num_classes"]}
-    return weights["arch"], {k: v for k, v in kwargs.items() if k != "img_size"}
+    kwargs = {k: v for k, v in weights["model_kwargs"].items() if k != "img_size"}
+    return weights["arch"], {**kwargs, "num_classes": weights["num_classes"]}
 
 
 def on_data(args, row, seed, words, arms):
@@ -130,14 +131,6 @@ def on_data(args, row, seed, words, arms):
     return words, Path(args.work) / f"{row.method}_seed{seed}_{name}"
 
 
-def pretraining(args, row, seed):
-    """The run that pre-trains the arms."""
-    dino = row.method == "dino"
-    words = ["tools.dino" if dino else "pretrain.py", "--epochs", str(row.epochs)]
-    words += SMALL_DINO * (dino and args.scale == "small")
-    return on_data(args, row, seed, words, {"--cnn": "cnn", "--vit": "vit"})
-
-
 def finetuning(args, row, seed, before, arm, frac):
     """The run that fine-tunes an arm, after the pre-training `before` or, supervised, none."""
     words = ["finetune.py", "--frac", f"{frac:g}"]
@@ -151,7 +144,11 @@ def finetuning(args, row, seed, before, arm, frac):
 def jobs_of(args, rows):
     """(row, cell, its runs) of all cells: what its file begins with; commands and their folders."""
     for seed, row in product(args.seeds, rows):
-        before = [] if row.method == "supervised" else [pretraining(args, row, seed)]
+        words, before = [SCRIPTS.get(row.method), "--epochs", str(row.epochs)], []
+        if row.method == "dino" and args.scale == "small":
+            words += SMALL_DINO
+        if row.method != "supervised":
+            before = [on_data(args, row, seed, words, {"--cnn": "cnn", "--vit": "vit"})]
         for frac, arm in row.cells:
             arms = {"mean": row.arms, "both": []}.get(arm, [arm])
             tunings = [finetuning(args, row, seed, before, x, frac) for x in arms]
@@ -235,10 +232,10 @@ def run_cells(args, jobs):
         name = re.sub(r"[^\w.-]+", "_", "{row}_{arm}_{frac:g}_seed{seed}".format(**cell))
         file = args.out / "cells" / f"{name}.json"
         words = [portable(args, shown(*run)) for run in runs]
-        before = read_json(file) if file.exists() else {}
-        if (before.get("status"), before.get("commands")) == ("done", words):
+        cell |= {"status": "done", "commands": words}
+        if file.exists() and cell.items() <= read_json(file).items():
             continue
-        cell |= {"status": "done", "commands": words, "hardware": machine, "versions": VERSIONS}
+        cell |= {"hardware": machine, "versions": VERSIONS}
         if error := next(filter(None, (call(*run, failed) for run in runs)), None):
             errors += 1
             cell |= {"status": "failed", "error": portable(args, error)}
@@ -342,9 +339,9 @@ def record(cell):
 def write_table(args):
     """table.csv, table.json and table.md from cells/*.json. Returns the text of table.md."""
     about, metric, scored = PAPER["tables"][args.table], args.metric, {}
-    cells = [read_json(file) for file in (args.out / "cells").glob("*.json")]
-    cells = [cell for cell in cells if cell["row"] in about["rows"]]
-    cells.sort(key=lambda c: (about["rows"].index(c["row"]), c["frac"], c["arm"], c["seed"]))
+    order, cells = about["rows"], map(read_json, (args.out / "cells").glob("*.json"))
+    cells = [cell for cell in cells if cell["row"] in order]
+    cells.sort(key=lambda c: (order.index(c["row"]), c["frac"], c["arm"], c["seed"]))
     records = [record(cell) for cell in cells]
     write_csv(args.out / "table.csv", records[0], (r.values() for r in records))
     for r in (r for r in records if r[metric] is not None):  # {row|arm|frac: {seed: record}}
@@ -355,7 +352,7 @@ def write_table(args):
     write_json(args.out / "table.json", table | {"means": means, "values": summary})
     main = times_section(cells) if args.table == "1" else scores_section(args, scored)
     parts = [heading(args, cells), main]
-    if {"CASS", "Supervised"} <= {*about["rows"]}:
+    if {"CASS", "Supervised"} <= {*order}:
         parts.append(gains_section(about, summary))
     failed = "Failed: {row}, {arm}, {frac:g}, seed {seed}: {error}"
     parts += [failed.format(**r) for r in records if r["status"] == "failed"]
@@ -402,8 +399,8 @@ def refuse_other_configuration(args, images):
     config |= {"settings": [*SCALES[args.scale], *SMALL_DINO], "images": len(images)}
     config |= {"data": portable(args, shlex.join(data_flags(args))), "classes": images.classes}
     config["digest"] = decode.digest("".join(images.names), np.ascontiguousarray(images.labels))
-    weights = [w["state_dict"].values() for w in args.warm_weights.values()]
-    config["warm"] = [decode.digest(*(tensor.numpy() for tensor in tensors)) for tensors in weights]
+    states = [weights["state_dict"].values() for weights in args.warm_weights.values()]
+    config["warm"] = [decode.digest(*(x.numpy() for x in tensors)) for tensors in states]
     file = args.out / "config.json"
     if file.exists() and read_json(file) != config:
         raise cli.UserError(f"{file}: is of another configuration; give another folder with --out")
@@ -413,8 +410,7 @@ def refuse_other_configuration(args, images):
 
 def main():
     args = parse_arguments()
-    epochs = args.epochs or SCALES[args.scale][1]
-    rows = rows_of(args.table, args.only, args.fracs, epochs)
+    rows = rows_of(args.table, args.only, args.fracs, args.epochs or SCALES[args.scale][1])
     images = readers.read(args.data, **data.options(args))
     refuse_unlabelled(images)
     if images.multilabel and args.metric in ("balanced_accuracy", "accuracy"):

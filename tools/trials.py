@@ -21,8 +21,9 @@ import data
 import losses
 import pretrain
 from cass import CASS, build_arm
-from common import cli, collapse, decode, metrics, readers
+from common import cli, collapse, decode, readers
 from common.checkpoint import write_json
+from common.metrics import score
 from common.run import Run, on_device
 
 ARMS = {"resnet10t": {}, "vit_tiny_patch16_224": {"patch_size": 8, "depth": 6}}
@@ -83,15 +84,13 @@ def readouts(model, images, some, val):
     train, queries = (collapse.embed(model, x)[0] for x in batches)
     y = torch.from_numpy(images.labels[some]).float()
     votes = collapse.knn(train, y, queries, temperature=math.inf)  # 20 neighbours count alike
-    found = {"knn": [votes.round(decimals=2)]}
+    found, row = {"knn": [votes.round(decimals=2)]}, {}
     for frac in (0.01, 0.1):
         found[frac] = [probe(train, y, queries, frac, draw) for draw in range(5)]
-
-    def accuracy(scores):
-        scores = metrics.score(images.labels[val], scores.numpy(), images.classes, False)
-        return scores["balanced_accuracy"]
-
-    return {name: round(np.mean([*map(accuracy, x)]).item(), 4) for name, x in found.items()}
+    for name, draws in found.items():
+        scores = [score(images.labels[val], x.numpy(), images.classes, False) for x in draws]
+        row[name] = round(np.mean([x["balanced_accuracy"] for x in scores]).item(), 4)
+    return row
 
 
 def main():
