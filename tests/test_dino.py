@@ -70,7 +70,7 @@ def test_forward_center_and_teacher_update_as_in_the_pseudocode():
         for p in method.student.parameters():
             p.add_(torch.randn_like(p) * 0.1)
         logits = {
-            name: torch.stack([net["head"](net["backbone"](v)) for v in batch])
+            name: torch.stack([net(v) for v in batch])
             for name, net in (("student", method.student), ("teacher", method.teacher))
         }
     center = method.center.clone()
@@ -127,7 +127,7 @@ def test_before_step_sets_clips_and_freezes():
         method.before_step(optimizer, 1e-3, 1e-6, progress)
         return [p.grad for p in method.student.parameters()]
 
-    assert method.student["head"].last.weight.grad is gradients(0.0)[-1] is None
+    assert method.student.head.last.weight.grad is gradients(0.0)[-1] is None
     for gradient in gradients(0.5):
         assert gradient.double().norm().item() <= 3.0 * 1.01  # a sum of 4 million float32
     assert decayed["weight_decay"] == pytest.approx(0.22) and plain["weight_decay"] == 0
@@ -140,7 +140,7 @@ def test_stochastic_depth_is_for_the_student_alone():
     method = DINO("vit", vit, vit.num_features, out_dim=6).train()
     images = torch.randn(32, 3, 32, 32)
     student, teacher = (
-        [net["backbone"](images) for _ in range(2)] for net in (method.student, method.teacher)
+        [net.backbone(images) for _ in range(2)] for net in (method.student, method.teacher)
     )
     assert not torch.equal(*student) and torch.equal(*teacher)
 

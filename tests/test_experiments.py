@@ -11,8 +11,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import draw_classes, one_line
+from conftest import ROOT, draw_classes, one_line
 
+import data
 import finetune
 import pretrain
 from common import cli
@@ -20,7 +21,7 @@ from tools import dino, experiments
 from tools.experiments import MODELS, gain, gains_section, rows_of
 
 TABLES = [str(n) for n in range(1, 22)] + ["objectives"]
-PAPER = json.loads((experiments.ROOT / "tools/paper.json").read_text())["tables"]
+PAPER = experiments.PAPER["tables"]
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -28,8 +29,8 @@ def test_every_cell_of_the_paper_has_a_row(table):
     cells = {
         f"{row.label}|{arm}|{frac:g}"
         for row in rows_of(table)
-        for arm in row.arms
-        for frac in row.fracs
+        for frac, arm in row.cells
+        if arm in row.arms
     }
     printed = set(PAPER.get(table, {}).get("cells", {}))
     assert cells == printed if printed else table in ("1", "objectives")
@@ -124,7 +125,7 @@ def test_dry_run_prints_commands_with_a_time_and_writes_nothing(tiny, tmp_path, 
     commands = [line for line in lines if line.startswith("python ")]
     assert all(re.search(r"# ~ [\d.]+ min$", line) for line in commands)
     assert f"{len(commands)} runs, about" in lines[-1]
-    cells = sum(len(row.fracs) * len(row.arms) for row in rows_of(table))
+    cells = sum(arm in row.arms for row in rows_of(table) for _, arm in row.cells)
     trained = sum(row.method != "supervised" for row in rows_of(table))
     # runs that two rows share are there once; all arms are two here
     assert (
@@ -138,6 +139,31 @@ def test_dry_run_prints_commands_with_a_time_and_writes_nothing(tiny, tmp_path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "images"] or sorted(
         p.name for p in tmp_path.iterdir()
     ) == ["images"]
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("", ""),
+        ("--dry-run", ""),  # which is not for the runs
+        (
+            "--labels /x/y.csv --group-by p --split none",
+            "--images=/x/y.csv --group-col=p --split=none",
+        ),
+        ("--multilabel", "--multilabel"),
+        ("--label-sep ,", "--multilabel=,"),
+        ("--image-col=-i --label-col a b", "--image-col=-i --label-col a b"),
+        ("--group-near --skip-bad --dedup", "--skip-bad --group-near --dedup"),
+        ("--uncertain skip --no-cache", "--uncertain=skip --cache=none"),
+    ],
+)
+def test_data_flags_are_handed_on_as_they_were_given(given, words):
+    parser = cli.Parser("")
+    data.add_arguments(parser)
+    args = parser.parse_args(["--data", "/images", *given.split()])
+    assert experiments.data_flags(args) == ["--data=/images", *words.split()]
+    again = parser.parse_args(experiments.data_flags(args))
+    assert {**vars(again), "dry_run": args.dry_run} == vars(args)
 
 
 def test_a_table_is_run_recorded_and_gone_on_with(tiny, tmp_path, script, monkeypatch):
@@ -238,7 +264,7 @@ def test_signals_reach_the_run_which_leaves_a_checkpoint(tiny, tmp_path):
         list(map(str, command)),
         cwd=tmp_path,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(experiments.ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

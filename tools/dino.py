@@ -12,6 +12,7 @@ ResNet-50 had SGD, less decay and smaller crops), and batch-norm looks at one pr
 
 import copy
 import math
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -22,14 +23,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 import data
 import pretrain
-from common import arms, cli, collapse, distributed
-from common.cli import UserError
-from common.distributed import all_reduce, world_size
-from common.readers import read
+from common import arms, cli, collapse, distributed, readers, schema, splits, starts
+from common.distributed import world_size
 from common.run import Run
-from common.schema import resumed
-from common.splits import carried
-from common.starts import carried_by
 
 WARMUP, TEMP_WARMUP, FREEZE = 0.1, 0.3, 0.01  # shares of the run: 10, 30 and 1 of 100 epochs
 STUDENT_TEMP, TEACHER_TEMPS = 0.1, (0.04, 0.07)  # the teacher's rises from the first to the second
@@ -73,13 +69,12 @@ class Head(nn.Module):
     """Features (N, D) -> logits (N, out_dim): three layers, an L2 norm, and a last layer whose rows
     have norm 1 (weight normalization with its gain fixed, section 3.1 and appendix C)."""
 
-    def __init__(self, dim, out_dim, hidden=2048, bottleneck=256):
+    def __init__(self, dim, out_dim):
         super().__init__()
-        widths = (dim, hidden, hidden, bottleneck)
-        first, second, third = (nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
-        self.mlp = nn.Sequential(first, nn.GELU(), second, nn.GELU(), third)
-        self.last = nn.Linear(bottleneck, out_dim, bias=False)
-        for layer in (first, second, third):
+        first = nn.Linear(dim, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU()
+        self.mlp = nn.Sequential(*first, nn.Linear(2048, 256))
+        self.last = nn.Linear(256, out_dim, bias=False)
+        for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
@@ -108,31 +103,26 @@ class DINO(nn.Module):
 
     def __init__(self, arm, backbone, dim, out_dim=65536):
         super().__init__()
-        self.student = nn.ModuleDict({"backbone": backbone, "head": Head(dim, out_dim)})
+        self.student = nn.Sequential(OrderedDict(backbone=backbone, head=Head(dim, out_dim)))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for module in self.teacher.modules():
             if hasattr(module, "drop_prob"):  # stochastic depth is for the student
                 module.drop_prob = 0.0
-        self.arms = {arm: self.teacher["backbone"]}  # what is saved: an average already
+        self.arms = {arm: self.teacher.backbone}  # what is saved: an average already
         self.register_buffer("center", torch.zeros(out_dim))
         self.register_buffer("teacher_temp", torch.tensor(TEACHER_TEMPS[0]))
 
     def forward(self, views):
         """views: of multi_crop, batched and normalized, (N, 3, H, W) each. Returns the loss."""
-        large, small = torch.cat(views[:2]), views[2:]
+        sizes = [torch.cat(part) for part in (views[:2], views[2:]) if part]
         with torch.no_grad():
-            teacher = self._logits(self.teacher, large).unflatten(0, (2, -1))
-        sizes = [large, torch.cat(small)] if small else [large]
-        student = torch.cat([self._logits(self.student, images) for images in sizes])
+            teacher = self.teacher(sizes[0]).float().unflatten(0, (2, -1))
+        student = torch.cat([self.student(images).float() for images in sizes])
         student = student.unflatten(0, (len(views), -1))
         loss = dino_loss(student, teacher, self.center, STUDENT_TEMP, self.teacher_temp)
-        mean = all_reduce(teacher.mean((0, 1))) / world_size()
+        mean = distributed.all_reduce(teacher.mean((0, 1))) / world_size()
         self.center.mul_(CENTER_MOMENTUM).add_(mean, alpha=1 - CENTER_MOMENTUM)
         return loss
-
-    @staticmethod
-    def _logits(network, images):
-        return network["head"](network["backbone"](images)).float()
 
     def optimizer(self, lr):
         """AdamW; biases and norms, the second group, are not decayed."""
@@ -148,14 +138,13 @@ class DINO(nn.Module):
         for p in self.student.parameters():
             nn.utils.clip_grad_norm_(p, 3.0)
         if progress < FREEZE:
-            self.student["head"].last.weight.grad = None
+            self.student.head.last.weight.grad = None
 
     @torch.no_grad()
     def after_step(self, progress):
         """The teacher follows the student, momentum 0.996 -> 1; its next temperature."""
         weight = 1 - cosine(TEACHER_MOMENTUM, 1.0, progress)
-        teacher, student = (list(net.parameters()) for net in (self.teacher, self.student))
-        torch._foreach_lerp_(teacher, student, weight)
+        torch._foreach_lerp_([*self.teacher.parameters()], [*self.student.parameters()], weight)
         low, high = TEACHER_TEMPS
         self.teacher_temp.fill_(low + (high - low) * min(progress / TEMP_WARMUP, 1))
 
@@ -192,7 +181,7 @@ def make_backbone(flag, name, init, img_size, **kwargs):
     extra = {"dynamic_img_size": True, "drop_path_rate": 0.1, **kwargs}
     try:
         model = arms.make_arm(flag, name, init, img_size, **extra)
-    except UserError as error:
+    except cli.UserError as error:
         if not isinstance(error.__cause__, TypeError):
             raise
         model = arms.make_arm(flag, name, init, img_size, **kwargs)
@@ -207,7 +196,7 @@ def local_size(model, img_size):
     size = min(img_size, max(smallest, round(img_size * 96 / 224 / patch) * patch))
     try:
         arms.output_shape(model, size, "local crops")
-    except UserError:
+    except cli.UserError:
         size, name = img_size, type(model).__name__
         print(f"{name} accepts images of {img_size} pixels alone: local crops are resized to that")
     return size
@@ -227,7 +216,7 @@ def parse_arguments():
     parser.set_defaults(t_max="run")
     args = parser.parse_args()
     if args.resume:
-        args, state = resumed(parser, args, "tools.dino", cli.MAY_CHANGE)
+        args, state = schema.resumed(parser, args, "tools.dino", cli.MAY_CHANGE)
     if args.data is None:
         parser.error("--data PATH is missing")
     if args.t_max != "run":
@@ -238,52 +227,47 @@ def parse_arguments():
 
 def main():
     args, state = parse_arguments()
-    device, out = cli.pick_device(args.device), Path(args.out)
+    device, out, size = cli.pick_device(args.device), Path(args.out), args.img_size
     distributed.start(device)
     amp, rank = cli.pick_amp(args.amp, device), distributed.rank()
     specs = {"cnn": (args.cnn, args.init_cnn or args.init, args.cnn_kwargs)}
     specs["vit"] = args.vit, args.init_vit or args.init, args.vit_kwargs
     cli.claim(out)
+    first, initial = (state["phase"], state["initial"]) if state else (0, None)
     if state is None:
         cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
-        first, initial = 0, torch.cat([carried_by(init) for _, init, _ in specs.values()], 1)
-    else:
-        first, initial = state["phase"], state["initial"]
-    images, models = read(args.data, **data.options(args)), {}
+        initial = torch.cat([starts.carried_by(init) for _, init, _ in specs.values()], 1)
+    images, models = readers.read(args.data, **data.options(args)), {}
     for arm in list(specs)[first:]:  # both: a wrong --vit is an error before any training
         torch.manual_seed(args.seed)
         name, init, kwargs = specs[arm]
         init = init if state is None or models else "random"  # the weights of last.pt follow
-        backbone, dim = make_backbone(f"--{arm}", name, init, args.img_size, **kwargs)
+        backbone, dim = make_backbone(f"--{arm}", name, init, size, **kwargs)
         models[arm] = DINO(arm, backbone, dim, args.outputs)
 
     with distributed.one_first():
-        images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
+        images.decode(size, data.cache_dir(args.cache), args.skip_bad, args.dry_run)
     split = data.split_and_report(images, args.seed, args.dedup, initial)
     config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}
     train_index, seen = pretrain.begin(out, images, split, state, config, stale=())
     monitor, log = collapse.Monitor(images, split, args.seed), []
     metadata = {"script": "tools.dino", "args": vars(args), "processes": world_size()}
     metadata |= {"seen": seen, "initial": initial}
+    known, carry = splits.carried(images, split, initial), data.options(args, data.OPTIONS)
     saved = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "config": vars(args)}
-    known = carried(images, split, initial)
-    saved |= {"split": known, "seen": known[0, known[1] == 0]}
-    saved["data"] = data.options(args, data.OPTIONS)
-    for phase, arm in enumerate(list(models), first):
+    saved |= {"split": known, "seen": known[0, known[1] == 0], "data": carry}
+    for metadata["phase"], arm in enumerate(list(models), first):
         model, (name, _, kwargs) = models.pop(arm), specs[arm]
-        crop_size = local_size(model.arms[arm], args.img_size)
-        transform = multi_crop(args.img_size, crop_size, args.crops)
-        model.to(device)
+        transform = multi_crop(size, local_size(model.arms[arm], size), args.crops)
         dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
         batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, rank, world_size())
         loader = data.loader(dataset, batches, device, args.workers)
-        last = {**metadata, "phase": phase}
-        run = Run(out, device, amp, last, state, log, args.save_every, monitor=monitor)
-        run.announce(model, model, loader, args.epochs)
+        run = Run(out, device, amp, metadata, state, log, args.save_every, monitor=monitor)
+        run.announce(model.to(device), model, loader, args.epochs)
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
         state, log = None, run.progress["log"]
         if rank == 0:
-            arms.save(out, arm, model.arms[arm], name, kwargs, args.img_size, saved)
+            arms.save(out, arm, model.arms[arm], name, kwargs, size, saved)
     print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: the teachers")
     print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac 0.01")
 

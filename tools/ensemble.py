@@ -9,7 +9,6 @@ runs counts as a duplicate, or as seen, is left out of all scores without such i
 --out ensemble.json and, in a folder for each of several seeds, ensemble_predictions.csv.
 """
 
-import copy
 import csv
 import os
 from pathlib import Path
@@ -17,12 +16,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from common import cli, metrics
-from common.checkpoint import TEXT, read_json, write_csv, write_json
-from common.metrics import SHOWN
+from common import checkpoint, cli, metrics
 
-EQUAL = ("classes", "multilabel", "names", "true")  # what runs that can be averaged share, as
-NAMED = ("classes", "kinds of labels", "test images", "true labels")  # error messages call it
+EQUAL = {"classes": "classes", "multilabel": "kinds of labels", "names": "test images"}
+EQUAL["true"] = "true labels"  # what runs must share to be averaged, and its name in an error
 
 
 def folders_of(run):
@@ -39,8 +36,8 @@ def folders_of(run):
 def read_run(folder):
     """What finetune.py wrote: the keys of metrics.json and, of N test images, names, true (text),
     labels (N, C) bool, probabilities (N, C) float32, flags (3, N) bool."""
-    run = SimpleNamespace(**read_json(folder / "metrics.json"))
-    with open(folder / "predictions.csv", **TEXT) as file:
+    run = SimpleNamespace(**checkpoint.read_json(folder / "metrics.json"))
+    with open(folder / "predictions.csv", **checkpoint.TEXT) as file:
         rows = list(csv.DictReader(file))
     run.names, run.true = ([row[key] for row in rows] for key in ("path", "true"))
     has = [text.split("|") if run.multilabel else [text] for text in run.true]
@@ -54,7 +51,8 @@ def read_run(folder):
 
 
 def read_equal(folders, runs):
-    """read_run() of each folder. Raises UserError unless all tested the same images."""
+    """read_run() of each folder and, last, their mean, all with the flags of any of them, and with
+    scores: {part of the test split: dict}. Raises UserError unless all tested the same images."""
     tests = []
     for folder, run in zip(folders, runs):
         try:
@@ -63,25 +61,17 @@ def read_equal(folders, runs):
             fix = f"delete it, and finetune.py --resume --out {run} writes it anew"
             problem = "is missing or does not fit the metrics.json beside it"
             raise cli.UserError(f"{folder / 'predictions.csv'}: {problem}; {fix}") from error
-        for key, what in zip(EQUAL, NAMED):
+        for key, what in EQUAL.items():
             if getattr(tests[-1], key) != getattr(tests[0], key):
                 fix = "fine-tune both on the same data and split"
                 raise cli.UserError(f"{run}: its {what} are not those of {runs[0]}; {fix}")
+    flags = np.any([test.flags for test in tests], axis=0)
+    mean = np.mean([test.probabilities for test in tests], axis=0)
+    tests.append(SimpleNamespace(**{**vars(tests[0]), "probabilities": mean}))
+    for test in tests:
+        test.flags, what = flags, (flags, test.classes, test.multilabel)
+        test.scores = metrics.score_parts(test.labels, test.probabilities, *what)
     return tests
-
-
-def mean_of(runs):
-    """The mean of runs, as another run; flagged is what any of them flags."""
-    mean = copy.copy(runs[0])
-    for key, join in (("probabilities", np.mean), ("flags", np.any)):
-        setattr(mean, key, join([getattr(run, key) for run in runs], axis=0))
-    return mean
-
-
-def score(run, mean):
-    """{part of the test split: scores} of a run, on the images that the mean says are in it."""
-    of = run.labels, run.probabilities, mean.flags
-    return metrics.score_parts(*of, run.classes, run.multilabel)
 
 
 def mean_and_std(values):
@@ -96,19 +86,18 @@ def print_scores(names, entries):
     for part, whole in first.items():
         if whole is None or part != "test" and whole["n"] == first["test"]["n"]:
             continue
-        note = part.removeprefix("test").replace("_", " ")
-        print(f"test, {whole['n']} images{note}:")
+        print(f"test, {whole['n']} images{part.removeprefix('test').replace('_', ' ')}:")
         for name, entry in zip(names, entries):
-            values = {key: [x[part].get(key) for x in entry["results"]] for key in SHOWN}
+            values = {key: [x[part].get(key) for x in entry["results"]] for key in metrics.SHOWN}
             shown = [f"{k} {mean_and_std(v)}" for k, v in values.items() if None not in v]
             print(f"  {name:{width}}  {', '.join(shown)}")
 
 
 def main():
     parser = cli.Parser(__doc__)
-    add, default = parser.add_argument, "default: ensemble_NAME_NAME beside the first run"
+    add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", help="output folder of finetune.py")
-    add("--out", metavar="DIR", help=f"output folder ({default})")
+    add("--out", metavar="DIR", help="output folder (default: ensemble_NAME_NAME by the first run)")
     add("--overwrite", action="store_true", help="replace an earlier ensemble")
     args = parser.parse_args()
     if len({os.path.realpath(run) for run in args.runs}) < max(2, len(args.runs)):
@@ -121,23 +110,21 @@ def main():
     if any(f.keys() != folders[0].keys() for f in folders):
         raise cli.UserError(f"{', '.join(args.runs)}: fine-tune all with the same --seeds")
     tests = {seed: read_equal([f[seed] for f in folders], args.runs) for seed in folders[0]}
-    means = {seed: mean_of(of_runs) for seed, of_runs in tests.items()}
-    for seed, mean in means.items():
-        what = (mean.classes, mean.multilabel, mean.labels, mean.flags)
+    for seed, (*_, mean) in tests.items():
         (out / seed).mkdir(parents=True, exist_ok=True)
+        what = mean.classes, mean.multilabel, mean.labels, mean.flags
         table = metrics.prediction_table(mean.names, mean.probabilities, *what)
-        write_csv(out / seed / "ensemble_predictions.csv", *table)
-    entries = []
-    for of_seeds in (*zip(*tests.values()), means.values()):
-        results = [score(run, mean) for run, mean in zip(of_seeds, means.values())]
-        summary = {"summary": metrics.summarize(results)} if len(results) > 1 else {}
-        entries.append({"results": results} | summary)
+        checkpoint.write_csv(out / seed / "ensemble_predictions.csv", *table)
+    entries = [{"results": [test.scores for test in of_seeds]} for of_seeds in zip(*tests.values())]
+    for entry in entries if len(tests) > 1 else ():
+        entry["summary"] = metrics.summarize(entry["results"])
     for entry, run, of_seeds in zip(entries, args.runs, zip(*tests.values())):
         entry |= {"run": run, "arch": of_seeds[0].arch, "frac": of_seeds[0].frac}
         entry["seeds"] = [test.seed for test in of_seeds]
     result = {"classes": mean.classes, "multilabel": mean.multilabel, "n_test": mean.n_test}
     result |= dict(zip(metrics.COUNTS, mean.flags.sum(1).tolist()))
-    write_json(out / "ensemble.json", result | {"runs": entries[:-1], "mean": entries[-1]})
+    result |= {"runs": entries[:-1], "mean": entries[-1]}
+    checkpoint.write_json(out / "ensemble.json", result)
     print_scores([*args.runs, f"mean of the {len(runs)}"], entries)
     print(f"wrote {out / 'ensemble.json'}")
 

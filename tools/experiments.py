@@ -17,57 +17,49 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import data
 from cass import build_arm
-from common import cli
-from common.checkpoint import atomic_open, write_csv, write_json
-from common.decode import digest
+from common import cli, decode, readers, splits, starts
+from common.checkpoint import atomic_open, read_json, write_csv, write_json
 from common.metrics import SHOWN, refuse_unlabelled
-from common.readers import read
 from common.run import seconds_per_step
-from common.splits import SHARES
-from common.starts import load_weights
 from pretrain import VERSIONS
-from tools.ensemble import mean_and_std, mean_of, read_equal, score
+from tools.ensemble import mean_and_std, read_equal
 
-ROOT = Path(__file__).parents[1]
-PAPER = json.loads((ROOT / "tools/paper.json").read_text(encoding="utf-8"))
+PAPER = read_json(Path(__file__).with_name("paper.json"))
 MODELS = PAPER["models"]  # the paper's name: [timm's, arguments] at its size and at one for a CPU
 SCALES = {"paper": (384, 100, []), "small": (32, 3, ["--init", "random"])}  # px, epochs, flags
 SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
+SCRIPTS = {"cass": "pretrain.py", "dino": "tools.dino"}  # that pre-train
 OTHER_ARMS = "10 11 12 13 16 17 18 19 20".split()  # tables that change arms or start
+ROW = {"method": "cass", "cnn": "ResNet-50", "vit": "ViT-B/16", "arms": ["cnn", "vit"]}
+ROW |= {"flags": "", "epochs": 1}  # epochs: times those of the scale
 
 
-@dataclass
-class Row:
-    """A line of a table: a pre-training of two arms (supervised: of none) and fine-tunings."""
-
-    label: str
-    fracs: list
-    method: str = "cass"
-    cnn: str = "ResNet-50"
-    vit: str = "ViT-B/16"
-    flags: str = ""
-    epochs: float = 1  # times those of the scale
-    arms: tuple = ("cnn", "vit")
-
-
-def rows_of(table, only=None, fracs=None):
-    """The rows of a table as paper.json describes them; only: their labels; fracs: of labels."""
+def rows_of(table, only=None, fracs=None, epochs=100):
+    """The rows of a table, each a pre-training of two arms (supervised: of none) and fine-tunings,
+    as paper.json describes them. only: their labels; fracs: of labels; epochs: of pre-training."""
     about = PAPER["tables"][table]
     fracs = [frac for frac in about["fracs"] if frac in (fracs or about["fracs"])]
     labels = [label for label in about["rows"] if label in (only or about["rows"])]
-    return [Row(label, fracs, **PAPER["rows"].get(label, {})) for label in labels]
+    rows = [SimpleNamespace(label=x, **ROW | PAPER["rows"].get(x, {})) for x in labels]
+    for row in rows:
+        row.epochs = max(1, round(epochs * row.epochs))
+        arms = [*row.arms, "mean"] if len(row.arms) == 2 else row.arms
+        row.cells = list(product(fracs, arms)) or [(0, "both")]
+    return rows
 
 
-def add_arguments(parser):
+def parse_arguments():
+    """The arguments; warm: {arm: weights file}, warm_weights: {arm: what is in it}."""
+    parser = cli.Parser(__doc__ + "\n".join(table["title"] for table in PAPER["tables"].values()))
     add = parser.add_argument
     add("--table", required=True, choices=[*PAPER["tables"]], metavar="N", help="of the paper")
     data.add_arguments(parser)
@@ -83,12 +75,7 @@ def add_arguments(parser):
     add("--out", metavar="DIR", help="folder of the table (default: runs/tableN)")
     add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
-
-
-def parse_arguments():
-    """The arguments; warm: {arm: weights file}, warm_weights: {arm: what is in it}."""
-    parser = cli.Parser(__doc__ + "\n".join(table["title"] for table in PAPER["tables"].values()))
-    add_arguments(parser)
+    add("--dry-run", action="store_true", help="print every command and an estimate of the time")
     args = parser.parse_args()
     about = PAPER["tables"][args.table]
     if args.data is None:
@@ -100,7 +87,8 @@ def parse_arguments():
     if args.warm and args.table in OTHER_ARMS:
         parser.error(f"--warm brings its own arms, which Table {args.table} changes")
     args.warm = dict(zip(("cnn", "vit"), args.warm or ()))
-    args.warm_weights = {arm: load_weights(path) for arm, path in args.warm.items()}
+    args.warm_weights = {arm: starts.load_weights(path) for arm, path in args.warm.items()}
+    args.metric = args.metric or about.get("ours", "macro_f1")
     args.device_flags = ["--device", args.device] if args.device != "auto" else []
     args.out = Path(args.out or f"runs/{'table' * args.table.isdigit()}{args.table}")
     cli.refuse_overwrite(args.out, (), False)  # it may be no folder
@@ -111,8 +99,11 @@ def data_flags(args):
     """The data flags that were given, as words to hand on."""
     words = []
     for key, value in data.options(args, data.OPTIONS).items():
-        values = value if isinstance(value, list) else [value] * (value is not True)
-        words += [f"--{key.replace('_', '-')}", *values] if value else []
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, str):
+            words.append(f"{flag}={value}")
+        elif value:  # True, or several names
+            words += [flag, *(value if isinstance(value, list) else ())]
     return words
 
 
@@ -121,66 +112,48 @@ def model_of(args, row, arm):
     if not args.warm:
         return MODELS[getattr(row, arm)][args.scale == "small"]
     weights = args.warm_weights[arm]
-    kwargs = {**weights["model_kwargs"], "num_classes": weights["num_classes"]}
-    return weights["arch"], {k: v for k, v in kwargs.items() if k != "img_size"}
+    kwargs = {k: v for k, v in weights["model_kwargs"].items() if k != "img_size"}
+    return weights["arch"], {**kwargs, "num_classes": weights["num_classes"]}
 
 
-def model_flags(args, row, arm, prefix):
-    """--cnn NAME --cnn-kwargs KEY=VALUE … (prefix: cnn, vit or arch)."""
-    name, kwargs = model_of(args, row, arm)
-    left_out = "num_classes" if prefix == "arch" else None
-    words = [f"{k}={v}".replace(" ", "") for k, v in kwargs.items() if k != left_out]
-    return [f"--{prefix}", name, *([f"--{prefix}-kwargs", *words] if words else [])]
-
-
-def epochs_of(args, row):
-    """Epochs of a row's pre-training."""
-    return max(1, round((args.epochs or SCALES[args.scale][1]) * row.epochs))
-
-
-def on_data(args, row, seed, words):
-    """A run on the data: its words, and its folder in --work, whose name stands for them."""
-    words = [*words, "--seed", str(seed), *data_flags(args), *args.device_flags]
+def on_data(args, row, seed, words, arms):
+    """A run on the data: its words, and its folder in --work, whose name stands for them. arms:
+    {flag: cnn or vit}. Of two settings of one flag the last counts."""
+    size, _, flags = SCALES[args.scale]
+    words = [*words, "--img-size", str(size), *flags, *row.flags.split()]
+    for flag, arm in arms.items():
+        name, kwargs = model_of(args, row, arm)
+        pairs = [f"{key}={value}".replace(" ", "") for key, value in kwargs.items()]
+        words += [flag, name] + [f"{flag}-kwargs", *pairs] * bool(pairs)
+        if args.warm:
+            words += ["--init" if flag == "--arch" else f"--init-{arm}", args.warm[arm]]
+    words += ["--seed", str(seed), *data_flags(args), *args.device_flags]
     name = hashlib.sha256("\0".join(words).encode()).hexdigest()[:10]
     return words, Path(args.work) / f"{row.method}_seed{seed}_{name}"
 
 
-def pretraining(args, row, seed):
-    """The run that pre-trains the arms. Of two settings of one flag the last counts."""
-    (size, _, flags), dino = SCALES[args.scale], row.method == "dino"
-    words = ["tools.dino" if dino else "pretrain.py"]
-    words += model_flags(args, row, "cnn", "cnn") + model_flags(args, row, "vit", "vit")
-    words += f"--img-size {size} --epochs {epochs_of(args, row)}".split()
-    words += flags + row.flags.split() + SMALL_DINO * (dino and args.scale == "small")
-    words += [word for arm, path in args.warm.items() for word in (f"--init-{arm}", path)]
-    return on_data(args, row, seed, words)
-
-
 def finetuning(args, row, seed, before, arm, frac):
     """The run that fine-tunes an arm, after the pre-training `before` or, supervised, none."""
-    share = ["--frac", f"{frac:g}"]
-    if before:
-        folder = before[0][1]
-        words = ["finetune.py", "--ckpt", str(folder / f"{arm}.pt"), *share]
-        return words + args.device_flags, folder / f"finetune_{arm}_{frac:g}"
-    size, _, flags = SCALES[args.scale]
-    words = ["finetune.py", *model_flags(args, row, arm, "arch")]
-    words += ["--init", args.warm[arm]] if args.warm else flags + row.flags.split()
-    return on_data(args, row, seed, [*words, "--img-size", str(size), *share])
+    words = ["finetune.py", "--frac", f"{frac:g}"]
+    if not before:
+        return on_data(args, row, seed, words, {"--arch": arm})
+    folder = before[0][1]
+    words += ["--ckpt", str(folder / f"{arm}.pt"), *args.device_flags]
+    return words, folder / f"finetune_{arm}_{frac:g}"
 
 
 def jobs_of(args, rows):
-    """(row, seed, arm, frac, its runs) of each cell, a run being a command and its folder."""
+    """(row, cell, its runs) of all cells: what its file begins with; commands and their folders."""
     for seed, row in product(args.seeds, rows):
-        before = [] if row.method == "supervised" else [pretraining(args, row, seed)]
-        for frac in row.fracs:
-            tunings = {arm: finetuning(args, row, seed, before, arm, frac) for arm in row.arms}
-            for arm, tuning in tunings.items():
-                yield row, seed, arm, frac, [*before, tuning]
-            if len(row.arms) == 2:
-                yield row, seed, "mean", frac, [*before, *tunings.values()]
-        if not row.fracs:
-            yield row, seed, "both", 0, before
+        words, before = [SCRIPTS.get(row.method), "--epochs", str(row.epochs)], []
+        if row.method == "dino" and args.scale == "small":
+            words += SMALL_DINO
+        if row.method != "supervised":
+            before = [on_data(args, row, seed, words, {"--cnn": "cnn", "--vit": "vit"})]
+        for frac, arm in row.cells:
+            arms = {"mean": row.arms, "both": []}.get(arm, [arm])
+            tunings = [finetuning(args, row, seed, before, x, frac) for x in arms]
+            yield row, {"row": row.label, "arm": arm, "frac": frac, "seed": seed}, before + tunings
 
 
 def shown(words, folder):
@@ -199,11 +172,10 @@ def portable(args, text):
 
 def run_script(words, output):
     """Run a script; its exit status. A signal to this process is handed on, and waited for."""
-    script = ["-m", words[0]] if words[0].startswith("tools.") else [str(ROOT / words[0])]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", words[0].removesuffix(".py"), *map(str, words[1:])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     streams = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
-    command = [sys.executable, *script, *map(str, words[1:])]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **streams)
+    process = subprocess.Popen(command, env=environment, **streams)
     try:
         return process.wait()
     except cli.Stopped as stop:
@@ -238,42 +210,39 @@ def hardware(device):
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def results_of(row, runs):
+def results_of(runs):
     """Seconds and metrics of finished runs, for the record of a cell."""
     result, tunings = {}, [folder for words, folder in runs if words[0] == "finetune.py"]
-    if row.method != "supervised":
-        log = [json.loads(line) for line in (runs[0][1] / "log.jsonl").read_text().splitlines()]
-        result["pretrain_seconds"] = round(sum(line["seconds"] for line in log), 1)
-    if not tunings:
-        return result | {"log": log}
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in tunings]
+    if len(runs) > len(tunings):
+        log = [json.loads(row) for row in (runs[0][1] / "log.jsonl").read_text().splitlines()]
+        result["pretrain_seconds"] = round(sum(row["seconds"] for row in log), 1)
+        if not tunings:
+            return result | {"log": log}
+    metrics = [read_json(folder / "metrics.json") for folder in tunings]
     result["finetune_seconds"] = round(sum(m["seconds"] for m in metrics), 1)
     result["metrics"] = {k: v for k, v in metrics[0].items() if k != "ckpt"}
     if len(tunings) == 2:  # the mean of both arms' probabilities
-        mean = mean_of(read_equal(tunings, tunings))
-        result["metrics"] = score(mean, mean)
+        result["metrics"] = read_equal(tunings, tunings)[-1].scores
     return result
 
 
 def run_cells(args, jobs):
     """Run the cells that are not done, and record each in cells/*.json. Returns how many failed."""
     failed, errors, machine = {}, 0, hardware(args.device)
-    for row, seed, arm, frac, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
-        name = re.sub(r"[^\w.-]+", "_", f"{row.label}_{arm}_{frac:g}_seed{seed}")
+    for _, cell, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
+        name = re.sub(r"[^\w.-]+", "_", "{row}_{arm}_{frac:g}_seed{seed}".format(**cell))
         file = args.out / "cells" / f"{name}.json"
         words = [portable(args, shown(*run)) for run in runs]
-        before = json.loads(file.read_text()) if file.exists() else {}
-        if (before.get("status"), before.get("commands")) == ("done", words):
+        cell |= {"status": "done", "commands": words}
+        if file.exists() and cell.items() <= read_json(file).items():
             continue
-        cell = {"row": row.label, "arm": arm, "frac": frac, "seed": seed, "status": "done"}
-        cell |= {"commands": words, "hardware": machine, "versions": VERSIONS}
-        error = next(filter(None, (call(*run, failed) for run in runs)), None)
-        if error:
+        cell |= {"hardware": machine, "versions": VERSIONS}
+        if error := next(filter(None, (call(*run, failed) for run in runs)), None):
             errors += 1
             cell |= {"status": "failed", "error": portable(args, error)}
             print(f"failed: {name}: {cell['error']}", file=sys.stderr)
         else:
-            cell |= results_of(row, runs)
+            cell |= results_of(runs)
         write_json(file, cell)
     return errors
 
@@ -303,7 +272,7 @@ def times_section(cells):
         parts = [re.findall(r"\d+", times[method]) for method in ours]  # 1 Hour 13 Mins
         dino, cass = (60 * sum(map(int, hours)) + int(rest) for *hours, rest in parts)
         ratios.append(cass / dino)
-        rows.append([f"paper, {name}", times["DINO"], times["CASS"], f"{ratios[-1]:.2f}"])
+        rows.append([f"paper, {name}", *times.values(), f"{ratios[-1]:.2f}"])
     rows.append(["paper, mean of the ratios", "", "", f"{np.mean(ratios):.2f}"])
     for cell in (cell for cell in cells if "log" in cell):
         arms = {}
@@ -317,24 +286,23 @@ def times_section(cells):
     return section("times", ["data set", "DINO", "CASS", "CASS / DINO"], rows)
 
 
-def scores_section(args, records, metric):
-    """The scores of both arms and of their mean, beside the paper's."""
+def scores_section(args, scored):
+    """The scores of both arms and of their mean, beside the paper's. scored: as in write_table."""
     about, lines = PAPER["tables"][args.table], []
-    columns = (metric, "pretrain_seconds", "finetune_seconds")
+    columns = args.metric, "pretrain_seconds", "finetune_seconds"
     for row in rows_of(args.table):
-        arms = (*row.arms, "mean") if len(row.arms) == 2 else row.arms
-        for frac, arm in product(row.fracs, arms):
-            cell = (row.label, arm, frac)
-            these = [r for r in records if (r["row"], r["arm"], r["frac"]) == cell]
-            scores, *times = ([r[key] for r in these if r[key] is not None] for key in columns)
+        for frac, arm in row.cells:
+            key = f"{row.label}|{arm}|{frac:g}"
             name = "mean of both" if arm == "mean" else model_of(args, row, arm)[0]
-            paper = about["cells"].get(f"{row.label}|{arm}|{frac:g}", "–")
+            runs = scored.get(key, {}).values()
+            scores, *times = ([r[c] for r in runs if r[c] is not None] for c in columns)
             ours = f"{mean_and_std(scores)} (n = {len(scores)})" if scores else "not run"
             seconds = [f"{np.mean(x):.0f} s" if x else "–" for x in times]
+            paper = about["cells"].get(key, "–")
             lines.append([row.label, name, f"{frac:.0%}", paper, ours, *seconds])
     header = ["", "arm", "labels", "paper", "this code", "pre-training", "fine-tuning"]
-    shown = {"metric": metric.replace("_", " "), "paper": about["metric"]}
-    return section("scores", header, lines, **shown)
+    metric = args.metric.replace("_", " ")
+    return section("scores", header, lines, metric=metric, paper=about["metric"])
 
 
 def gain(summary, frac, row, over):
@@ -369,23 +337,23 @@ def record(cell):
     return values | {"error": cell.get("error")}
 
 
-def write_table(args, metric):
+def write_table(args):
     """table.csv, table.json and table.md from cells/*.json. Returns the text of table.md."""
-    about, summary = PAPER["tables"][args.table], {}
-    order = {label: i for i, label in enumerate(about["rows"])}
-    cells = [json.loads(file.read_text()) for file in (args.out / "cells").glob("*.json")]
-    cells = [c for c in cells if c["row"] in order]
-    cells.sort(key=lambda c: (order[c["row"]], c["frac"], c["arm"], c["seed"]))
+    about, metric, scored = PAPER["tables"][args.table], args.metric, {}
+    order, cells = about["rows"], map(read_json, (args.out / "cells").glob("*.json"))
+    cells = [cell for cell in cells if cell["row"] in order]
+    cells.sort(key=lambda c: (order.index(c["row"]), c["frac"], c["arm"], c["seed"]))
     records = [record(cell) for cell in cells]
     write_csv(args.out / "table.csv", records[0], (r.values() for r in records))
-    for r in (r for r in records if r[metric] is not None):
-        summary.setdefault("{row}|{arm}|{frac:g}".format(**r), {})[r["seed"]] = r[metric]
+    for r in (r for r in records if r[metric] is not None):  # {row|arm|frac: {seed: record}}
+        scored.setdefault("{row}|{arm}|{frac:g}".format(**r), {})[r["seed"]] = r
+    summary = {k: {seed: r[metric] for seed, r in x.items()} for k, x in scored.items()}
     means = {key: float(np.mean([*seeds.values()])) for key, seeds in summary.items()}
     table = {"scale": args.scale, "epochs": args.epochs, "warm": bool(args.warm), "metric": metric}
     write_json(args.out / "table.json", table | {"means": means, "values": summary})
-    main = times_section(cells) if args.table == "1" else scores_section(args, records, metric)
+    main = times_section(cells) if args.table == "1" else scores_section(args, scored)
     parts = [heading(args, cells), main]
-    if {"CASS", "Supervised"} <= order.keys():
+    if {"CASS", "Supervised"} <= {*order}:
         parts.append(gains_section(about, summary))
     failed = "Failed: {row}, {arm}, {frac:g}, seed {seed}: {error}"
     parts += [failed.format(**r) for r in records if r["status"] == "failed"]
@@ -406,21 +374,21 @@ def seconds_per_image(args, name, kwargs):
 
 def estimate(args, rows, images):
     """Print every command and about how long it still takes, from a timed step of each arm."""
-    n_val, n_test = ((images.given == k).sum() or x * len(images) for k, x in SHARES.items())
+    n_val, n_test = ((images.given == k).sum() or x * len(images) for k, x in splits.SHARES.items())
     n_train = len(images) - n_test - n_val
     models = [model_of(args, row, arm) for row in rows for arm in row.arms]
     timed = {key: seconds_per_image(args, *m) for key, m in {str(m): m for m in models}.items()}
     seen, total = set(), 0.0
-    for row, _, arm, frac, runs in jobs_of(args, rows):
+    for row, cell, runs in jobs_of(args, rows):
         for words, folder in (run for run in runs if run[1] not in seen):
             seen.add(folder)
-            arms, passes = row.arms, n_train * epochs_of(args, row)
-            if words[0] == "tools.dino":
-                passes *= 4  # two large crops, the small ones, the teacher's forward pass
-            elif words[0] == "finetune.py":
-                arms, passes = [arm], 50 * (max(frac * n_train, 1) + n_val / 3) + n_test / 3
+            if words[0] == "finetune.py":
+                used = max(cell["frac"] * n_train, 1)
+                arms, passes = [cell["arm"]], 50 * (used + n_val / 3) + n_test / 3
+            else:  # DINO: two large crops, the small ones, the teacher's forward pass
+                arms, passes = row.arms, n_train * row.epochs * (4 if row.method == "dino" else 1)
             passes *= not (folder / "finished").exists()
-            seconds = passes * sum(timed[str(model_of(args, row, a))] for a in arms)
+            seconds = passes * sum(timed[str(model_of(args, row, arm))] for arm in arms)
             total += seconds
             print(f"{shown(words, folder)}    # ~ {seconds / 60:.1f} min")
     print(f"{len(seen)} runs, about {total / 3600:.1f} hours here if no fine-tuning stops early")
@@ -431,11 +399,11 @@ def refuse_other_configuration(args, images):
     config = {"table": args.table, "scale": args.scale, "epochs": args.epochs}
     config |= {"settings": [*SCALES[args.scale], *SMALL_DINO], "images": len(images)}
     config |= {"data": portable(args, shlex.join(data_flags(args))), "classes": images.classes}
-    config["digest"] = digest("".join(images.names), np.ascontiguousarray(images.labels))
-    weights = [w["state_dict"].values() for w in args.warm_weights.values()]
-    config["warm"] = [digest(*(tensor.numpy() for tensor in tensors)) for tensors in weights]
+    config["digest"] = decode.digest("".join(images.names), np.ascontiguousarray(images.labels))
+    states = [weights["state_dict"].values() for weights in args.warm_weights.values()]
+    config["warm"] = [decode.digest(*(x.numpy() for x in tensors)) for tensors in states]
     file = args.out / "config.json"
-    if file.exists() and json.loads(file.read_text()) != config:
+    if file.exists() and read_json(file) != config:
         raise cli.UserError(f"{file}: is of another configuration; give another folder with --out")
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
     write_json(file, config)
@@ -443,19 +411,18 @@ def refuse_other_configuration(args, images):
 
 def main():
     args = parse_arguments()
-    rows = rows_of(args.table, args.only, args.fracs)
-    images = read(args.data, **data.options(args))
+    rows = rows_of(args.table, args.only, args.fracs, args.epochs or SCALES[args.scale][1])
+    images = readers.read(args.data, **data.options(args))
     refuse_unlabelled(images)
-    metric = args.metric or PAPER["tables"][args.table].get("ours", "macro_f1")
-    if images.multilabel and metric in ("balanced_accuracy", "accuracy"):
+    if images.multilabel and args.metric in ("balanced_accuracy", "accuracy"):
         fix = "has several labels per image: give --metric macro_f1, micro_f1 or auroc"
-        raise cli.UserError(f"--metric {metric}: {images.path} {fix}")
+        raise cli.UserError(f"--metric {args.metric}: {images.path} {fix}")
     if args.dry_run:
         return estimate(args, rows, images)
     refuse_other_configuration(args, images)
     jobs = list(jobs_of(args, rows))
     errors = run_cells(args, jobs)
-    print(write_table(args, metric))
+    print(write_table(args))
     if errors:
         raise cli.Stopped(1, f"{errors} of {len(jobs)} cells failed; run it again to retry them")
 

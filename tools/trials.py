@@ -18,15 +18,13 @@ import torch
 import torch.nn.functional as F
 
 import data
+import losses
 import pretrain
 from cass import CASS, build_arm
-from common import cli, collapse
+from common import cli, collapse, decode, readers
 from common.checkpoint import write_json
-from common.decode import normalize
 from common.metrics import score
-from common.readers import read
 from common.run import Run, on_device
-from losses import cosine_loss, vicreg
 
 ARMS = {"resnet10t": {}, "vit_tiny_patch16_224": {"patch_size": 8, "depth": 6}}
 CPU = torch.device("cpu")
@@ -45,8 +43,7 @@ def infonce(R, T, temperature=0.1):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-OBJECTIVES = {"untrained": None, "cosine": cosine_loss, "vicreg": vicreg, "barlow": barlow}
-OBJECTIVES["infonce"] = infonce
+OBJECTIVES = {"untrained": None, **losses.OBJECTIVES, "barlow": barlow, "infonce": infonce}
 OBJECTIVES["centred_infonce"] = lambda R, T: infonce(R - R.mean(0), T - T.mean(0))
 
 
@@ -82,17 +79,17 @@ def probe(train, y, val, frac, draw):
 def readouts(model, images, some, val):
     """{measure: balanced accuracy} of an arm's features: the labels of the training images at
     `some`, (N,), predict those of the validation images at `val`, (M,)."""
-    pixels = (np.stack([images.images[i] for i in index]) for index in (some, val))
-    batches = (map(normalize, torch.from_numpy(x).split(256)) for x in pixels)
+    pixels = (torch.from_numpy(np.stack([images.images[i] for i in x])) for x in (some, val))
+    batches = (map(decode.normalize, x.split(256)) for x in pixels)
     train, queries = (collapse.embed(model, x)[0] for x in batches)
-    y, true = torch.from_numpy(images.labels[some]).float(), images.labels[val]
+    y = torch.from_numpy(images.labels[some]).float()
     votes = collapse.knn(train, y, queries, temperature=math.inf)  # 20 neighbours count alike
-    scores, row = {"knn": [votes.round(decimals=2)]}, {}
+    found, row = {"knn": [votes.round(decimals=2)]}, {}
     for frac in (0.01, 0.1):
-        scores[f"{frac}"] = [probe(train, y, queries, frac, draw) for draw in range(5)]
-    for name, draws in scores.items():
-        found = [score(true, x.numpy(), images.classes, False) for x in draws]
-        row[name] = round(np.mean([x["balanced_accuracy"] for x in found]).item(), 4)
+        found[frac] = [probe(train, y, queries, frac, draw) for draw in range(5)]
+    for name, draws in found.items():
+        scores = [score(images.labels[val], x.numpy(), images.classes, False) for x in draws]
+        row[name] = round(np.mean([x["balanced_accuracy"] for x in scores]).item(), 4)
     return row
 
 
@@ -110,7 +107,7 @@ def main():
     if args.data is None:
         parser.error("--data PATH is missing")
     for seed in args.seeds:
-        images = read(args.data, **data.options(args))
+        images = readers.read(args.data, **data.options(args))
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
         split = data.split_and_report(images, seed, args.dedup)
         train, val = (np.flatnonzero(split == part) for part in ("train", "val"))
@@ -118,8 +115,8 @@ def main():
         for name in args.only:
             began = time.perf_counter()
             arms = pretrained(name, images.images, train, seed, args)
-            row = {"objective": name, "seed": seed, "epochs": args.epochs}
-            row["seconds"] = round(time.perf_counter() - began)
+            seconds = round(time.perf_counter() - began)
+            row = {"objective": name, "seed": seed, "epochs": args.epochs, "seconds": seconds}
             for arm, model in arms.items():
                 found = readouts(model, images, train[order[:2000]], val)
                 row |= {f"{arm}_{measure}": value for measure, value in found.items()}
