@@ -37,31 +37,24 @@ def near_pairs(hashes, radius=RADIUS):
     """(N, 4) uint64 -> (P, 3) int64, sorted: i < j and the Hamming distance, the least over flips,
     of all pairs within the radius, at most 30. Exact: these have a word of which at most 7 bits are
     unequal (or equal), so one of its 8 bytes is equal (or inverted): only pairs with such a byte
-    are compared, as in multi-index hashing (Norouzi et al., CVPR 2012)."""
+    are compared (multi-index hashing, Norouzi et al., CVPR 2012)."""
     if not 0 <= radius <= RADIUS:
         raise ValueError(f"radius {radius}: outside of 0..{RADIUS}")
-    known = np.flatnonzero(np.any(hashes, 1))
-    unique, group, count = np.unique(hashes[known], axis=0, return_inverse=True, return_counts=True)
-    chunks, equal = unique.view(np.uint8), np.flatnonzero(count > 1)
-    chunks = chunks ^ 255 * (chunks >> 7)  # a byte and its inverse become the same
-    found = [np.stack([equal, equal, 0 * equal])]
+    known, found = np.flatnonzero(np.any(hashes, 1)), [np.zeros((3, 0), int)]
+    words, chunks = hashes[known], hashes[known].view(np.uint8)
+    chunks ^= 255 * (chunks >> 7)  # a byte and its inverse become the same
     for c in range(32):
-        signs = np.unpackbits(unique[:, c // 8, None].view(np.uint8), 1) * np.float32(2) - 1
+        signs = np.unpackbits(words[:, c // 8, None].view(np.uint8), 1) * np.float32(2) - 1
         order = np.argsort(chunks[:, c], kind="stable")
         for rows in np.split(order, np.flatnonzero(np.diff(chunks[order, c])) + 1):
             while len(rows):
                 i, j = np.nonzero(np.abs(signs[rows[:256]] @ signs[rows].T) >= 50)
                 a, b = rows[np.stack([i, j])[:, i < j]]
-                rows = rows[256:]
-                words = ONES[(unique[a] ^ unique[b]).view(np.uint16)].reshape(-1, 4, 4).sum(2)
-                distance = 128 + (words @ FLIPS).min(1).astype(int)
-                hits = (chunks[a] == chunks[b]) & (np.abs(words) >= 25).repeat(8, 1)
+                ones = ONES[(words[a] ^ words[b]).view(np.uint16)].reshape(-1, 4, 4).sum(2)
+                distance = 128 + (ones @ FLIPS).min(1).astype(int)
+                hits = (chunks[a] == chunks[b]) & (np.abs(ones) >= 25).repeat(8, 1)
                 new = (distance <= radius) & (hits.argmax(1) == c)  # not found by another chunk
                 found.append(np.stack([a, b, distance])[:, new])
+                rows = rows[256:]
     a, b, distance = np.concatenate(found, 1)
-    image, start = known[np.argsort(group.ravel(), kind="stable")], np.cumsum(count) - count
-    pair = np.repeat(np.arange(len(a)), count[a] * count[b])  # to all images with these hashes
-    k, a, b = np.arange(len(pair)) - np.searchsorted(pair, pair), a[pair], b[pair]
-    i, j = image[start[a] + k // count[b]], image[start[b] + k % count[b]]
-    rows = np.stack([np.minimum(i, j), np.maximum(i, j), distance[pair]], 1)[(i < j) | (a != b)]
-    return rows[np.lexsort(rows[:, 1::-1].T)]
+    return np.stack([known[a], known[b], distance], 1)[np.lexsort([b, a])]
