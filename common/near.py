@@ -29,7 +29,7 @@ def perceptual_hash(rgb):
     low, high = grey.getextrema()
     if high - low < 4:
         return np.zeros(4, np.uint64)
-    spectrum = _basis(height) @ np.asarray(grey, np.float64) @ _basis(width).T
+    spectrum = _basis(height).dot(np.asarray(grey, np.float64)).dot(_basis(width).T)  # @ is slower
     return np.packbits(spectrum.take(LOW) > 0).view(np.uint64)
 
 
