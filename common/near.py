@@ -35,9 +35,9 @@ def perceptual_hash(rgb):
 
 def near_pairs(hashes, radius=RADIUS):
     """(N, 4) uint64 -> (P, 3) int64, sorted: i < j and the Hamming distance, the least over flips,
-    of all pairs within the radius, at most 30. Exact: these have a word of which at most 7 bits are
-    unequal (or equal), so one of its 8 bytes is equal (or inverted): only pairs with such a byte
-    are compared (multi-index hashing, Norouzi et al., CVPR 2012)."""
+    of all pairs within the radius, at most 30, equal hashes included. Exact: such pairs have a word
+    of which at most 7 bits are unequal (or equal), so one of its 8 bytes is equal (or inverted);
+    only those are compared (multi-index hashing, Norouzi et al., CVPR 2012)."""
     if not 0 <= radius <= RADIUS:
         raise ValueError(f"radius {radius}: outside of 0..{RADIUS}")
     known, found = np.flatnonzero(np.any(hashes, 1)), [np.zeros((3, 0), int)]
