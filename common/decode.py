@@ -125,16 +125,15 @@ def decode_all(sources, size, name, directory):
         try:
             return table, _update(file, f"{stem}*.map", size, table, known, pixels), bad
         except OSError as error:
-            if not left or not isinstance(error, FileNotFoundError):  # else another run removed it
+            if not left or not isinstance(error, FileNotFoundError):  # removed by another run
                 what = f"{error.strerror}; it needs {table.size * 3 * size**2 / 1e9:.2g} GB"
                 raise UserError(f"{file.parent}: {what}: use --cache DIR or --no-cache") from error
 
 
-def _in_order(function, n, use):  # use(function(i)) for i below n; function runs in threads
-    blocks = (range(i, min(i + 64, n)) for i in range(0, n, 64))  # whatever the disk's pace
+def _in_order(function, n, use):  # use(function(i)) for i below n, of which 64 at a time in threads
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's on odd EXIF and palettes
-        results = (result for block in blocks for result in pool.map(function, block))
+        results = (x for i in range(0, n, 64) for x in pool.map(function, range(i, min(i + 64, n))))
         for result in progress(results, desc="checking images", total=n):
             use(result)
 
@@ -145,7 +144,7 @@ def _update(file, pattern, size, table, known, pixels):
     for earlier in dict.fromkeys([file, *file.parent.glob(pattern)]):
         with contextlib.suppress(OSError, ValueError):
             old = DecodedImages(None, size, earlier)
-            if earlier == file and np.array_equal(old.table["key"], table["key"]):
+            if earlier == file:  # its name holds a digest of the keys
                 for i in np.flatnonzero(old.table["width"] == 0):  # unreadable then: still so?
                     pixels(i)
                 if not table["width"].any():
@@ -154,9 +153,8 @@ def _update(file, pattern, size, table, known, pixels):
             known |= {int(r["key"]): (r, x) for r, x in zip(old.table, old.map) if r["width"]}
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in file.parent.glob(".*.map.*.tmp"):  # by runs that were killed
-        with contextlib.suppress(FileNotFoundError):  # or that are done just now
-            if time.time() - left.stat().st_mtime > 600:
-                left.unlink()
+        if time.time() - left.stat().st_mtime > 600:
+            left.unlink(missing_ok=True)
     with atomic_open(file, "wb") as f:
         f.write(bytes(8 + table.nbytes))
         _in_order(pixels, len(table), f.write)

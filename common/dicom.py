@@ -9,8 +9,7 @@ from PIL import Image
 
 from common.cli import UserError
 
-KINDS = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
-KINDS += ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+KINDS = "MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_ICT", "YBR_RCT"
 
 
 def is_dicom(path):
@@ -49,7 +48,7 @@ def to_pillow(path, take):
     pydicom = _pydicom()
     header, pixels = pydicom.dcmread(path, stop_before_pixels=True), pydicom.pixels
     kind = header.get("PhotometricInterpretation", "no")
-    if kind not in KINDS or "BitsStored" not in header:
+    if kind.removesuffix("_422") not in KINDS or "BitsStored" not in header:
         raise UserError(f"DICOM with {kind} pixels is not supported: convert it")
     take(header.Columns, header.Rows)
     try:

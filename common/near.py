@@ -2,20 +2,18 @@
 a flip have a small Hamming distance. Measured in results/near/."""
 
 from functools import lru_cache
-from itertools import combinations, product
 
 import numpy as np
 
 RADIUS = 30  # of 256 bits; the search is exact up to here
-GRIDS = product((0, 1), (0, 1))  # frequencies by parity, the 64 lowest of each, spread over 8 bytes
-LOW = np.array([sorted(product(range(v, 24, 2), range(u, 24, 2)), key=sum)[:64] for v, u in GRIDS])
-LOW = (LOW @ (24, 1)).reshape(4, 8, 8).transpose(0, 2, 1).ravel()
+LOW = np.array(sorted(np.ndindex(24, 24), key=lambda f: (f[0] % 2, f[1] % 2, sum(f)))) @ (24, 1)
+LOW = LOW.reshape(4, 18, 8)[:, :8].transpose(0, 2, 1).ravel()  # the 64 lowest of each parity
 ONES = np.float32([i.bit_count() - 8 for i in range(2**16)])
 FLIPS = np.float32([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])  # invert words
 
 
 @lru_cache(1000)
-def _basis(length):  # (24, cells): cosines over the length, integrated over cells of whole pixels
+def _basis(length):  # (24, cells) integers, for exact sums: cosines over cells of whole pixels
     cell = max(length // 32, 1)
     edges = np.minimum(np.arange(0, length + cell, cell), length) / length
     return np.rint(2**20 * np.diff(edges * np.sinc(np.arange(24)[:, None] * edges)))
@@ -31,41 +29,32 @@ def perceptual_hash(rgb):
     low, high = grey.getextrema()
     if high - low < 4:
         return np.zeros(4, np.uint64)
-    spectrum = _basis(height) @ np.asarray(grey, np.float64) @ _basis(width).T
+    spectrum = _basis(height).dot(np.asarray(grey, np.float64)).dot(_basis(width).T)  # @ is slower
     return np.packbits(spectrum.take(LOW) > 0).view(np.uint64)
 
 
 def near_pairs(hashes, radius=RADIUS):
     """(N, 4) uint64 -> (P, 3) int64, sorted: i < j and the Hamming distance, the least over flips,
-    of all pairs within the radius, at most 30. Exact: two of their 32 bytes are equal or inverted
-    (multi-index hashing, Norouzi et al., CVPR 2012). P counts every pair of equal hashes."""
+    of all pairs within the radius, at most 30, equal hashes included. Exact: such pairs have a word
+    of which at most 7 bits are unequal (or equal), so one of its 8 bytes is equal (or inverted);
+    only those are compared (multi-index hashing, Norouzi et al., CVPR 2012)."""
     if not 0 <= radius <= RADIUS:
         raise ValueError(f"radius {radius}: outside of 0..{RADIUS}")
-    unique, group, count = np.unique(hashes, axis=0, return_inverse=True, return_counts=True)
-    known, chunks = np.flatnonzero(unique.any(1)), unique.view(np.uint8).T.copy()
-    chunks[8:] ^= 255 * (chunks[8:] >> 7)  # a byte and its inverse become the same
-    equal = known[count[known] > 1]
-    found = [np.stack([equal, equal, 0 * equal])]
-    for c, d in combinations(range(32), 2):
-        key = chunks[c, known].astype(np.uint16) << 8 | chunks[d, known]
-        order = np.argsort(key, kind="stable")
-        key, order, at, step = key[order], known[order], np.arange(len(key)), 1
-        while (at := at[: np.searchsorted(at, len(key) - step)]).size:
-            at = at[key[at] == key[at + step]]  # pairs of one bucket, `step` apart
-            a, b = order[at], order[at + step]
-            for e in range(min(c, 3)):  # found before, by chunk e: quick for most of them
-                fresh = chunks[e, a] != chunks[e, b]
-                a, b = a[fresh], b[fresh]
-            ones = ONES[(unique[a] ^ unique[b]).view(np.uint16)]
-            distance = (128 + (FLIPS.repeat(4, 1) @ ones.T).min(0)).astype(np.uint8)
-            new = distance <= radius
-            new[new] = (chunks[:d, a[new]] == chunks[:d, b[new]]).sum(0) == 1  # only c is before d
-            found.append(np.stack([a[new], b[new], distance[new]]))
-            step += 1
+    known, found = np.flatnonzero(np.any(hashes, 1)), [np.zeros((3, 0), int)]
+    words, chunks = hashes[known], hashes[known].view(np.uint8)
+    chunks ^= 255 * (chunks >> 7)  # a byte and its inverse become the same
+    for c in range(32):
+        signs = np.unpackbits(words[:, c // 8, None].view(np.uint8), 1) * np.float32(2) - 1
+        order = np.argsort(chunks[:, c], kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(chunks[order, c])) + 1):
+            while len(rows):
+                i, j = np.nonzero(np.abs(signs[rows[:256]] @ signs[rows].T) >= 50)
+                a, b = rows[np.stack([i, j])[:, i < j]]
+                ones = ONES[(words[a] ^ words[b]).view(np.uint16)].reshape(-1, 4, 4).sum(2)
+                distance = 128 + (ones @ FLIPS).min(1).astype(int)
+                hits = (chunks[a] == chunks[b]) & (np.abs(ones) >= 25).repeat(8, 1)
+                new = (distance <= radius) & (hits.argmax(1) == c)  # not found by another chunk
+                found.append(np.stack([a, b, distance])[:, new])
+                rows = rows[256:]
     a, b, distance = np.concatenate(found, 1)
-    image, start = np.argsort(group.ravel(), kind="stable"), np.cumsum(count) - count
-    pair = np.repeat(np.arange(len(a)), count[a] * count[b])  # to all images with these hashes
-    k, a, b = np.arange(len(pair)) - np.searchsorted(pair, pair), a[pair], b[pair]
-    i, j = image[start[a] + k // count[b]], image[start[b] + k % count[b]]
-    rows = np.stack([np.minimum(i, j), np.maximum(i, j), distance[pair]], 1)[(i < j) | (a != b)]
-    return rows[np.lexsort(rows[:, 1::-1].T)]
+    return np.stack([known[a], known[b], distance], 1)[np.lexsort([b, a])]

@@ -77,6 +77,13 @@ def test_thousands_of_equal_or_contrastless_hashes_take_no_quadratic_search():
     assert len(pairs) == 700 * 699 // 2 and not pairs[:, 2].any() and pairs.max() == 699
 
 
+def test_many_hashes_that_share_bytes_are_all_compared():
+    hashes = np.random.default_rng(0).integers(0, 2**64, (1200, 4), dtype=np.uint64)
+    hashes[600:] = hashes[:600] ^ np.uint64(1 << 40)
+    hashes.view(np.uint8)[:, 3:20:8] = 7
+    assert near_pairs(hashes).tolist() == [[i, i + 600, 4] for i in range(600)]
+
+
 def test_no_hashes_give_no_pairs_and_a_radius_without_guarantee_is_refused():
     for n in (0, 1):
         assert near_pairs(np.ones((n, 4), np.uint64)).shape == (0, 3)
