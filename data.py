@@ -105,7 +105,7 @@ def split_and_report(images, seed, dedup=False, known=None, allow_seen=False):
     copies = cross_split_duplicates(images, split) & dedup
     whys = "without a label beside a validation or test image", "by --dedup"
     for why, out in zip(whys, (held, copies)):
-        images.notes += [f"left out {why}: {out.sum()}"] * out.any()
+        images.notes += [f"left out {why}: {out.sum()}"] * int(out.any())
     images.keep(~(held | copies))
     split = split[~(held | copies)]
     print_report(images, split)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import near
+from common import near, pixels
 from common.checkpoint import write_csv
 from common.decode import digest
 
@@ -161,12 +161,12 @@ def sheets(pairs, files, captions, folder, rows=5, columns=4):
         page.save(folder / f"{start // (rows * columns)}.png")
 
 
-def brain(files, hashes, pixels):
+def brain(files, hashes, content):
     """Test images with a training image within the radius, copies of it left out."""
     test = np.array(["Testing" in file.parts for file in files])
     label = np.array([file.parent.name for file in files])
     as_is, flipped = (pairwise(hashes[test], hashes[~test], flips) for flips in (False, True))
-    copy = pixels[test][:, None] == pixels[~test]
+    copy = content[test][:, None] == content[~test]
     yield "exact duplicates", "", copy.sum(), copy.any(1).sum(), "", ""
     for name, d in (("same orientation", as_is), ("flips too", flipped)):
         for r in RADII:
@@ -177,21 +177,21 @@ def brain(files, hashes, pixels):
 
 
 def cost(files, rng, rounds=15, n=300):
-    """Microseconds of decode() at 64 px, and of it with the hash of the same pixels, interleaved
-    image by image; the share that the hash adds: median of the rounds, least and most."""
+    """Microseconds of decode() at 64 px without and with the hash, interleaved image by image in
+    random order; the share that the hash adds: median of the rounds, least and most."""
     picks = [str(files[i]) for i in rng.choice(len(files), n, replace=False)]
-    plain = files.square
-    hashed = lambda rgb, size: (near.perceptual_hash(rgb), plain(rgb, size))[1]  # noqa: E731
+    kinds = (lambda rgb: np.zeros(4, np.uint64)), near.perceptual_hash
     times = np.zeros((rounds, 2))
     try:
         for r in range(rounds):
             for file in picks:
-                for k, files.square in enumerate((plain, hashed)):
+                for k in rng.permutation(2):
+                    pixels.perceptual_hash = kinds[k]
                     start = time.thread_time()
-                    files.decode(file, 64)
+                    pixels.decode(file, 64)
                     times[r, k] += time.thread_time() - start
     finally:
-        files.square = plain
+        pixels.perceptual_hash = near.perceptual_hash
     share = times[:, 1] / times[:, 0] - 1
     micro = np.median(times, 0) / n * 1e6
     return [f"{x:.0f}" for x in micro] + [f"{f(share):.3f}" for f in (np.median, min, max)]
@@ -264,8 +264,8 @@ def main():
     if args.sheets:
         captions = [f"{row['lesion_id'][-4:]} {row['dx']}" for row in table]
         sheets(nearest, files["ham10000"], captions, args.sheets)
-    pixels = np.array([digest(f"{x.size}", np.asarray(x)) for x in opened(files[SETS[1]])])
-    rows = brain(files["brain_mri"], hashes["brain_mri"], pixels)
+    content = np.array([digest(f"{x.size}", np.asarray(x)) for x in opened(files[SETS[1]])])
+    rows = brain(files["brain_mri"], hashes["brain_mri"], content)
     header = (
         "kind,radius,train_test_pairs,test_images,of_these_no_exact_duplicate,other_class_pairs"
     )
