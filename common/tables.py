@@ -149,7 +149,7 @@ class Index:
     def __init__(self, root):
         if not root.is_dir():
             raise UserError(f"{root}: there is no such folder (--images)")
-        self.root, self.base, self.paths = root, os.path.abspath(root), None
+        self.root, self.base, self.paths, self.notes = root, os.path.abspath(root), None, []
 
     def list(self):  # once, where it is needed
         if self.paths is None:

@@ -120,7 +120,10 @@ def json_file(folder):
 
 
 def csv_table(path):
-    text = path.read_bytes().decode("utf-8-sig")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = path.read_bytes().decode("cp1252")
     rows = [row for row in csv.reader(io.StringIO(text, newline="")) if any(row)]
     return [[cell.strip() for cell in row] for row in rows]
 
@@ -138,10 +141,11 @@ def csv_file(folder):
         )
         for row in rows:
             name, labels = row[at], [cell for i, cell in enumerate(row) if i != at]
-            has[name.removesuffix(".png")] = labels
+            has[name.lower().removesuffix(".png")] = [x.lower() for x in labels if x]
         found = zip(data.names, data.labels)
         found = {
-            n.removesuffix(".png"): [c for c, h in zip(data.classes, x) if h] for n, x in found
+            n.removesuffix(".png"): [c.lower() for c, h in zip(data.classes, x) if h]
+            for n, x in found
         }
         return len(data.classes) == 0 or found == has or data.multilabel
 

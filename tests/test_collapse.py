@@ -120,6 +120,7 @@ def monitor(n=80, labels=None):
     images = rng.integers(0, 256, (n, 3, 16, 16), dtype=np.uint8)
     classes = [] if labels is None else ["a", "b"]
     images = SimpleNamespace(images=images, labels=labels, classes=classes, multilabel=False)
+    images.labelled = np.full(n, bool(classes))
     return collapse.Monitor(images, np.repeat(["train", "val"], [n - 20, 20]), 0)
 
 

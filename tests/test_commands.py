@@ -39,7 +39,7 @@ def commands():
     for line in sorted(lines):
         words = shlex.split(line)
         steps = "tools.benchmark" in words and "step" in words
-        alike.setdefault("step" if steps else line.split(" --out ")[0], line)
+        alike.setdefault("step" if steps else re.split(" --(?:out|amp) ", line)[0], line)
     return list(alike.values())
 
 
@@ -55,8 +55,6 @@ def tiny(words):
         more = ["--epochs", "1", *(arch if "--arch" in words else ())]
     elif name == "tools.experiments":
         more = ["--scale", "small", "--dry-run", "--seeds", "0"]
-    elif name == "tools.trials":
-        more = ["--epochs", "1", "--img-size", "32", "--only", "cosine"]
     elif name == "tools.benchmark":
         more = ["--preset", "small", "--img-size", "32", "--steps", "1", "--rounds", "1"]
         more += ["--images", "8"]
@@ -76,6 +74,9 @@ def workplace(tmp_path_factory):
             rows = [(str(p), p.parts[0], i // 2) for i, p in enumerate(files)]
             csv.writer(file).writerows([("image_id", "dx", "lesion_id"), *rows])
     shutil.copy(images / files[0], place / "scan.png")
+    some = "image,label\n" + "".join(f"{p},{p.parts[0]}\n" for p in files[::2])
+    (place / "few.csv").write_text(some)
+    (place / "all.csv").write_text(some + "".join(f"{p},\n" for p in files[1::2]))
     assert not run(pretrain, ["--data", images, *ARMS, "--epochs", 1, "--out", place], patch)
     for arm, frac in (("cnn", 0.1), ("cnn", 0.01), ("vit", 0.1)):
         assert not run(
@@ -92,11 +93,10 @@ def workplace(tmp_path_factory):
         ["--data", images, *ARMS, "--epochs", 1, "--outputs", 16, "--out", place / "dino"],
         patch,
     )
-    for name in ("laptop", "small", "gpu", "DIR", "demo"):
+    for name in ("laptop", "small", "gpu", "few", "all", "DIR"):
         (place / name).mkdir()
         for file in (*place.glob("*.pt"), *place.glob("*.json*"), *place.glob("*s*.csv")):
             shutil.copy(file, place / name)
-    shutil.copytree(images, place / "demo/images")
     yield place
     patch.undo()
 
@@ -117,7 +117,16 @@ def test_command(line, workplace, monkeypatch, tmp_path, capsys):
         pytest.skip("run elsewhere")
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("CASS_CACHE", str(workplace / "cache"))
-    monkeypatch.setattr(demo, "PER_CLASS", 8)
+    monkeypatch.setattr(demo, "PER_CLASS", 30)
+    small = {"resnet18": "test_resnet", "vit_tiny_patch16_224": "test_vit", "48": "32"}
+    small |= {
+        "--vit-kwargs patch_size=8": "--epochs 1",
+        "--epochs 3": "",
+        "--frac": "--epochs 1 --frac",
+    }
+    for word, tiny_word in small.items():
+        commands = tuple(command.replace(word, tiny_word) for command in demo.COMMANDS)
+        monkeypatch.setattr(demo, "COMMANDS", commands)
     draw = benchmark.draw_large
     monkeypatch.setattr(benchmark, "draw_large", lambda folder, n=4, side=64: draw(folder, n, 64))
     for word in ("/path", "brain_mri", "new_images/", "FOLDER", "photos", "PATH"):
@@ -127,6 +136,9 @@ def test_command(line, workplace, monkeypatch, tmp_path, capsys):
         line = line.replace("compare best.pt", "compare VIT_RUN/best.pt")
     if "tools.dino" in line:
         line = line.replace("DIR", "dino")
+    line = re.sub(r"(?<= )(few|all)\.csv", rf"{workplace}/\1.csv", line)
+    if "all.csv" in line:
+        line += f" --images {workplace / 'images'}"
     line = line.replace("RUN_FOLDER", "finetune_cnn_0.1").replace("NAME", "x")
     words = shlex.split(line.removeprefix("python ").removeprefix("-m "))
     module = importlib.import_module(words[0].removesuffix(".py"))

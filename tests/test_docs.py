@@ -600,7 +600,6 @@ SCRIPTS = [
     "tools.ensemble",
     "tools.experiments",
     "tools.benchmark",
-    "tools.trials",
     *(
         f"tools.visualize {what}"
         for what in ("attention", "features", "cka", "curves", "confusion")

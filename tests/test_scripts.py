@@ -830,3 +830,11 @@ def test_models_that_cannot_be_used_are_refused_before_training(
     status, _, err = script(finetune, *command)
     assert status == 2 and message in one_line(err), err
     assert not (out / "best.pt").exists() and not (out / "last.pt").exists()
+
+
+def test_the_trials_run(folder, tmp_path):
+    """The script behind results/objectives, at a tiny size."""
+    flags = "--epochs", 1, "--img-size", 32, "--only", "cosine", "--out", tmp_path / "t.json"
+    done = run(ROOT / "tests/trials.py", "--data", folder, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "t.json").read_text())

@@ -1,6 +1,6 @@
 """Objectives tried beside equation 1, judged on the training and validation splits alone.
 
-    python -m tools.trials --data /path [--epochs 2 --img-size 32 --only barlow ...] --out FILE
+    python tests/trials.py --data /path [--epochs 2 --img-size 32 --only barlow ...] --out FILE
 
 Each pre-trains small arms, then scores k-NN and a ridge probe on 1 % and 10 % of the labels (5
 draws) by balanced accuracy. VICReg earned its place in losses.py; the others that were tried on
@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
 import losses
