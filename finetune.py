@@ -22,14 +22,14 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import data
-from common import arms, checkpoint, cli, collapse, distributed, metrics, schema, starts
+from common import arms, checkpoint, cli, collapse, distributed, metrics, starts
 from common.cli import UserError
 from common.decode import digest
 from common.metrics import score, summarize
 from common.readers import read
 from common.run import Run, half_cycle, on_device
-from common.schema import load_last, parse_again, resumed
 from common.splits import TOO_FEW, carried, class_counts, label_fraction
+from common.starts import load_last, parse_again, resumed
 from losses import class_weights, focal_loss
 
 OUTPUTS = ("metrics.json", "predictions.csv", "confusion.csv", "split.csv", "duplicates.csv")
@@ -75,7 +75,7 @@ def parse_arguments():
         newest = max(out.glob("**/config.json"), key=os.path.getmtime, default=None)
         if newest is not None:
             saved = checkpoint.read_json(newest, "arguments")
-            schema.check(newest, saved, {"arguments": dict})
+            starts.check(newest, saved, {"arguments": dict})
             args = parse_again(parser, saved["arguments"], MAY_CHANGE, newest)
     elif args.resume:
         args, _ = resumed(parser, args, "finetune.py", MAY_CHANGE)
@@ -192,7 +192,7 @@ def saved_state(folder):
     best, last = folder / "best.pt", folder / "last.pt"
     if best.exists():
         training = starts.load_weights(best).get("training")
-        schema.check(best, training, schema.FINISHED)
+        starts.check(best, training, starts.FINISHED)
         return training
     if last.exists():
         return load_last(last, "finetune.py")

@@ -62,7 +62,7 @@ def parse_arguments():
     cli.add_run_arguments(parser, epochs=100, lr=1e-3)  # F.2.3
     args = parser.parse_args()
     if args.resume:
-        from common.schema import resumed
+        from common.starts import resumed
 
         args, state = resumed(parser, args, "pretrain.py", MAY_CHANGE)
         if state is not None:

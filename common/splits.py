@@ -97,7 +97,7 @@ def carried(data, split, *before):
 def make_split(data, seed, known=None, allow_seen=False):
     """(N,) "train", "val" or "test": as given, else drawn, 70/10/20 of the labelled images in whole
     units, stratified; "train" without labels (F.2.1). A unit stays on the earliest side of its
-    images in `known`: carried(), or (N,) bool, trained on. UserError: none to train or test on."""
+    images in `known`, of carried(). Raises UserError where none is left to train or test on."""
     split = data.given.astype("U5")
     drawn = {name: share for name, share in SHARES.items() if not (split == name).any()}
     split[split == ""] = "train"
@@ -112,8 +112,6 @@ def make_split(data, seed, known=None, allow_seen=False):
         return split
     units, rank = indivisible_units(data), np.full(len(data), 3)  # of units; 3: side not known
     hashes = data.table["hash"].view("int64")
-    if isinstance(known, np.ndarray):
-        known = np.stack([hashes[known], hashes[known] * 0])
     known = {} if known is None else dict(sorted(zip(*known.tolist()), reverse=True))
     np.minimum.at(rank, units[pool], [known.get(h, 3) for h in hashes[pool].tolist()])
     numbers, unit = np.unique(units[drawable], return_inverse=True)

@@ -1,15 +1,105 @@
-"""What a command starts from: a weights file or a timm model, and the images it has seen."""
+"""What a command starts from: weights files, a last.pt or a timm model, and what they must hold."""
 
 import copy
+import sys
+from contextlib import suppress
 from functools import partial
+from math import isfinite
+from pathlib import Path
 from types import SimpleNamespace
 
 import timm
 import torch
 
-from common import checkpoint, schema
-from common.arms import NORMALIZATION, channels_last, make_arm, output_shape, rebuild_kwargs
-from common.cli import UserError
+from common import arms, checkpoint, distributed
+from common.cli import UserError, preview
+
+TENSOR, NONE = torch.Tensor, type(None)
+HISTORY = {"seen": (TENSOR, NONE), "split": (TENSOR, NONE)}  # of what weights were trained on
+WEIGHTS = {"arch": str, "arm": str, "model_kwargs": dict, "num_classes": int, "img_size": int}
+WEIGHTS |= {"mean": list, "std": list, "seed": int, "data": dict, "state_dict": dict}
+WEIGHTS |= {"class_names": (list, NONE), **HISTORY}
+FINISHED = {"log": list, "best_epoch": int, "best_loss": float, "best_val": dict, "digest": int}
+TRAINING = {"args": dict, "epoch": int, "batch": int, "iteration": int, "loss": list, "log": list}
+TRAINING |= {"seconds": float, "rng": dict}
+PRETRAINING = {**TRAINING, "processes": int, "seen": TENSOR, "initial": TENSOR}
+LAST = {"pretrain.py": PRETRAINING, "tools.dino": {**PRETRAINING, "phase": int}}
+LAST["finetune.py"] = {**TRAINING, "seed": int, "digest": int, "best": dict}
+RULES = {  # for values of the right type
+    "arch": timm.is_model,
+    "model_kwargs": lambda x: all(arms.is_shape_argument(k, x[k]) for k in x.keys() - {"img_size"}),
+    "img_size": lambda x: 0 < x <= 8192,
+    "mean": lambda x: len(x) == 3 and all(map(isfinite, x)),
+    "std": lambda x: len(x) == 3 and all(map(isfinite, x)) and min(x) >= 1e-6,
+    "state_dict": lambda x: all(torch.isfinite(value).all() for value in x.values()),
+    "class_names": lambda x: all(isinstance(name, str) for name in x),
+    "seen": lambda x: x.dtype == torch.int64 and x.ndim == 1,
+    "split": lambda x: x.dtype == torch.int64 and len(x) == 2 and set(x[1].tolist()) <= {0, 1, 2},
+    "data": lambda x: all(isinstance(value, (str, bool, list, NONE)) for value in x.values()),
+    "loss": lambda x: x and all(map(isfinite, x)),
+    "log": lambda x: all(isinstance(row, dict) for row in x),
+    "best": lambda x: isinstance(x["best_epoch"], int) and isinstance(x["best_loss"], float),
+}
+RULES["initial"] = RULES["split"]  # of splits.carried
+for _key in "num_classes seed epoch batch iteration processes phase seconds best_epoch".split():
+    RULES[_key] = lambda x: 0 <= x < 2**40
+
+
+def check(path, content, fields):
+    """Raise UserError, naming the fields of this dict that are missing or not as described."""
+    wrong = list(fields)
+    for key, kind in fields.items():
+        with suppress(Exception):  # what is damaged raises all kinds
+            value, rule = content.get(key), RULES.get(key, lambda x: True)
+            if isinstance(value, kind) and (value is None or rule(value)):
+                wrong.remove(key)
+    if wrong:
+        raise UserError(f"{path}: damaged or outdated: {', '.join(wrong)} missing or not valid")
+
+
+def load_last(path, script):
+    """The dict of a last.pt that this script wrote. Raises UserError."""
+    state = checkpoint.load(path)
+    if state.get("script") != script:
+        raise UserError(f"{path}: holds no training state of {script}")
+    check(path, state, LAST[script])
+    return state
+
+
+def resumed(parser, args, script, may_change):
+    """For --resume: the arguments that the run began with, and its last.pt or None. UserError."""
+    last = Path(args.out or ".") / "last.pt" if args.resume is True else Path(args.resume)
+    if args.resume is True and not last.exists():
+        return args, None
+    state = load_last(last, script)
+    if (n := state.get("processes", 1)) != distributed.world_size():
+        raise UserError(f"{last}: resume with as many processes: torchrun --nproc-per-node {n}")
+    several = len(state["args"].get("seeds") or ()) > 1  # of finetune.py: a folder for each
+    parser.set_defaults(out=str(last.parent.parent if several else last.parent))
+    return parse_again(parser, state["args"], may_change, last), state
+
+
+def parse_again(parser, saved, may_change, path):
+    """Parse {name: value} as saved in a file, then the command line. UserError where they clash."""
+    flags = [k for k in vars(parser.parse_args()) if k not in may_change - {"epochs", "seeds"}]
+    words = []
+    for key in [key for key in saved if key in flags]:
+        flag, value = f"--{key.replace('_', '-')}", saved[key]
+        value = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+        if isinstance(value, list):
+            words += [flag, *map(str, value)] if value else []
+        elif value is not None and value is not False:
+            words.append(flag if value is True else f"{flag}={value}")
+    try:
+        before = vars(parser.parse_args(words))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    args = parser.parse_args(words + sys.argv[1:])
+    changed = [k for k in flags if k not in may_change and getattr(args, k) != before[k]]
+    what = [f"--{k.replace('_', '-')} {before[k]} (not {getattr(args, k)})" for k in changed]
+    if what:
+        raise UserError(f"{path}: was made with {preview(what, 9)}; omit these or change --out")
+    return args
 
 
 def load_weights(path, way_out="; for other weights, give --arch NAME --init FILE"):
@@ -17,7 +107,7 @@ def load_weights(path, way_out="; for other weights, give --arch NAME --init FIL
     weights = checkpoint.load(path)
     if not {"arch", "state_dict", "model_kwargs"} <= weights.keys():
         raise UserError(f"{path}: is no weights file of pretrain.py or finetune.py{way_out}")
-    schema.check(path, weights, schema.WEIGHTS)
+    check(path, weights, WEIGHTS)
     if (names := weights.get("class_names")) and len(names) != weights["num_classes"]:
         raise UserError(f"{path}: class_names does not name each of num_classes")
     return weights
@@ -32,7 +122,7 @@ def build(weights, path):
     except Exception as error:  # timm's models raise all kinds on odd arguments
         what = f"its weights do not fit {arch} of this timm ({' '.join(str(error).split())[:200]})"
         raise UserError(f"{path}: {what}") from error
-    return channels_last(model)
+    return arms.channels_last(model)
 
 
 def from_checkpoint(path):
@@ -50,7 +140,7 @@ def from_checkpoint(path):
 def carried_by(init, weights=None):
     """splits.carried() of what our weights files saw; empty for other weights. Raises UserError."""
     weights = weights or ({} if init in ("imagenet", "random") else checkpoint.load(init))
-    schema.check(init, weights, schema.HISTORY)
+    check(init, weights, HISTORY)
     if weights.get("split") is not None:
         return weights["split"]
     if weights.get("seen") is None:
@@ -61,13 +151,13 @@ def carried_by(init, weights=None):
 
 def from_name(arch, init, img_size, model_kwargs):
     """A timm model as a start; init: imagenet, random or a weights file. Raises UserError."""
-    anew = partial(make_arm, "--arch", arch, init, img_size, **model_kwargs)
+    anew = partial(arms.make_arm, "--arch", arch, init, img_size, **model_kwargs)
     model = anew()
-    if len(shape := output_shape(model, img_size, f"--arch {arch}")) != 2:
+    if len(shape := arms.output_shape(model, img_size, f"--arch {arch}")) != 2:
         raise UserError(f"--arch {arch}: gives outputs of shape {shape}, not logits (N, C)")
     make = anew if init == "random" else partial(copy.deepcopy, model)  # a seed, its own weights
-    metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size, **NORMALIZATION}
-    metadata["model_kwargs"] = rebuild_kwargs(arch, img_size, model_kwargs)
+    metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size, **arms.NORMALIZATION}
+    metadata["model_kwargs"] = arms.rebuild_kwargs(arch, img_size, model_kwargs)
     known = carried_by(init)
     seen = known[0, known[1] == 0]
     return SimpleNamespace(make=make, metadata=metadata, carried=known, seen=seen)

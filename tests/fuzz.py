@@ -25,7 +25,7 @@ import torch
 from conftest import picture
 from PIL import Image, ImageOps
 
-from common import checkpoint, decode, pixels, schema, starts, tables
+from common import checkpoint, decode, pixels, starts, tables
 from common.cli import UserError
 
 IMAGES = {
@@ -104,7 +104,7 @@ def last(folder):
     return (
         "last.pt",
         (folder / "good.pt").read_bytes(),
-        lambda path: equal(schema.load_last(path, "pretrain.py"), saved),
+        lambda path: equal(starts.load_last(path, "pretrain.py"), saved),
     )
 
 

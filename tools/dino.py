@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 import data
 import pretrain
-from common import arms, cli, collapse, distributed, readers, schema, splits, starts
+from common import arms, cli, collapse, distributed, readers, splits, starts
 from common.distributed import world_size
 from common.run import Run
 
@@ -216,7 +216,7 @@ def parse_arguments():
     parser.set_defaults(t_max="run")
     args = parser.parse_args()
     if args.resume:
-        args, state = schema.resumed(parser, args, "tools.dino", cli.MAY_CHANGE)
+        args, state = starts.resumed(parser, args, "tools.dino", cli.MAY_CHANGE)
     if args.data is None:
         parser.error("--data PATH is missing")
     if args.t_max != "run":
