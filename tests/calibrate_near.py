@@ -2,16 +2,18 @@
 
     python tests/calibrate_near.py --data DIR [--out results/near] [--sheets DIR]
 
-DIR holds ham10000/ (images/, metadata.csv) and brain_mri/ (Training/CLASS/, Testing/CLASS/). Writes
-CSV files to --out and, with --sheets, pictures of the nearest pairs of different lesions. About 10
-minutes on one core. Not collected by pytest."""
+DIR holds ham10000/ (images/, metadata.csv), brain_mri/ (Training/CLASS/, Testing/CLASS/) and
+bccd/images/. Writes CSV files to --out and, with --sheets, pictures of the nearest pairs of
+different lesions. About 10 minutes on one core. Not collected by pytest."""
 
 import argparse
+import contextlib
 import csv
 import io
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import near, pixels
 from common.checkpoint import write_csv
-from common.decode import digest
+from common.decode import decode_all, digest
 
 RADII = (0, 4, 8, 12, 16, 20, 24, 28, 30, 32, 36, 40, 48, 56)
 SETS = ("ham10000", "brain_mri")
@@ -176,25 +178,24 @@ def brain(files, hashes, content):
             yield name, r, hit.sum(), hit.any(1).sum(), new.sum(), other.sum()
 
 
-def cost(files, rng, rounds=15, n=300):
-    """Microseconds of decode() at 64 px without and with the hash, interleaved image by image in
-    random order; the share that the hash adds: median of the rounds, least and most."""
-    picks = [str(files[i]) for i in rng.choice(len(files), n, replace=False)]
-    kinds = (lambda rgb: np.zeros(4, np.uint64)), near.perceptual_hash
-    times = np.zeros((rounds, 2))
-    try:
-        for r in range(rounds):
-            for file in picks:
-                for k in rng.permutation(2):
-                    pixels.perceptual_hash = kinds[k]
-                    start = time.thread_time()
-                    pixels.decode(file, 64)
-                    times[r, k] += time.thread_time() - start
-    finally:
-        pixels.perceptual_hash = near.perceptual_hash
-    share = times[:, 1] / times[:, 0] - 1
-    micro = np.median(times, 0) / n * 1e6
-    return [f"{x:.0f}" for x in micro] + [f"{f(share):.3f}" for f in (np.median, min, max)]
+def cost(files, rng, size, rounds=16, n=300):
+    """The share that the hash adds to the pass over the images (decode_all, to a map of `size`
+    pixels a side), CPU time, with and without it in random order: mean, 95 % interval."""
+    picks, kinds = [str(files[i]) for i in rng.choice(len(files), n, replace=False)], {}
+    kinds = [lambda rgb: np.zeros(4, np.uint64), near.perceptual_hash]
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        for r in range(rounds + 1):
+            seconds = [0, 0]
+            for k in rng.permutation(2):
+                pixels.perceptual_hash = kinds[k]
+                start = time.process_time()
+                decode_all(picks, size, "set", f"{folder}/{r}-{k}")
+                seconds[k] = time.process_time() - start
+            ratios += [np.log(seconds[1] / seconds[0])] * (r > 0)  # the first warms up
+    half = 2.13 * np.std(ratios, ddof=1) / rounds**0.5  # t of 15 degrees of freedom
+    shares = np.exp(np.mean(ratios) + np.array([0, -half, half])) - 1
+    return [size, *(f"{x:.3f}" for x in shares)]
 
 
 def synthetic(kind, n, rng):
@@ -255,8 +256,9 @@ def main():
         print(f"{name} after {time.perf_counter() - start:.0f} s", flush=True)
 
     start = time.perf_counter()
-    rows = [(name, *cost(files[name], new())) for name in SETS]
-    write("cost.csv", "data,decode_us,with_hash_us,hash_share,least,most", rows)
+    files["bccd"] = sorted((args.data / "bccd/images").glob("*"))
+    rows = [(name, *cost(files[name], new(), size)) for name in files for size in (64, 384)]
+    write("cost.csv", "data,size,share,low,high", rows)
     hashes = {k: np.stack([near.perceptual_hash(x) for x in opened(files[k])]) for k in SETS}
     rows, nearest = lesions(hashes["ham10000"], lesion, half)
     header = "images,radius,different_lesion_pairs,of,rate,share_of_images,same_lesion_pairs,of_all"
