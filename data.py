@@ -117,11 +117,6 @@ def path(text):
     return text if text in ("", "none") else os.path.abspath(text)
 
 
-def file_or_name(text):
-    """An argparse type: path() of what exists, else the text as it is."""
-    return path(text) if os.path.exists(text) else text
-
-
 def add_arguments(parser, data="--data"):
     """The data flags, the same for every script."""
     add = parser.add_argument
@@ -143,6 +138,7 @@ def add_arguments(parser, data="--data"):
     add("--group-by", "--group-col", dest="group_col", metavar="WHAT", help=groups)
     add("--group-near", action="store_true", help="keep near-duplicates on one side, too")
     split = "CSV file of path and split, column, pattern on the paths, or none: draw another"
+    file_or_name = lambda text: path(text) if os.path.exists(text) else text  # noqa: E731
     add("--split", "--split-col", metavar="WHAT", type=file_or_name, help=split)
     add("--dedup", action="store_true", help="drop exact duplicates of images in earlier splits")
     add("--skip-bad", action="store_true", help="leave missing and unreadable images out")

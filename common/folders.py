@@ -41,9 +41,8 @@ def list_images(root):
     endings = Counter(Path(f).suffix.lower() or "no ending" for f in set(files).difference(images))
     others = preview(f"{n} {e}" for e, n in endings.most_common())
     if not images:
-        raise UserError(
-            f"{root}: holds {others or 'nothing'}, but no images {EXTENSIONS}; --images DIR?"
-        )
+        what = f"holds {others or 'nothing'}, but no images {EXTENSIONS}"
+        raise UserError(f"{root}: {what}; --images DIR?")
     notes = [f"not read: {others}"] if others else []
     names = [name for name in images if not DERIVED.search(name)] or images
     if left := sorted({*images} - {*names}):

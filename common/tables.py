@@ -18,7 +18,6 @@ from common.readers import ImageSet
 IMAGE_NAMES = {"image", "images", "image_id", "img", "file", "filename", "file_name", "path"}
 _what = "(patient|subject|person|case|study|lesion)s?[ _-]?(id|nr|no|num|number|name|index|.*uid)?"
 GROUPS = re.compile(rf"(.*[ _-])?{_what}|pid", re.I)  # names of columns
-ENDS_TABLE = (".csv", ".tsv", ".tab", ".txt", "")
 ENDINGS = (*EXTENSIONS, ".dcm", ".dicom")
 NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.I)
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "null"}  # cells that say nothing
@@ -30,7 +29,8 @@ UNCERTAIN = (
 
 def is_table(path):
     """Whether this is a file of rows, by its ending."""
-    return Path(path).suffix.lower() in ENDS_TABLE and os.path.isfile(path)
+    endings = (".csv", ".tsv", ".tab", ".txt", "")
+    return Path(path).suffix.lower() in endings and os.path.isfile(path)
 
 
 class Table:
@@ -51,8 +51,6 @@ class Table:
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{file}: is no CSV file in UTF-8 ({error})") from error
         head = [c.strip() for c in head[1]]
-        if names := [c for c in head if c.lower().endswith((*EXTENSIONS, "/"))]:
-            raise UserError(f"{file}: line 1 names an image, {names[0]}: put column names above it")
         if not rows or not any(head) or max(Counter(filter(None, head)).values()) > 1:
             raise UserError(f"{file}: needs rows below distinct column names: {preview(head)}")
         least = max(i for i, c in enumerate(head, 1) if c)  # commas may be missing behind it
@@ -201,7 +199,7 @@ def _image_paths(table, index, column, skip_bad):
         likely = one or some or [c for c in found if c.lower() in IMAGE_NAMES]
         if len(likely) != 1:
             what = f"{'more than one' if likely else 'no'} column names images in {index.root}"
-            fix = f"their folder: --images DIR, or the column: --image-col ({preview(found)})"
+            fix = f"their folder: --images DIR, or the column: --image-col (line 1: {preview(found)})"
             raise UserError(f"{table.file}: {what}; give {fix}")
         (column,) = likely
     if column.lower() not in IMAGE_NAMES and len(index.find(column)) == 1:
