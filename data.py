@@ -125,9 +125,7 @@ def add_arguments(parser, data="--data"):
     other = "labels of a folder's images, a CSV file; or the folder of a CSV file's images"
     add("--labels", "--images", dest="images", metavar="PATH", type=path, help=other)
     add("--image-col", metavar="NAME", help="CSV column of image names")
-    labels = (
-        "CSV columns of labels; of a folder, level or pattern of its classes; none: ignore them"
-    )
+    labels = "CSV columns of labels; of a folder, level or pattern of classes; none: ignore them"
     add("--label-col", "--class-depth", metavar="WHAT", nargs="+", help=labels)
     several = "several labels per image (SEP between those in a cell; none: a cell is one label)"
     flags = {"nargs": "?", "const": True, "default": False, "metavar": "SEP", "help": several}

@@ -26,8 +26,7 @@ def _pydicom():
     try:
         import pydicom.pixels
     except ImportError:
-        line = "reading DICOM needs pydicom: pip install -r requirements-extra.txt"
-        raise UserError(line) from None
+        raise UserError("DICOM needs pydicom: pip install -r requirements-extra.txt") from None
     warnings.filterwarnings("ignore", module="pydicom")
     return pydicom
 

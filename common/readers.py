@@ -2,7 +2,6 @@
 the files do not tell is asked for, never guessed. Folders: see folders.py; files: tables.py."""
 
 import os
-from collections import Counter
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -101,22 +100,10 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
         what = "is neither an image folder nor a .csv, .tsv, .txt or .npz file"
         what = what if os.path.exists(path) else "there is no such file or folder"
         raise UserError(f"{path}: {what} (--data)")
-    n_labels, data.group_near = data.labels.sum(1), group_near
-    data.multilabel = multilabel not in (False, None, "none")
-    data.multilabel |= bool(data.classes and (n_labels[data.labelled] != 1).any())
-    nothing = [c.lower().replace("_", " ") == "no finding" for c in data.classes]
-    if n := (data.labels[:, nothing].any(1) & (n_labels > 1)).sum():
-        data.notes.append(f"{n} images have No Finding, counted as a class, and another label")
-    if group_col and data.groups is None:
-        data.groups = folders.by_header(data, group_col)
-    if group_col and data.groups is None:
-        data.groups = np.array(folders.by_path(data.names, group_col, "--group-by"))
-    if group_col:
-        groups = [f"{group} {n}" for group, n in Counter(data.groups.tolist()).most_common()]
-        shown = preview(groups) if len(groups) < len(data) else "each of one image"
-        data.notes.append(f"--group-by {group_col}: {len(groups)} groups, {shown}")
-    elif any(str(source).lower().endswith((".dcm", ".dicom")) for source in data.sources[:9]):
-        data.notes.append("DICOM: --group-by PatientID keeps the images of a patient on one side")
+    one, data.group_near = data.labels[data.labelled].sum(1) == 1, group_near
+    told = multilabel not in (False, None, "none")
+    data.multilabel = told or bool(data.classes and not one.all())
+    folders.set_groups(data, group_col)
     if split == "none":
         data.given[:] = ""
     elif split is None and data.columns and not any(data.given):

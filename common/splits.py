@@ -1,7 +1,7 @@
 """Splits and label fractions: stratified, nested, seeded, leak-free; printed and as CSV files."""
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import compress
 
 import numpy as np
@@ -17,9 +17,9 @@ SHARES = {"val": 0.1, "test": 0.2}  # of all images; the rest is for training (s
 
 def duplicates(data):
     """Lists of the indices of exact duplicates, images with equal pixels."""
-    same = defaultdict(list)
+    same = {}
     for i, key in enumerate(data.table["hash"].tolist()):
-        same[key].append(i)
+        same.setdefault(key, []).append(i)
     return [group for group in same.values() if len(group) > 1]
 
 
@@ -197,40 +197,36 @@ def write_split(out, data, split, used=None):
 
 def print_report(data, split):
     """Print what the set holds, how it is split and what is odd about it."""
-    table, grouped = data.table, data.groups is not None
+    unlabelled, grouped = (~data.labelled).sum(), data.groups is not None
     labels = f"{len(data.classes)} classes" if data.classes else "no labels"
-    if data.classes and (n := (~data.labelled).sum()):
-        labels += f", {n} images without a label"
+    labels += f", {unlabelled} images without a label" if data.classes and unlabelled else ""
     labels += ", several or none per image" if data.multilabel and data.classes else ""
     labels += f", {len(np.unique(data.groups))} groups" if grouped else ""
     print(f"{data.path}: {len(data)} images, {labels}")
     for name in SIDES:
         if (mask := split == name).any():
-            counts = ", ".join(f"{c} {n}" for c, n in class_counts(data, mask).items())
+            counts = class_counts(data, mask)
             n = f" in {len(np.unique(data.groups[mask]))} groups" if grouped else ""
-            print(f"  {name:5} {mask.sum():6}{n}  {counts}")
+            shown = ", ".join(f"{c} {n}" for c, n in counts.items())
+            print(f"  {name:5} {mask.sum():6}{n}  {shown}")
+            if name != "train" and (absent := [c for c in counts if not counts[c]]):
+                what = "0 in macro_f1, left out of macro_f1_present and auroc"
+                print(f"  no {name} image of {preview(absent)}: {what}")
     for column, cells in data.hints.items():
-        what = (
-            f"column {column} is not used: {len(np.unique(cells))} texts, of which the split parts"
-        )
-        n = len(_parted(cells.tolist(), split.tolist()))
-        print(f"  {what} {n}; are these patients or lesions? --group-by {column!r}")
-    for name in [name for name in SIDES[1:] if name in split]:
-        if absent := [c for c, n in class_counts(data, split == name).items() if not n]:
-            what = "0 in macro_f1, left out of macro_f1_present and auroc"
-            print(f"  no {name} image of {preview(absent)}: {what}")
-    if table["width"].any():  # not of a --dry-run
+        n, parted = len({*cells}), len(_parted(cells.tolist(), split.tolist()))
+        what = f"column {column} is not used: {n} texts, of which the split parts {parted}"
+        print(f"  {what}; are these patients or lesions? --group-by {column!r}")
+    if data.table["width"].any():  # not of a --dry-run
         _print_pixels(data, split)
     for note in data.notes:
         print(f"  {note}")
 
 
 def _print_pixels(data, split):
-    table = data.table
+    table, train = data.table, np.flatnonzero(split == "train")
     sizes = [f"{key}s {table[key].min()} to {table[key].max()}" for key in ("width", "height")]
     modes = ", ".join(f"{mode} {n}" for mode, n in Counter(table["mode"].tolist()).most_common())
     print(f"  {', '.join(sizes)} pixels; modes {modes}")
-    train = np.flatnonzero(split == "train")
     sample = np.stack([data.images[i] for i in train[:: len(train) // 100 + 1]]) / np.float32(255)
     mean, std = (" ".join(f"{x:.3f}" for x in m((0, 2, 3))) for m in (sample.mean, sample.std))
     print(f"  mean {mean}, std {std} (ImageNet: 0.485 0.456 0.406, 0.229 0.224 0.225)")

@@ -22,9 +22,7 @@ ENDINGS = (*EXTENSIONS, ".dcm", ".dicom")
 NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.I)
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "null"}  # cells that say nothing
 FINDINGS = {"true": 1, "false": 0, **dict.fromkeys(MISSING, np.nan)}  # and numbers
-UNCERTAIN = (
-    "--uncertain negative or positive (what -1 means; blank is negative), or skip (no label)"
-)
+UNCERTAIN = "--uncertain negative or positive (what -1 means), or skip (no label); blank: negative"
 
 
 def is_table(path):
@@ -98,19 +96,15 @@ def read_csv(file, root=None, whole=False, split=None, image_col=None, group_col
     image_col, paths = _image_paths(table, index, image_col, more.pop("skip_bad", False))
     told = {image_col, group_col, split, *(more.get("label_col") or ())}
     others = {c: x for c, x in table.columns.items() if c not in told}
-    sides = np.full(len(paths), "", "U5")
-    if split in table.columns:
-        sides = table.sides(split)
-    elif split is None and (
-        asked := [c for c in others if SPLITS.keys() >= {x.lower() for x in others[c]}]
-    ):
+    asked = [c for c, x in others.items() if SPLITS.keys() >= set(map(str.lower, x))]
+    if split is None and asked:
         fix = f"give --split {asked[0]!r} to keep them, or --split none to draw others"
         raise UserError(f"{file}: the column {asked[0]} names splits; {fix}")
+    sides = table.sides(split) if split in table.columns else np.full(len(paths), "", "U5")
     hints = {c: x for c, x in others.items() if GROUPS.fullmatch(c) and 1 < len({*x}) < len(x)}
-    columns, labels, labelled, classes = _labels(
-        table, [c for c in others if c not in hints], **more
-    )
-    if unused := [c for c in others if c not in {*hints, *columns}]:
+    others = [c for c in others if c not in hints]
+    columns, labels, labelled, classes = _labels(table, others, **more)
+    if unused := [c for c in others if c not in columns]:
         table.notes.append(f"columns that are not used: {preview(unused, 9)}")
     groups = paths
     if group_col in table.columns:
@@ -138,6 +132,9 @@ def read_csv(file, root=None, whole=False, split=None, image_col=None, group_col
     data.hints = {c: np.append(x[kept], rest) for c, x in hints.items()}
     data.groups = np.append(groups[kept], rest) if group_col in table.columns else None
     data.notes, data.columns = table.notes + index.notes * whole, tuple(table.columns)
+    nothing = [re.fullmatch("no[ _]finding", c, re.I) is not None for c in classes]
+    if n := (labels[:, nothing].any(1) & (labels.sum(1) > 1)).sum():
+        data.notes.append(f"{n} images have No Finding, counted as a class, and another label")
     return data
 
 
@@ -199,7 +196,9 @@ def _image_paths(table, index, column, skip_bad):
         likely = one or some or [c for c in found if c.lower() in IMAGE_NAMES]
         if len(likely) != 1:
             what = f"{'more than one' if likely else 'no'} column names images in {index.root}"
-            fix = f"their folder: --images DIR, or the column: --image-col (line 1: {preview(found)})"
+            fix = (
+                f"their folder: --images DIR, or the column: --image-col (line 1: {preview(found)})"
+            )
             raise UserError(f"{table.file}: {what}; give {fix}")
         (column,) = likely
     if column.lower() not in IMAGE_NAMES and len(index.find(column)) == 1:

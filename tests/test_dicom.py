@@ -227,7 +227,7 @@ def test_without_pydicom_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     (tmp_path / "x.dcm").write_bytes(b"\0" * 128 + b"DICM")
     monkeypatch.setitem(sys.modules, "pydicom", None)
     monkeypatch.setitem(sys.modules, "pydicom.pixels", None)
-    line = "reading DICOM needs pydicom: pip install -r requirements-extra.txt"
+    line = "DICOM needs pydicom: pip install -r requirements-extra.txt"
     assert dicom.is_dicom(str(tmp_path / "x.dcm")) and refused(tmp_path / "x.dcm") == line
     with pytest.raises(UserError, match=line):
         dicom.group(str(tmp_path / "x.dcm"), "PatientID")

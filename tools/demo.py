@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.cli import Parser, count, progress, refuse_overwrite, run
+from common.cli import Parser, progress, refuse_overwrite, run
 
 CLASSES = ("granular", "ringed", "spiky", "striped")
 PER_CLASS, SIZE = 300, 48
@@ -49,22 +49,20 @@ def cells(kind, rng):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--out", default="demo", metavar="DIR", help="output folder")
-    parser.add_argument("--seed", type=count, default=0, help="of the images")
     parser.add_argument("--amp", default="auto", help="autocast precision of the three commands")
     args = parser.parse_args()
-    out = Path(args.out)
+    out, scripts = Path(args.out), Path(__file__).parent.parent
     refuse_overwrite(out, ("images", "cnn.pt"), False)
     for i in progress(range(PER_CLASS * len(CLASSES)), desc="drawing images"):
         number, kind = divmod(i, len(CLASSES))
         file = out / "images" / CLASSES[kind] / f"{number:03}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(cells(kind, np.random.default_rng([args.seed, i]))).save(file)
+        Image.fromarray(cells(kind, np.random.default_rng([0, i]))).save(file)
     for command in COMMANDS:
         words = f"{command} --data OUT/images --cache OUT/cache --amp {args.amp}".split()
         words = [word.replace("OUT", args.out) for word in words]
         print(f"\npython {shlex.join(words)}", flush=True)
-        script = Path(__file__).parent.parent / words[0]
-        if status := subprocess.call([sys.executable, script, *words[1:]]):
+        if status := subprocess.call([sys.executable, scripts / words[0], *words[1:]]):
             sys.exit(status)
 
 

@@ -53,11 +53,9 @@ def attention(model, images, block=1):
 
 def attention_map(model, images, block=1):
     """How one block's attention, mean over its heads, falls on the patches: (N, h, w) float32.
-
     With a class token, its row, which sums to one less what falls on tokens that are no patches.
     Without (Swin, pooled ViTs), the mean over the rows of all patches: the attention that each
-    receives. Raises ValueError where the tokens cannot be laid over the images, which are square.
-    """
+    receives. Raises ValueError where the tokens cannot be laid over the square images."""
     attn = attention(model, images, block).mean(1)
     owner = model.get_submodule(attention_names(model)[block - 1].rpartition(".")[0])
     if hasattr(owner, "shift_size"):
@@ -140,10 +138,8 @@ def hsic(K, L):
 
 def minibatch_cka(batches):
     """Linear CKA between layers, over minibatches (Nguyen et al., arXiv 2010.15327v2).
-
     batches: pairs of layer_grams(), (A, n, n) and (B, n, n). Returns (A, B) float64: 1 for equality
-    up to rotation and scale, about 0 for unrelated features, nan for a constant layer.
-    """
+    up to rotation and scale, about 0 for unrelated features, nan for a constant layer."""
     terms = [(hsic(K, L), hsic(K, K).diagonal(), hsic(L, L).diagonal()) for K, L in batches]
     between, of_k, of_l = (torch.stack(parts).mean(0) for parts in zip(*terms))
     of_k, of_l = (torch.where(own > 0, own, torch.nan) for own in (of_k, of_l))

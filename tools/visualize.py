@@ -167,9 +167,8 @@ def attention(args):
     scale |= {"extent": image.get_extent(), "interpolation": "bilinear"}
     for (_, over, alone), start, values in zip(axes, starts, maps):
         pooled = getattr(start.model, "cls_token", None) is None
-        kind = (
-            "no class token: mean attention that each patch receives" if pooled else "class token"
-        )
+        kind = "no class token: mean attention that each patch receives"
+        kind = kind if pooled else "class token"
         blocks = len(introspect.attention_names(start.model))
         over.set_title(fold(f"block {args.block} of {blocks}, {kind}", 3))
         over.imshow(image.get_array().mean(-1), cmap="gray")
