@@ -344,7 +344,7 @@ def test_only_labelled_images_are_drawn_for_testing(folder, tmp_path):
         images = read(str(folder), images=str(tmp_path / "few.csv"), group_col=groups)
         images.decode(16, None)
         split = data.split_and_report(images, seed=3)
-        assert (split[~images.labelled] == "train").all()
+        assert (split[~images.labelled] == "train").all() and len(split) == len(names)
         drawn = [(split[images.labelled] == side).sum() for side in ("train", "val", "test")]
         assert sum(drawn) == 20 and abs(drawn[2] - 4) <= 1 and drawn[1] >= 1
 
