@@ -127,6 +127,9 @@ def test_command(line, workplace, monkeypatch, tmp_path, capsys):
     for word, tiny_word in small.items():
         commands = tuple(command.replace(word, tiny_word) for command in demo.COMMANDS)
         monkeypatch.setattr(demo, "COMMANDS", commands)
+    scripts = {"pretrain.py": pretrain, "finetune.py": finetune}  # which it calls as processes
+    call = lambda words: run(scripts[words[1].name], words[2:], monkeypatch)  # noqa: E731
+    monkeypatch.setattr(demo.subprocess, "call", call)
     draw = benchmark.draw_large
     monkeypatch.setattr(benchmark, "draw_large", lambda folder, n=4, side=64: draw(folder, n, 64))
     for word in ("/path", "brain_mri", "new_images/", "FOLDER", "photos", "PATH"):

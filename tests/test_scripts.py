@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import trials
 from conftest import ARMS, ROOT, draw_classes, one_line, picture, run
 from PIL import Image
 from sklearn.metrics import f1_score
@@ -832,9 +833,9 @@ def test_models_that_cannot_be_used_are_refused_before_training(
     assert not (out / "best.pt").exists() and not (out / "last.pt").exists()
 
 
-def test_the_trials_run(folder, tmp_path):
+def test_the_trials_run(folder, tmp_path, script):
     """The script behind results/objectives, at a tiny size."""
     flags = "--epochs", 1, "--img-size", 32, "--only", "cosine", "--out", tmp_path / "t.json"
-    done = run(ROOT / "tests/trials.py", "--data", folder, *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    status, _, err = script(trials, "--data", folder, *flags)
+    assert status == 0, err
     assert json.loads((tmp_path / "t.json").read_text())
