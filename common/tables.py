@@ -45,19 +45,20 @@ class Table:
             lines[:1] = ["\n"] if told else lines[:1]  # an empty line is no row
             most = max(",;\t", key="".join(lines[: 1 + bool(told)]).count)
             reader = csv.reader(lines, delimiter=told[1] if told else most, strict=True)
-            head, *rows = [(reader.line_num, row) for row in reader if any(row)] or [(0, [])]
+            head = [c.strip() for c in next(filter(any, reader), [])]
+            n, least = len(head), max((i for i, c in enumerate(head, 1) if c), default=0)
+            self.lines, widths, cells = [], [], []  # flat: lists cost the collector time
+            for row in filter(any, reader):
+                self.lines.append(reader.line_num)
+                widths.append(n if len(row) >= least and not any(row[n:]) else len(row))
+                cells += (row + [""] * n)[:n]  # commas may be missing behind the last name
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{file}: is no CSV file in UTF-8 ({error})") from error
-        head = [c.strip() for c in head[1]]
-        if not rows or not any(head) or max(Counter(filter(None, head)).values()) > 1:
+        if not cells or len(set(filter(None, head))) < sum(map(bool, head)):
             raise UserError(f"{file}: needs rows below distinct column names: {preview(head)}")
-        least = max(i for i, c in enumerate(head, 1) if c)  # commas may be missing behind it
-        self.lines, rows = map(list, zip(*rows))
-        odd = [len(r) < least or any(r[len(head) :]) for r in rows]
-        self.refuse(map(len, rows), odd, f"need {len(head)} cells")
-        strip = str if own else str.strip
-        cells = (np.array([*map(strip, x)], object) for x in zip(*(row[:least] for row in rows)))
-        self.columns = {c: x for c, x in zip(head, cells) if c}
+        self.refuse(widths, [width != n for width in widths], f"need {n} cells")
+        cells = cells if own else list(map(str.strip, cells))
+        self.columns = {c: np.array(cells[i::n], object) for i, c in enumerate(head) if c}
 
     def _text(self, content):
         """The bytes of a file as text: UTF-8, UTF-16 with its mark or, said, Windows-1252."""
@@ -71,8 +72,7 @@ class Table:
 
     def column(self, name, flag):  # the N cells below a name that the flag gave
         if name not in self.columns:
-            names = preview(self.columns, 9)
-            raise UserError(f"{self.file}: no column {name} ({flag}), only {names}")
+            raise UserError(f"{self.file}: no column {name} ({flag}), only {preview(self.columns)}")
         return self.columns[name].tolist()
 
     def refuse(self, cells, bad, what):
@@ -312,9 +312,10 @@ def _as_class(text):  # what is alike: numbers of one value, texts that differ i
 def read_split(file, names):
     """(N,) sides by a CSV file of path and split, as a run writes; "" without. Raises UserError."""
     table, known = Table(file, own=True), set(names)
-    alike, paths = _by_ends(names), table.column("path", "--split")
-    found = [[p] if p in known else alike.get(_alike(p.strip()), []) for p in paths]
-    paths = [x[0] if len(x) == 1 else p for x, p in zip(found, paths)]
+    paths = table.column("path", "--split")
+    alike = {} if known.issuperset(paths) else _by_ends(names)
+    found = {p: alike.get(_alike(p.strip()), ()) for p in {*paths} - known}
+    paths = [found[p][0] if len(found.get(p, ())) == 1 else p for p in paths]
     sides, count = table.sides("split"), Counter(paths)
     table.refuse(paths, [p not in known for p in paths], "name no image of the data")
     table.refuse(paths, [count[p] > 1 for p in paths], "name an image twice; keep one of each")
