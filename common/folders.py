@@ -136,8 +136,7 @@ def _refuse_unclear_splits(root, parts, given, whole):
 
 def sides(names, pattern):
     """(N,) splits that a pattern finds in N paths, as by_path does; "" for other texts."""
-    found = by_path(names, pattern, "--split")
-    return np.array([SPLITS.get(text.lower(), "") for text in found], "U5")
+    return np.array([SPLITS.get(x.lower(), "") for x in by_path(names, pattern, "--split")], "U5")
 
 
 def refuse_parted(path, names):
