@@ -40,7 +40,8 @@ try:
 except ImportError:
     matplotlib = None  # main() says so
 
-STYLE = {"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9, "text.parse_math": False}
+STYLE = {"image.cmap": "viridis", "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9}
+STYLE |= {"text.parse_math": False, "lines.markersize": 4, "legend.frameon": False}
 OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 COLOURS = {"train": "#0072b2", "val": "#d55e00", "cnn": "#56b4e9", "vit": "#e69f00", "": "black"}
 
