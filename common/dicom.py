@@ -9,14 +9,15 @@ from PIL import Image
 
 from common.cli import UserError
 
+ENDINGS = (".dcm", ".dicom")
 KINDS = "MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_ICT", "YBR_RCT"
 
 
 def is_dicom(path):
     """Whether a regular file is DICOM: by its ending, or without one by its bytes 128 to 131."""
-    ending = os.path.splitext(path)[1].lower().strip(".0123456789")  # 1.2.840.10008 has none
-    if ending:
-        return ending in ("dcm", "dicom")
+    ending = os.path.splitext(path)[1].lower()
+    if ending.strip(".0123456789"):  # 1.2.840.10008 has none
+        return ending in ENDINGS
     with contextlib.suppress(OSError), open(path, "rb") as f:
         return f.read(132)[128:] == b"DICM"
     return False

@@ -57,20 +57,20 @@ def _is_dicom(root, name):  # to open a named pipe would wait for ever
 def set_groups(data, what):
     """Set the groups by --group-by, unless a column gave them: by a keyword of DICOM files such as
     PatientID, as numbers, or by a pattern on the paths; and say which they are. UserError."""
-    files = [isinstance(x, str) and dicom.is_dicom(x) for x in data.sources]
-    if what and data.groups is None and any(files) and what.isidentifier():
-        texts = [dicom.group(x, what) if is_file else "" for x, is_file in zip(data.sources, files)]
+    files = (x if isinstance(x, str) and dicom.is_dicom(x) else None for x in data.sources)
+    if not what:
+        data.notes += ["DICOM: --group-by PatientID keeps a patient on one side"] * any(files)
+        return
+    if data.groups is None and what.isidentifier():
+        texts = [dicom.group(file, what) if file else "" for file in files]
         numbers = np.unique(texts, return_inverse=True)[1]
         groups = [str(n) if text else name for n, text, name in zip(numbers, texts, data.names)]
         data.groups = np.array(groups) if any(texts) else None
-    if what and data.groups is None:
+    if data.groups is None:
         data.groups = np.array(by_path(data.names, what, "--group-by"))
-    if what:
-        groups = [f"{group} {n}" for group, n in Counter(data.groups.tolist()).most_common()]
-        shown = preview(groups) if len(groups) < len(data) else "each of one image"
-        data.notes.append(f"--group-by {what}: {len(groups)} groups, {shown}")
-    elif any(files):
-        data.notes.append("DICOM: --group-by PatientID keeps the images of a patient on one side")
+    groups = [f"{group} {n}" for group, n in Counter(data.groups.tolist()).most_common()]
+    shown = preview(groups) if len(groups) < len(data) else "each of one image"
+    data.notes.append(f"--group-by {what}: {len(groups)} groups, {shown}")
 
 
 def by_path(names, pattern, flag):

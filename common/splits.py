@@ -43,7 +43,7 @@ def cross_split_duplicates(data, split, near=False):
     least = np.full(len(data), 3)  # of units
     np.minimum.at(least, unit, rank)
     if near:
-        i, j, _ = unit[near_duplicates(data)[:, [0, 1, 1]].T]
+        i, j = unit[near_duplicates(data)[:, :2].T]
         np.minimum.at(least, np.append(i, j), least[np.append(j, i)])
     return rank > least[unit]
 

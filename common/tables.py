@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import dicom
 from common.cli import UserError, preview
 from common.folders import EXTENSIONS, SPLITS, list_images
 from common.readers import ImageSet
@@ -18,10 +19,10 @@ from common.readers import ImageSet
 IMAGE_NAMES = {"image", "images", "image_id", "img", "file", "filename", "file_name", "path"}
 _what = "(patient|subject|person|case|study|lesion)s?[ _-]?(id|nr|no|num|number|name|index|.*uid)?"
 GROUPS = re.compile(rf"(.*[ _-])?{_what}|pid", re.I)  # names of columns
-ENDINGS = (*EXTENSIONS, ".dcm", ".dicom")
+ENDINGS = EXTENSIONS + dicom.ENDINGS
 NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.I)
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "null"}  # cells that say nothing
-FINDINGS = {"true": 1, "false": 0, **dict.fromkeys(MISSING, np.nan)}  # and numbers
+FINDINGS = {"true": 1, "false": 0, **dict.fromkeys(MISSING)}  # and numbers
 UNCERTAIN = "--uncertain negative or positive (what -1 means), or skip (no label); blank: negative"
 
 
@@ -196,10 +197,8 @@ def _image_paths(table, index, column, skip_bad):
         likely = one or some or [c for c in found if c.lower() in IMAGE_NAMES]
         if len(likely) != 1:
             what = f"{'more than one' if likely else 'no'} column names images in {index.root}"
-            fix = (
-                f"their folder: --images DIR, or the column: --image-col (line 1: {preview(found)})"
-            )
-            raise UserError(f"{table.file}: {what}; give {fix}")
+            fix = "their folder: --images DIR, or the column: --image-col"
+            raise UserError(f"{table.file}: {what}; give {fix} (line 1: {preview(found)})")
         (column,) = likely
     if column.lower() not in IMAGE_NAMES and len(index.find(column)) == 1:
         raise UserError(f"{table.file}: line 1 names an image, {column}: put column names above it")
@@ -229,9 +228,9 @@ def _labels(table, others, label_col=None, multilabel=False, uncertain=None):
     if label_col is None:
         named = [c for c in others if c.lower() in ("label", "labels", "class", "target")]
         columns = named if len(named) == 1 else columns
-        if columns[1:] and any(set(map(_finding, cells[c])) - {0, 1, -1, None} for c in columns):
-            raise UserError(f"{table.file}: give --label-col (of {preview(columns, 9)}), or none")
-    found = {x for c in columns for x in map(_finding, cells[c])}
+    found = {_finding(text) for text in {text for c in columns for text in cells[c]}}
+    if label_col is None and columns[1:] and not found <= {0, 1, -1, None}:
+        raise UserError(f"{table.file}: give --label-col (of {preview(columns, 9)}), or none")
     if len(columns) != 1 or {0, 1, -1, None} >= found >= {1, -1}:
         return columns, *_findings(table, {c: cells[c] for c in columns}, uncertain)
     labels, labelled, classes = _classes(table, cells[columns[0]], multilabel, uncertain)
@@ -244,9 +243,7 @@ def _labels(table, others, label_col=None, multilabel=False, uncertain=None):
 
 
 def _finding(cell):  # 0, 1, -1, None for nothing said, or another text
-    cell = cell.lower()
-    value = float(cell) if NUMBER.fullmatch(cell) else FINDINGS.get(cell, cell)
-    return None if cell in MISSING else value
+    return float(cell) if NUMBER.fullmatch(cell) else FINDINGS.get(cell.lower(), cell)
 
 
 def _findings(table, cells, uncertain):
@@ -254,7 +251,8 @@ def _findings(table, cells, uncertain):
     and negative); a row of blanks alone has no label. Raises UserError."""
     values = np.full((len(table.lines), len(cells)), np.nan)
     for column, (name, texts) in zip(values.T, cells.items()):
-        found = list(map(_finding, texts))
+        meaning = {text: _finding(text) for text in {*texts}}
+        found = [meaning[text] for text in texts]
         odd = [x not in (0, 1, -1, None) for x in found]
         table.refuse(texts, odd, f"are not 0, 1 or -1 in {name}")
         column[:] = np.array(found, float)
