@@ -1,13 +1,14 @@
 """Fine-tune one arm on a fraction of the labels (sections 4.2 and F.3), test it once.
 
     python finetune.py --ckpt cnn.pt --frac 0.01
+    python finetune.py --ckpt cnn.pt vit.pt --frac 0.01      (each, and the mean of both)
     python finetune.py --arch resnet50 --data /path          (supervised baseline, no pre-training)
     python finetune.py --ckpt cnn.pt --frac 0.01 --resume    (resumes an interrupted run)
     python finetune.py --ckpt cnn.pt --mode knn              (nothing is trained; or: --mode linear)
 
 writes to --out (default: finetune_ARM_FRAC beside the checkpoint): best.pt, metrics.json,
-predictions.csv, confusion.csv, log.jsonl, split.csv, config.json; with several --seeds a folder
-and summary.json. Image size, normalization, data and split come from the checkpoint.
+predictions.csv, confusion.csv, log.jsonl, split.csv, config.json; of several arms and --seeds a
+folder each and summary.json. Image size, normalization, data and split come from the checkpoint.
 """
 
 import math
@@ -22,13 +23,13 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import data
-from common import arms, checkpoint, cli, collapse, distributed, metrics, starts
+from common import arms, checkpoint, cli, collapse, distributed, results, starts
 from common.cli import UserError
 from common.decode import digest
-from common.metrics import score, summarize
+from common.metrics import fit_temperature, probabilities_of, score
 from common.readers import read
 from common.run import Run, half_cycle, on_device
-from common.splits import TOO_FEW, carried, class_counts, label_fraction
+from common.splits import TOO_FEW, carried, label_fraction
 from common.starts import load_last, parse_again, resumed
 from losses import class_weights, focal_loss
 
@@ -40,7 +41,8 @@ MAY_CHANGE = {*cli.MAY_CHANGE, "seeds"}  # when a run is resumed
 def add_arguments(parser):
     """The flags of fine-tuning, besides those of the data and of every run."""
     add = parser.add_argument
-    add("--ckpt", metavar="FILE", type=data.path, help="cnn.pt or vit.pt of pretrain.py")
+    files = {"metavar": "FILE", "type": data.path, "nargs": "+"}
+    add("--ckpt", **files, help="cnn.pt or vit.pt of pretrain.py; both: each, and their mean")
     add("--arch", metavar="NAME", help="timm model to start from instead, the supervised baseline")
     add("--arch-kwargs", **arms.KWARGS, help="arguments for timm.create_model, with --arch")
     add("--init", metavar="WHAT", help="with --arch: imagenet (default), random or a weights file")
@@ -69,10 +71,10 @@ def parse_arguments():
     if args.ckpt and (args.img_size or args.arch_kwargs or args.init or args.seed is not None):
         parser.error("--img-size, --arch-kwargs, --init and --seed go with --arch, not with --ckpt")
     if args.resume is True:
-        named = args.out or not args.ckpt
-        arm = str(args.arch).split(".")[0] if named else starts.load_weights(args.ckpt)["arm"]
-        out = output_folder(args.out, args.ckpt, arm, args.frac, args.mode)
-        newest = max(out.glob("**/config.json"), key=os.path.getmtime, default=None)
+        files = [] if args.out else args.ckpt or []
+        names = [starts.load_weights(path)["arm"] for path in files] or [str(args.arch)]
+        found = output_folder(args, names).glob("**/config.json")
+        newest = max(found, key=os.path.getmtime, default=None)
         if newest is not None:
             saved = checkpoint.read_json(newest, "arguments")
             starts.check(newest, saved, {"arguments": dict})
@@ -86,12 +88,32 @@ def parse_arguments():
     return args
 
 
-def output_folder(out, ckpt, arm, frac, mode):
-    """--out, or finetune_ARM_FRAC beside the checkpoint."""
-    if out:
-        return Path(out)
-    name = f"finetune_{arm}_{frac:g}" + ("" if mode == "e2e" else f"_{mode}")
-    return (Path(ckpt).parent if ckpt else Path(".")) / name
+def output_folder(args, names):
+    """--out, or finetune_ARM_FRAC beside the checkpoint, where both arms are fine-tuned
+    finetune_ARM_ARM_FRAC. names: of the arms, or of --arch."""
+    name = f"finetune_{'_'.join(x.split('.')[0] for x in names)}_{args.frac:g}"
+    name += "" if args.mode == "e2e" else f"_{args.mode}"
+    return Path(args.out or (Path(args.ckpt[0]).parent if args.ckpt else Path(".")) / name)
+
+
+def begin(args):
+    """What each arm starts from; fills in the data flags and the seed of the split."""
+    if args.arch:
+        args.init, args.seed = args.init or "imagenet", args.seed or 0
+        return [starts.from_name(args.arch, args.init, args.img_size or 384, args.arch_kwargs)]
+    first, *others = arms = [starts.from_checkpoint(path) for path in args.ckpt]
+    for path, start in zip(args.ckpt[1:], others):
+        same = start.seed == first.seed and torch.equal(start.carried, first.carried)
+        if not same or start.metadata["img_size"] != first.metadata["img_size"]:
+            fix = "fine-tune each alone; python -m tools.compare scores their mean"
+            raise UserError(f"{path}: is not of one pre-training with {args.ckpt[0]}; {fix}")
+    if len({start.metadata["arm"] for start in arms}) < len(arms):
+        raise UserError(f"--ckpt {' '.join(args.ckpt)}: give each arm once")
+    starts.fill_in(args, first.data)
+    if not isinstance(args.data, str):
+        raise UserError(f"{args.ckpt[0]}: names no data; give --data PATH")
+    args.seed = first.seed
+    return arms
 
 
 def main():
@@ -100,90 +122,99 @@ def main():
     args = parse_arguments()
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
-    if args.ckpt:
-        start = starts.from_checkpoint(args.ckpt)
-        starts.fill_in(args, start.data)
-        if not isinstance(args.data, str):
-            raise UserError(f"{args.ckpt}: names no data; give --data PATH")
-        args.seed = start.seed
-    else:
-        args.init, args.seed = args.init or "imagenet", args.seed or 0
-        start = starts.from_name(args.arch, args.init, args.img_size or 384, args.arch_kwargs)
-    start.normalization = start.metadata["mean"], start.metadata["std"]
-    out = output_folder(args.out, args.ckpt, start.metadata["arm"], args.frac, args.mode)
+    arms = begin(args)
+    names = [start.metadata["arm"] for start in arms]
+    out = output_folder(args, names)
     seeds, args.out = args.seeds or [args.seed], os.path.abspath(out)
-    folders = {seed: out / f"seed{seed}" if len(seeds) > 1 else out for seed in seeds}
-    files = [folder / name for folder in folders.values() for name in OUTPUTS]
-    cli.refuse_inputs(files, args.data, args.ckpt, args.init)
+    tops = {name: out / name for name in (*names, "mean")} if len(arms) > 1 else {names[0]: out}
+    inner = [f"seed{seed}" if len(seeds) > 1 else "" for seed in seeds]
+    folders = {name: [top / x for x in inner] for name, top in tops.items()}
+    every = [folder for of_arm in folders.values() for folder in of_arm]
+    files = [folder / name for folder in every for name in OUTPUTS]
+    cli.refuse_inputs(files, args.data, *(args.ckpt or ()), args.init)
     cli.claim(out)
-    others = {file.parent for file in out.glob("seed*/config.json")} - {*folders.values()}
-    if others:
+    others = {file.parent for top in tops.values() for file in top.glob("seed*/config.json")}
+    if others := others - {*every}:
         fix = "name these seeds too, with --resume, or give another --out"
         raise UserError(f"{out}: has {cli.preview(sorted(others))} of an earlier run; {fix}")
-    for folder in {out, *folders.values()} if not args.resume else ():
+    for folder in {out, *every} if not args.resume else ():
         cli.refuse_overwrite(folder, ("metrics.json", "best.pt", "last.pt"), args.overwrite)
 
     images = read(args.data, **data.options(args))
-    metrics.refuse_unlabelled(images)
+    results.refuse_unlabelled(images)
     cache = data.cache_dir(args.cache)
-    images.decode(start.metadata["img_size"], cache, args.skip_bad, args.dry_run)
-    split = data.split_and_report(images, args.seed, args.dedup, start.carried, args.allow_seen)
+    images.decode(arms[0].metadata["img_size"], cache, args.skip_bad, args.dry_run)
+    split = data.split_and_report(images, args.seed, args.dedup, arms[0].carried, args.allow_seen)
     hashes = images.table["hash"].view("int64")  # of the pixels
-    seen = np.isin(hashes, start.seen)
-    metrics.refuse_untestable(images, split, seen, args.allow_seen)
-    job = SimpleNamespace(start=start, images=images, split=split, seen=seen, bs=args.bs)
-    job.device, job.amp, job.workers, job.linear = device, amp, args.workers, args.mode == "linear"
-    results, written = [], OUTPUTS[:-3] if args.mode == "knn" else OUTPUTS[:-1]
-    for job.seed, job.out in folders.items():
-        if args.resume and all((job.out / name).exists() for name in written):
-            print(f"seed {job.seed}: {job.out} is finished")
-            results.append(checkpoint.read_json(job.out / "metrics.json", *metrics.PARTS))
-            continue
-        job.used = label_fraction(images, split == "train", args.frac, job.seed)
-        job.weights = class_weights(images.labels[job.used].sum(0), args.class_weights).to(device)
-        job.digest = digest(hashes.tobytes(), images.labels.tobytes(), "".join(split), job.used)
-        state = saved_state(job.out) if args.resume else None
-        if state is not None and state["digest"] != job.digest:
-            what = "the images, their split or their labels are not those that the run"
-            raise UserError(f"{images.path}: {what} in {job.out} began with")
-        counts = ", ".join(f"{c} {n}" for c, n in class_counts(images, job.used).items())
-        of = f"{job.used.sum()} of {(split == 'train').sum()} training images"
-        print(f"seed {job.seed}: labels of {of}: {counts}")
+    seen = np.isin(hashes, torch.cat([start.seen for start in arms]))
+    results.refuse_untestable(images, split, seen, args.allow_seen)
+    job = SimpleNamespace(images=images, split=split, seen=seen, bs=args.bs, device=device, amp=amp)
+    job.hashes, job.workers, job.linear = hashes, args.workers, args.mode == "linear"
+    job.dry_run = args.dry_run
+    for name, job.start in zip(names, arms):
+        found = [run_seed(job, args, *x) for x in zip(seeds, folders[name])]
         if not args.dry_run:
-            checkpoint.start_folder(job.out, OUTPUTS, OUTPUTS if state is None else ())
-            config = {"command": sys.argv, "arguments": vars(args)}
-            checkpoint.write_json(job.out / "config.json", config)
-            data.write_split(job.out, images, split, job.used)
-        elif args.mode == "knn":
-            return
-        if args.mode != "knn" and (state is None or "rng" in state):
-            metadata = {"script": "finetune.py", "args": vars(args)}
-            metadata |= {"seed": job.seed, "digest": job.digest}
-            run = Run(job.out, device, amp, metadata, state, save_every=args.save_every)
-            run.seconds_between_saves, run.normalization = 30, start.normalization
-            model, schedule = build(job), (args.patience, args.lr, args.min_lr, args.t_max)
-            training = finetune(job, model, run, args.epochs, *schedule)
-            saved = {**start.metadata, "epoch": training["best_epoch"], "seed": args.seed}
-            saved |= {"class_names": images.classes, "multilabel": images.multilabel}
-            known = torch.cat([start.seen, torch.from_numpy(hashes[split != "test"])]).unique()
-            saved |= {"seen": known, "training": training, "config": vars(args)}
-            saved["split"] = carried(images, split, start.carried)
-            saved["data"] = data.options(args, data.OPTIONS)
-            checkpoint.save(job.out / "best.pt", checkpoint.weights_file(model, **saved))
-        outcome = nearest(job) if args.mode == "knn" else tested(job)
-        settings = {"ckpt": args.ckpt, "mode": args.mode, "frac": args.frac}
-        results.append(metrics.write_results(job, *outcome, {**settings, "split_seed": args.seed}))
-        (job.out / "last.pt").unlink(missing_ok=True)
-    if len(results) > 1:
-        summary = summarize(results)
-        checkpoint.write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
-        shown = [(key, summary[key]) for key in metrics.SHOWN if key in summary]
-        scores = ", ".join(f"{key} {x['mean']:.4f} ± {x['std']:.4f}" for key, x in shown)
-        print(f"{len(seeds)} seeds: {scores}")
+            results.write_summary(tops[name], seeds, found)
+    if len(arms) > 1 and not args.dry_run:
+        runs = zip(*(folders[name] for name in names))
+        found = [results.write_mean(*x) for x in zip(folders["mean"], runs)]
+        results.write_summary(tops["mean"], seeds, found)
     print(f"wrote {out}")
     if args.mode != "knn":
-        best = job.out / "best.pt"
+        best = " ".join(str(folders[name][-1] / "best.pt") for name in names)
         print(f"next: python predict.py --ckpt {best} --data new_images/ --out predictions.csv")
+
+
+def run_seed(job, args, job_seed, out):
+    """Fine-tune with one seed and test, unless that is done. Returns what metrics.json holds; None
+    where it is a dry run."""
+    images, split, job.seed, job.out = job.images, job.split, job_seed, out
+    name = f"{job.start.metadata['arm']}, seed {job.seed}"
+    written = OUTPUTS[:-3] if args.mode == "knn" else OUTPUTS[:-1]
+    if args.resume and all((out / name).exists() for name in written):
+        print(f"{name}: {out} is finished")
+        return checkpoint.read_json(out / "metrics.json", *results.PARTS)
+    job.used = label_fraction(images, split == "train", args.frac, job.seed)
+    counts = images.labels[job.used].sum(0)
+    job.weights = class_weights(counts, args.class_weights).to(job.device)
+    job.digest = digest(job.hashes.tobytes(), images.labels.tobytes(), "".join(split), job.used)
+    state = saved_state(out) if args.resume else None
+    if state is not None and state["digest"] != job.digest:
+        what = "the images, their split or their labels are not those that the run"
+        raise UserError(f"{images.path}: {what} in {out} began with")
+    shown = ", ".join(f"{c} {n}" for c, n in zip(images.classes, counts.tolist()))
+    print(
+        f"{name}: labels of {job.used.sum()} of {(split == 'train').sum()} training images: {shown}"
+    )
+    if args.mode == "knn" and args.dry_run:
+        return None
+    if not args.dry_run:
+        checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else ())
+        checkpoint.write_json(out / "config.json", {"command": sys.argv, "arguments": vars(args)})
+        data.write_split(out, images, split, job.used)
+    if args.mode != "knn" and (state is None or "rng" in state):
+        metadata = {"script": "finetune.py", "args": vars(args)}
+        metadata |= {"seed": job.seed, "digest": job.digest}
+        run = Run(out, job.device, job.amp, metadata, state, save_every=args.save_every)
+        run.seconds_between_saves, run.normalization = 30, job.start.normalization
+        model, schedule = build(job), (args.patience, args.lr, args.min_lr, args.t_max)
+        training = finetune(job, model, run, args.epochs, *schedule)
+        if training is None:
+            return None
+        saved = {**job.start.metadata, "epoch": training["best_epoch"], "seed": args.seed}
+        saved |= {"class_names": images.classes, "multilabel": images.multilabel}
+        known = torch.from_numpy(job.hashes[split != "test"])
+        known = torch.cat([job.start.seen, known]).unique()
+        saved |= {"seen": known, "training": training, "config": vars(args)}
+        saved["temperature"] = training["temperature"]
+        saved["split"] = carried(images, split, job.start.carried)
+        saved["data"] = data.options(args, data.OPTIONS)
+        checkpoint.save(out / "best.pt", checkpoint.weights_file(model, **saved))
+    test, training = nearest(job) if args.mode == "knn" else tested(job)
+    settings = {"ckpt": job.start.path, "mode": args.mode, "frac": args.frac}
+    found = results.report(job, *test, {**settings, "split_seed": args.seed, **training})
+    (out / "last.pt").unlink(missing_ok=True)
+    return found
 
 
 def saved_state(folder):
@@ -212,7 +243,7 @@ def batches_of(job, mask, transform=None):
 
 @torch.no_grad()
 def evaluate(job, model, loader):
-    """Mean focal loss, and probabilities (N, C): one sigmoid per class."""
+    """Mean focal loss, and logits (N, C) on the CPU."""
     model.eval()
     logits, true = [], []
     for images, target in on_device(loader, job.device, *job.start.normalization):
@@ -221,7 +252,7 @@ def evaluate(job, model, loader):
         true.append(target)
     logits = torch.cat(logits)
     loss = focal_loss(logits, torch.cat(true), job.weights)
-    return loss.item(), logits.sigmoid().cpu().numpy()
+    return loss.item(), logits.cpu()
 
 
 def build(job):
@@ -238,8 +269,9 @@ def build(job):
 
 def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
     """Train on the used labels; the model ends with the weights of the epoch of the lowest
-    validation loss. Returns how training went."""
+    validation loss. Returns how training went; None where it is a dry run."""
     images, device, amp, val_mask = job.images, job.device, job.amp, job.split == "val"
+    labels, multilabel = images.labels[val_mask], images.multilabel
     train_loader = batches_of(job, job.used, data.augmentation(job.start.metadata["img_size"]))
     val_loader = batches_of(job, val_mask)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, fused=True)
@@ -247,6 +279,8 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
     scheduler = CosineAnnealingLR(optimizer, t_max, min_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     run.announce(lambda x: focal_loss(model(x[0]), x[1]), model, train_loader, epochs, val_mask)
+    if job.dry_run:
+        return None
     run.track(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     best = run.progress.setdefault("best", {"best_loss": math.inf, "best_epoch": 0})
     if val_mask.sum() < TOO_FEW:
@@ -264,13 +298,15 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
             scaler.update()
             scheduler.step()
             run.note(loss)
-        val_loss, found = evaluate(job, model, val_loader)
+        val_loss, logits = evaluate(job, model, val_loader)
         run.check_finite(val_loss)
-        val = score(images.labels[val_mask], found, images.classes, images.multilabel)
+        T = fit_temperature(logits, labels, multilabel)
+        found = probabilities_of(logits, T, multilabel)
+        val = score(labels, *found, images.classes, multilabel)
         if val_loss < best["best_loss"]:
             weights = {key: x.detach().clone() for key, x in model.state_dict().items()}
             best.update(best_loss=val_loss, best_epoch=run.epoch + 1)
-            best.update(best_val=val, best_state=weights)
+            best.update(best_val=val, best_state=weights, temperature=T)
         f1, lr = val["macro_f1"], scheduler.get_last_lr()[0]
         run.show(f"val loss {val_loss:.3g}, val F1 {f1:.3f}")
         run.end_epoch(train_loss=run.mean_loss(), val_loss=val_loss, val_macro_f1=f1, lr=lr)
@@ -279,21 +315,23 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
 
 
 def tested(job):
-    """The test probabilities (N, C) of best.pt, and what metrics.json says of its training."""
+    """The test probabilities, two (N, C) arrays, of best.pt, and what metrics.json says of its
+    training."""
     best = starts.load_weights(job.out / "best.pt")
-    model = starts.build(best, job.out / "best.pt")
-    model.to(job.device)
-    _, probabilities = evaluate(job, model, batches_of(job, job.split == "test"))
+    model = starts.build(best, job.out / "best.pt").to(job.device)
+    _, logits = evaluate(job, model, batches_of(job, job.split == "test"))
     training, log = best["training"], best["training"]["log"]
     checkpoint.write_json_lines(job.out / "log.jsonl", log)
     summary = {"best_epoch": training["best_epoch"], "epochs": len(log)}
     summary |= {"val_loss": training["best_loss"], "val": training["best_val"]}
+    summary |= {"temperature": best["temperature"], "class_weights": job.weights.tolist()}
     summary["seconds"] = round(sum(row["seconds"] for row in log), 2)
-    return probabilities, {**summary, "class_weights": job.weights.tolist()}
+    return probabilities_of(logits, best["temperature"], job.images.multilabel), summary
 
 
 def nearest(job):
-    """--mode knn: label the test images by the used ones (collapse.knn). Returns as tested()."""
+    """--mode knn: label the test images by the used ones (collapse.knn), whose votes sum to 1.
+    Returns as tested()."""
     began, images = time.perf_counter(), job.images
     torch.manual_seed(job.seed)
     model = job.start.make().to(job.device)
@@ -305,11 +343,10 @@ def nearest(job):
 
     known, labels = features(job.used), torch.from_numpy(images.labels[job.used]).float()
     val, test = (job.split == part for part in ("val", "test"))
-    found = collapse.knn(known, labels, features(val)).numpy()
-    scores = score(images.labels[val], found, images.classes, images.multilabel)
-    probabilities = collapse.knn(known, labels, features(test)).numpy()
+    found, votes = (collapse.knn(known, labels, features(x)).numpy() for x in (val, test))
+    scores = score(images.labels[val], found, found, images.classes, images.multilabel)
     summary = {"neighbours": min(20, len(known)), "val": scores}
-    return probabilities, {**summary, "seconds": round(time.perf_counter() - began, 2)}
+    return (votes, votes), {**summary, "seconds": round(time.perf_counter() - began, 2)}
 
 
 if __name__ == "__main__":

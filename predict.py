@@ -4,11 +4,12 @@
     python predict.py --ckpt CNN_RUN/best.pt VIT_RUN/best.pt --data new_images/ --out both.csv
     python predict.py --ckpt cnn.pt --data new_images/ --embeddings features.npz
 
---out gets a row per image, in the order of the folder or file: path, predicted, and a probability
-per class, one sigmoid each, so that rows need not sum to one. Several files are averaged in
-probability: nobody knows beforehand which arm to pick. --embeddings gets the features before the
-head: `embeddings`, (N, D) float32, and `paths`, (N,) str; of several files `embeddings_1`,
-`embeddings_2`, ... in the order of `files`. For use from Python, load(): docs/outputs.md.
+--out gets a row per image, in the order of the folder or file: path, predicted and, for each class,
+prob_CLASS, a sigmoid, so that rows need not sum to one, and calibrated_CLASS, a distribution over
+the classes with the temperature that fits the validation images (several labels: sigmoids, too).
+Several files are averaged: nobody knows beforehand which arm to pick. --embeddings gets the
+features before the head: `embeddings`, (N, D) float32, and `paths`, (N,) str; of several files
+`embeddings_1`, `embeddings_2`, ... in the order of `files`. In Python, load(): docs/outputs.md.
 """
 
 import functools
@@ -23,9 +24,10 @@ import data
 from common import checkpoint, cli, collapse, starts
 from common.cli import UserError, preview
 from common.decode import default_dir, normalize
-from common.metrics import predicted_labels
+from common.metrics import predicted_labels, probabilities_of
 from common.pixels import square, to_rgb
 from common.readers import read
+from common.results import columns
 from common.run import on_device
 from common.splits import label_text
 
@@ -35,12 +37,14 @@ def load(path):
 
     Returns model (timm's, in eval mode, on the CPU), transform (a Pillow image -> (3, S, S)
     float32, normalized: to the bit what validation saw of the file), class_names (None for a cnn.pt
-    or vit.pt of pretrain.py), multilabel, img_size, mean, std and path. Raises UserError.
+    or vit.pt of pretrain.py), multilabel, img_size, mean, std, temperature
+    (of metrics.probabilities_of) and path. Raises UserError.
     """
     weights = starts.load_weights(path, way_out="")
     size, mean, std = weights["img_size"], weights["mean"], weights["std"]
     arm = SimpleNamespace(path=str(path), img_size=size, mean=mean, std=std)
     arm.class_names, arm.multilabel = weights.get("class_names"), bool(weights.get("multilabel"))
+    arm.temperature = weights.get("temperature", 1.0)
     arm.transform = functools.partial(transform, size=size, mean=mean, std=std)
     arm.model = starts.build(weights, path).eval()
     return arm
@@ -106,7 +110,8 @@ def refuse_unequal(arms):
 
 @torch.inference_mode()
 def outputs_of(arm, pixels, bs, workers, device, amp, with_features):
-    """[probabilities (N, C)] of N DecodedImages and, if asked for, features (N, D)."""
+    """[probabilities (N, C), distributions (N, C)] of N DecodedImages and, if asked for, features
+    (N, D)."""
     batches = data.EpochBatches(len(pixels), bs, drop_single=False)
     dataset, outputs = data.AugmentedImages(pixels, range(len(pixels))), []
     loader = cli.progress(data.loader(dataset, batches, device, workers), unit_scale=bs)
@@ -115,17 +120,17 @@ def outputs_of(arm, pixels, bs, workers, device, amp, with_features):
             features, logits = collapse.embed(arm.model, [images])
         if not (torch.isfinite(features).all() and torch.isfinite(logits).all()):
             raise UserError(f"{arm.path}: gives NaN or infinite outputs; try --amp off")
-        both = logits.sigmoid(), features.flatten(1)
-        outputs.append([x.cpu().numpy() for x in both[: 1 + with_features]])
+        both = probabilities_of(logits, arm.temperature, arm.multilabel)
+        outputs.append([*both, features.flatten(1).cpu().numpy()][: 2 + with_features])
     return [np.concatenate(parts) for parts in zip(*outputs)]
 
 
-def write_predictions(path, names, probabilities, classes, multilabel):
-    """A row per image: path, predicted, a probability per class. probabilities: (N, C)."""
-    header = ["path", "predicted", *(f"prob_{c}" for c in classes)]
-    table = zip(names, predicted_labels(probabilities, multilabel), probabilities)
+def write_predictions(path, names, probabilities, distributions, classes, multilabel):
+    """A row per image: path, predicted, two probabilities per class, both (N, C)."""
+    labels = predicted_labels(probabilities, multilabel)
+    table = zip(names, labels, np.hstack([probabilities, distributions]))
     rows = ([name, label_text(classes, has), *map(str, p)] for name, has, p in table)
-    checkpoint.write_csv(path, header, rows)
+    checkpoint.write_csv(path, ["path", "predicted", *columns(classes)], rows)
 
 
 def write_embeddings(path, names, features, files):
@@ -166,13 +171,13 @@ def main():
         print(note)
     print(f"{len(images)} images" + f", the mean of {len(arms)} files" * (len(arms) > 1))
     if args.out:
-        mean = np.mean([probabilities for probabilities, *_ in outputs], axis=0)
         rows = range(len(images)) if images.rows is None else images.rows  # repeated ones too
-        names, mean = [images.names[i] for i in rows], mean[rows]
-        write_predictions(args.out, names, mean, arms[0].class_names, arms[0].multilabel)
+        means = [np.mean(x, axis=0)[rows] for x in zip(*(found[:2] for found in outputs))]
+        names = [images.names[i] for i in rows]
+        write_predictions(args.out, names, *means, arms[0].class_names, arms[0].multilabel)
         print(f"wrote {args.out}")
     if args.embeddings:
-        write_embeddings(args.embeddings, images.names, [f for _, f in outputs], args.ckpt)
+        write_embeddings(args.embeddings, images.names, [f for *_, f in outputs], args.ckpt)
         print(f"wrote {args.embeddings}")
 
 

@@ -59,7 +59,7 @@ def parse_arguments():
     data.add_arguments(parser)
     arms.add_arguments(parser)
     add_arguments(parser)
-    cli.add_run_arguments(parser, epochs=100, lr=1e-3)  # F.2.3
+    cli.add_run_arguments(parser, epochs=100, lr=1e-3, least=cli.count)  # F.2.3
     args = parser.parse_args()
     if args.resume:
         from common.starts import resumed
@@ -210,6 +210,8 @@ def main():
     react = partial(collapse.react, objective=args.objective, fail=args.fail_on_collapse)
     run = Run(out, device, amp, metadata, state, [], args.save_every, monitor=monitor, react=react)
     run.announce(model, model, loader, args.epochs)
+    if args.dry_run:
+        return
     if args.compile:
         model.compile()
     schedule = (args.lr, args.min_lr, args.t_max, args.swa_start, "sgd" in args.ablation)

@@ -190,10 +190,11 @@ def progress(iterable=None, unit="img", **kwargs):
     return tqdm(iterable, unit=unit, dynamic_ncols=True, **kwargs)
 
 
-def add_run_arguments(parser, epochs, lr):
-    """Flags of every command that trains; epochs, lr: their defaults."""
+def add_run_arguments(parser, epochs, lr, least=positive):
+    """Flags of every command that trains; epochs, lr: their defaults; least: type of epochs."""
     add = parser.add_argument
-    add("--epochs", type=positive, default=epochs, help="at most; passes over the training images")
+    zero = "; 0: the arms as they begin" * (least is count)
+    add("--epochs", type=least, default=epochs, help="passes over the training images" + zero)
     add("--bs", "--batch-size", type=positive, default=16, help="images per step")
     add("--lr", type=rate, default=lr, help="Adam's learning rate")
     add("--min-lr", type=rate, default=1e-6, help="the minimum of its cosine")

@@ -1,16 +1,16 @@
-"""Scores of a classifier, and the one look at the test images."""
+"""Scores of a classifier, their 95 % intervals, and probabilities that mean something."""
+
+from collections import defaultdict
+from statistics import NormalDist
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-from common.checkpoint import write_csv, write_json
-from common.cli import UserError
-from common.splits import SIDES, class_counts, cross_split_duplicates, label_text
-
-FLAGS = {"duplicate": "exact duplicates", "near": "exact and near-duplicates"}  # of test images
-FLAGS["seen"] = "that pre-training saw"
-PARTS = ("test", "test_without_duplicates", "test_without_near", "test_without_seen")
-COUNTS = ("n_test_duplicates", "n_test_near", "n_test_seen")
-SHOWN = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
+BINS = 15  # of the expected calibration error
+ROUNDS = 1000  # of the bootstrap
+FEW, FEW_OF_CLASS, FEW_FOR_ECE = 20, 10, 100  # units: below, 95 % is under 90 % (results/intervals)
+OF_CLASSES = ("macro_f1", "macro_f1_present", "balanced_accuracy", "auroc")  # means over them
 
 
 def predicted_labels(probabilities, multilabel):
@@ -20,103 +20,144 @@ def predicted_labels(probabilities, multilabel):
     return np.eye(probabilities.shape[1], dtype=bool)[probabilities.argmax(1)]
 
 
-def auroc(positive, score):
-    """Area under the ROC curve of (N,) 0/1 by (N,) scores, ties as half; None if one-sided."""
-    positives, negatives = score[positive > 0], np.sort(score[positive == 0])
-    below, up_to = (np.searchsorted(negatives, positives, side) for side in ("left", "right"))
-    pairs = len(positives) * len(negatives)
-    return float((below + up_to).sum() / 2 / pairs) if pairs else None
+def fit_temperature(logits, labels, multilabel):
+    """The T of probabilities_of() with the least cross-entropy on logits (N, C) and labels (N, C)
+    bool, of 201 from 0.1 to 10 (Guo et al., arXiv 1706.04599, section 4.2)."""
+    candidates, y = np.geomspace(0.1, 10, 201), torch.from_numpy(labels).float()
+    loss = F.binary_cross_entropy_with_logits if multilabel else F.cross_entropy
+    return float(min(candidates, key=lambda T: loss(logits.cpu() / T, y).item()))
 
 
-def score(labels, probabilities, classes, multilabel):
-    """Scores of labels (N, C) bool and probabilities (N, C), N > 0. Absent classes count as 0 in
-    macro_f1; macro_f1_present, auroc and balanced_accuracy leave them out. confusion: rows true, or
-    [tp, fp, fn, tn] each."""
-    predicted = predicted_labels(probabilities, multilabel)
-    tp, support, found = (x.sum(0) for x in (labels & predicted, labels, predicted))
-    precision, recall = tp / np.maximum(found, 1), tp / np.maximum(support, 1)
-    f1 = 2 * tp / np.maximum(support + found, 1)
-    micro = float(2 * tp.sum() / max((support + found).sum(), 1))
-    areas = [auroc(*x) for x in zip(labels.T, probabilities.T)]
-    known = [x for x in areas if x is not None]
-    keys = ("class", "support", "precision", "recall", "f1", "auroc")
-    columns = (x.tolist() for x in (support, precision, recall, f1))
-    scores = {"n": len(labels), "macro_f1": float(f1.mean()), "micro_f1": micro}
-    scores["macro_f1_present"] = float(f1[support > 0].mean()) if support.any() else None
-    scores["auroc"] = float(np.mean(known)) if known else None
-    scores["per_class"] = [dict(zip(keys, row)) for row in zip(classes, *columns, areas)]
-    scores["exact_match" if multilabel else "accuracy"] = (labels == predicted).all(1).mean().item()
+def probabilities_of(logits, T, multilabel):
+    """Logits (N, C) -> two (N, C) arrays: a sigmoid for each class, as trained (F.3.2), and one
+    distribution over the classes, softmax(logits / T), which sums to 1; multi-label: sigmoids of
+    logits / T. Both predict the same."""
+    scaled = logits / T
+    both = logits.sigmoid(), scaled.sigmoid() if multilabel else scaled.softmax(1)
+    return [x.cpu().numpy() for x in both]
+
+
+def auroc(positive, score, weights):
+    """(B,) areas under the ROC curve, ties as half, of (N,) bool by (N,) scores that count weights
+    (B, N) times; NaN where one side is empty."""
+    order = score.argsort()
+    first = np.unique(score[order], return_index=True)[1]
+    sides = (weights[:, order] * side[order] for side in (positive, ~positive))
+    above, below = (np.add.reduceat(side, first, axis=1) for side in sides)
+    pairs = above.sum(1) * below.sum(1)
+    return (above * (below.cumsum(1) - below / 2)).sum(1) / pairs
+
+
+def calibration_errors(labels, p, multilabel):
+    """What each image adds, with probabilities p (N, C): (N,) to the Brier score (over classes a
+    sum, over labels a mean), and (N, BINS) to the gaps of the expected calibration error (Guo et
+    al., equation 3; of the predicted class; multi-label: of all labels)."""
+    squares, right = np.square(p - labels), labels
     if not multilabel:
-        scores["balanced_accuracy"] = recall[support > 0].mean().item()
-    counts = [tp, found - tp, support - tp, len(labels) - found - support + tp]
-    confusion = np.stack(counts, 1) if multilabel else labels.T.astype(int) @ predicted
-    return {**scores, "confusion": confusion.tolist()}
+        best = p.argmax(1)[:, None]
+        p, right = (np.take_along_axis(x, best, 1) for x in (p, labels))
+    bins = np.eye(BINS)[np.minimum((p * BINS).astype(int), BINS - 1)]
+    gaps = ((p - right)[..., None] * bins).mean(1)
+    return squares.mean(1) if multilabel else squares.sum(1), gaps
 
 
-def score_parts(labels, probabilities, flags, *what):
-    """{part: score() or None}; flags: (3, N) bool, left out; what: classes, multilabel."""
-    kept = zip(PARTS, (np.ones(len(labels), bool), *~flags))
-    return {p: score(labels[k], probabilities[k], *what) if k.any() else None for p, k in kept}
+def measures(labels, probabilities, distribution, multilabel, weights):
+    """Scores of N images that count weights (B, N) times: {name: (B,)}, and {name: (B, C)} of each
+    class; NaN where undefined. labels: (N, C) bool; probabilities,
+    distribution: (N, C), of probabilities_of()."""
+    predicted, n = predicted_labels(probabilities, multilabel), weights.sum(1)
+    right = (labels == predicted).all(1)
+    counts = labels & predicted, labels, predicted
+    tp, support, found = (weights @ x.astype(float) for x in counts)
+    each = {"precision": tp / np.maximum(found, 1), "recall": tp / np.maximum(support, 1)}
+    each["f1"] = 2 * tp / np.maximum(support + found, 1)
+    each["auroc"] = np.stack([auroc(*x, weights) for x in zip(labels.T, probabilities.T)], 1)
+    present, known = support > 0, ~np.isnan(each["auroc"])
+    f1 = (each["f1"] * present).sum(1) / present.sum(1)
+    scores = {"macro_f1": f1 * labels.any(0).mean()}  # absent classes count as 0
+    scores["micro_f1"] = 2 * tp.sum(1) / np.maximum((support + found).sum(1), 1)
+    scores |= {"macro_f1_present": f1, "auroc": np.nansum(each["auroc"], 1) / known.sum(1)}
+    scores["exact_match" if multilabel else "accuracy"] = weights @ right / n
+    if not multilabel:
+        scores["balanced_accuracy"] = (each["recall"] * present).sum(1) / present.sum(1)
+    for name, p in (("", distribution), ("_uncalibrated", probabilities)):
+        squares, gaps = calibration_errors(labels, p, multilabel)
+        scores["brier" + name] = weights @ squares / n
+        scores["ece" + name] = np.abs(weights @ gaps).sum(1) / n
+    return scores, each
 
 
-def summarize(results):
-    """{score: mean, standard deviation (n - 1) and values over the seeds} of metrics dicts."""
-    summary = {}
-    for part in PARTS:
-        for key, value in (results[0][part] or {}).items():
-            values = [(r[part] or {}).get(key) for r in results]
-            if isinstance(value, float) and None not in values:
-                mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
-                summary[key + part[len("test") :]] = {"mean": mean, "std": std, "values": values}
-    return summary
+def bootstrap(units, *what):
+    """measures(*what) of ROUNDS resamples of units (N,), the number of each image's patient, say.
+    Equal units are drawn equally, so that differences between two models are paired."""
+    _, unit = np.unique(units, return_inverse=True)
+    rng, parts, U = np.random.default_rng(0), [], unit.max() + 1
+    for _ in range(ROUNDS // 100):
+        draws = rng.multinomial(U, np.full(U, 1 / U), 100)
+        parts.append(measures(*what, draws[:, unit].astype(float)))
+    return [{k: np.concatenate([x[k] for x in xs]) for k in xs[0]} for xs in zip(*parts)]
 
 
-def prediction_table(names, probabilities, classes, multilabel, true, flags):
-    """Header and rows of predictions.csv, of (N, C) and (N,) arrays, to the last bit of float32;
-    flags: (3, N) bool, the FLAGS."""
+def limits(replicates, U):
+    """Lower and upper 95 % limit, (2, ...), of replicates (ROUNDS, ...) from U units: percentiles
+    as far out as a t interval reaches (Hesterberg, arXiv 1411.5279)."""
+    z, v = 1.959964, U - 1
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)  # its quantile
+    tail = NormalDist().cdf(-t * (U / v) ** 0.5)
+    return np.nanquantile(replicates, [tail, 1 - tail], axis=0)
+
+
+def ece_limits(replicates, ece, U):
+    """As limits(). Noise alone makes gaps, and a resample has that of the sample and its own: where
+    confidence is right, its bias is sqrt(2) - 1 of the sample's. Both are taken off the lower."""
+    low, high = limits(replicates, U)
+    bias = replicates.mean() - ece
+    return np.array([max(0.0, low - bias - bias / (2**0.5 - 1)), high])
+
+
+def too_few(labels, units):
+    """Which scores have too few units for an interval: {score: bool}, and {score: (C,) bool}."""
+    U = len(np.unique(units))
+    counts = [[len(np.unique(units[x])) for x in y.T] for y in (labels, ~labels)]
+    has, both = np.array(counts[0]), np.min(counts, axis=0)
+    few, each = defaultdict(lambda: U < FEW), defaultdict(lambda: (has < FEW_OF_CLASS) | (U < FEW))
+    each["auroc"] = (both < FEW_OF_CLASS) | (U < FEW)
+    few |= {key: (each[key] & (has > 0)).any() for key in OF_CLASSES}
+    return few | {"ece": U < FEW_FOR_ECE, "ece_uncalibrated": U < FEW_FOR_ECE}, each
+
+
+def intervals(units, points, *what):
+    """{score: [low, high], or None of too few units}, and [{score: ...}] of each class."""
+    replicates, each = bootstrap(units, *what)
+    (few, few_each), U = too_few(what[0], units), len(np.unique(units))
+    found, of_classes = {}, [{} for _ in what[0].T]
+    for key, x in replicates.items():
+        of = ece_limits(x, points[key], U) if "ece" in key else limits(x, U)
+        found[key] = None if few[key] else of.tolist()
+    for key, x in each.items():
+        for row, none, of in zip(of_classes, few_each[key], limits(x, U).T.tolist()):
+            row[key] = None if none else of
+    return found, of_classes
+
+
+@np.errstate(invalid="ignore")  # 0 / 0 where a score is undefined: None
+def score(labels, probabilities, distribution, classes, multilabel, units=None):
+    """Scores, as of measures(), of N > 0 images. Absent classes count as 0 in macro_f1;
+    macro_f1_present, auroc and balanced_accuracy leave them out. confusion: rows true, or
+    [tp, fp, fn, tn] each. With units (N,), as of bootstrap(): ci95, of each score and class."""
+    what = labels, probabilities, distribution, multilabel
+    points, each = measures(*what, np.ones((1, len(labels))))
+    points = {key: None if np.isnan(x[0]) else x[0].item() for key, x in points.items()}
+    rows = [dict(zip(("class", "support"), row)) for row in zip(classes, labels.sum(0).tolist())]
+    for i, row in enumerate(rows):
+        row |= {k: None if np.isnan(x[0, i]) else x[0, i].item() for k, x in each.items()}
     predicted = predicted_labels(probabilities, multilabel)
-    header = ["path", "true", "predicted", *(f"prob_{c}" for c in classes), *FLAGS]
-    return header, (
-        [n, label_text(classes, t), label_text(classes, p), *map(str, q), *map(int, f)]
-        for n, t, p, q, f in zip(names, true, predicted, probabilities, flags.T)
-    )
-
-
-def refuse_unlabelled(images):  # where there is nothing to tell apart
-    if len(images.classes) < (1 if images.multilabel else 2):
-        raise UserError(f"{images.path}: has no labels, or one class; give class folders or a CSV")
-
-
-def refuse_untestable(images, split, seen, allow_seen):  # an empty split, or all test images seen
-    if none := [part for part in SIDES if part not in split]:
-        raise UserError(f"{images.path}: {len(images)} images leave none for the {none[0]} split")
-    if seen[split == "test"].all() and not allow_seen:
-        raise UserError(f"{images.path}: pre-training saw all test images; add new or --allow-seen")
-
-
-def write_results(job, probabilities, settings, training):
-    """Print and write the test results of probabilities (N, C). Returns what metrics.json holds."""
-    images, split, test = job.images, job.split, job.split == "test"
-    classes, multilabel, labels = images.classes, images.multilabel, images.labels[test]
-    copies = (cross_split_duplicates(images, split, near)[test] for near in (False, True))
-    flags = np.stack([*copies, job.seen[test]])
-    metrics = {key: job.start.metadata[key] for key in ("arch", "arm")} | settings
-    metrics |= {"seed": job.seed, "classes": classes, "multilabel": multilabel}
-    metrics |= {f"n_{name}": int((split == name).sum()) for name in SIDES}
-    metrics |= {"n_labelled": int(job.used.sum()), "labelled": class_counts(images, job.used)}
-    metrics |= {**dict(zip(COUNTS, flags.sum(1).tolist())), **training}
-    metrics |= score_parts(labels, probabilities, flags, classes, multilabel)
-    notes = [f" without the {n} {what}" for n, what in zip(flags.sum(1), FLAGS.values())]
-    for part, note, some in zip(PARTS, ["", *notes], [True, *flags.any(1)]):
-        if some and (scores := metrics[part]):
-            shown = ", ".join(f"{k} {scores[k]:.4f}" for k in SHOWN if scores.get(k) is not None)
-            print(f"test, {scores['n']} images{note}: {shown}")
-    if (predicted := predicted_labels(probabilities, multilabel).any(0)).sum() == 1:
-        print(f"every prediction is {classes[predicted.argmax()]}: the model tells nothing apart")
-    columns = np.array(images.names)[test], probabilities, classes, multilabel, labels, flags
-    write_csv(job.out / "predictions.csv", *prediction_table(*columns))
-    header = ["label", "tp", "fp", "fn", "tn"] if multilabel else ["true \\ predicted", *classes]
-    confusion = ([c, *row] for c, row in zip(classes, metrics["test"]["confusion"]))
-    write_csv(job.out / "confusion.csv", header, confusion)
-    write_json(job.out / "metrics.json", metrics)  # last: it says that the run is finished
-    return metrics
+    cells = [labels & predicted, ~labels & predicted, labels & ~predicted, ~labels & ~predicted]
+    confusion = np.stack([x.sum(0) for x in cells], 1) if multilabel else labels.T * 1 @ predicted
+    scores = {"n": len(labels), **points, "per_class": rows, "confusion": confusion.tolist()}
+    if units is not None:
+        scores["n_units"] = len(np.unique(units))
+        scores["ci95"], of_classes = intervals(units, points, *what)
+        for row, found in zip(rows, of_classes):
+            row["ci95"] = found
+    return scores

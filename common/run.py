@@ -1,7 +1,6 @@
 """What surrounds a training loop (pretrain.train): resume, checkpoints, signals, progress, log."""
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -100,8 +99,6 @@ class Run:
             where += "; smaller settings: README, recipe for a laptop"
         work = f"{epochs} epochs of {sampler.n} images"
         print(f"{work}: about {timedelta(seconds=round(total))} {where}", flush=True)
-        if self.metadata.get("args", {}).get("dry_run"):
-            sys.exit(0)
 
     def epochs(self, n, loader, done=lambda epoch: False):
         """Numbers of the epochs that are left, until done(number of epochs that are complete)."""

@@ -18,8 +18,9 @@ TENSOR, NONE = torch.Tensor, type(None)
 HISTORY = {"seen": (TENSOR, NONE), "split": (TENSOR, NONE)}  # of what weights were trained on
 WEIGHTS = {"arch": str, "arm": str, "model_kwargs": dict, "num_classes": int, "img_size": int}
 WEIGHTS |= {"mean": list, "std": list, "seed": int, "data": dict, "state_dict": dict}
-WEIGHTS |= {"class_names": (list, NONE), **HISTORY}
+WEIGHTS |= {"class_names": (list, NONE), "temperature": (float, NONE), **HISTORY}
 FINISHED = {"log": list, "best_epoch": int, "best_loss": float, "best_val": dict, "digest": int}
+FINISHED["temperature"] = float
 TRAINING = {"args": dict, "epoch": int, "batch": int, "iteration": int, "loss": list, "log": list}
 TRAINING |= {"seconds": float, "rng": dict}
 PRETRAINING = {**TRAINING, "processes": int, "seen": TENSOR, "initial": TENSOR}
@@ -32,6 +33,7 @@ RULES = {  # for values of the right type
     "mean": lambda x: len(x) == 3 and all(map(isfinite, x)),
     "std": lambda x: len(x) == 3 and all(map(isfinite, x)) and min(x) >= 1e-6,
     "state_dict": lambda x: all(torch.isfinite(value).all() for value in x.values()),
+    "temperature": lambda x: 0.01 <= x <= 100,
     "class_names": lambda x: all(isinstance(name, str) for name in x),
     "seen": lambda x: x.dtype == torch.int64 and x.ndim == 1,
     "split": lambda x: x.dtype == torch.int64 and len(x) == 2 and set(x[1].tolist()) <= {0, 1, 2},
@@ -74,8 +76,9 @@ def resumed(parser, args, script, may_change):
     state = load_last(last, script)
     if (n := state.get("processes", 1)) != distributed.world_size():
         raise UserError(f"{last}: resume with as many processes: torchrun --nproc-per-node {n}")
-    several = len(state["args"].get("seeds") or ()) > 1  # of finetune.py: a folder for each
-    parser.set_defaults(out=str(last.parent.parent if several else last.parent))
+    lists = [x for x in map(state["args"].get, ("seeds", "ckpt")) if isinstance(x, list)]
+    deep = sum(len(x) > 1 for x in lists)  # of finetune.py: a folder for each
+    parser.set_defaults(out=str(last.resolve().parents[deep]))
     return parse_again(parser, state["args"], may_change, last), state
 
 
@@ -132,6 +135,7 @@ def from_checkpoint(path):
     build(weights, path)  # weights that do not fit are better known before the images are read
     start = SimpleNamespace(make=partial(build, weights, path), carried=carried_by(path, weights))
     start.seen, start.data, start.seed = map(weights.get, ("seen", "data", "seed"))
+    start.path, start.normalization = str(path), (weights["mean"], weights["std"])
     start.seen = start.carried[0, :0] if start.seen is None else start.seen
     start.metadata = {k: weights[k] for k in "arch arm model_kwargs img_size mean std".split()}
     return start
@@ -160,7 +164,9 @@ def from_name(arch, init, img_size, model_kwargs):
     metadata["model_kwargs"] = arms.rebuild_kwargs(arch, img_size, model_kwargs)
     known = carried_by(init)
     seen = known[0, known[1] == 0]
-    return SimpleNamespace(make=make, metadata=metadata, carried=known, seen=seen)
+    start = SimpleNamespace(make=make, metadata=metadata, carried=known, seen=seen, path=None)
+    start.normalization = metadata["mean"], metadata["std"]
+    return start
 
 
 def refuse_odd_head(model, metadata, linear):

@@ -264,6 +264,8 @@ def main():
         loader = data.loader(dataset, batches, device, args.workers)
         run = Run(out, device, amp, metadata, state, log, args.save_every, monitor=monitor)
         run.announce(model.to(device), model, loader, args.epochs)
+        if args.dry_run:
+            return
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
         state, log = None, run.progress["log"]
         if rank == 0:

@@ -28,10 +28,9 @@ import data
 from cass import build_arm
 from common import cli, decode, readers, splits, starts
 from common.checkpoint import atomic_open, read_json, write_csv, write_json
-from common.metrics import SHOWN, refuse_unlabelled
+from common.results import SHOWN, mean_of, read_test, refuse_unequal, refuse_unlabelled
 from common.run import seconds_per_step
 from pretrain import VERSIONS
-from tools.ensemble import mean_and_std, read_equal
 
 PAPER = read_json(Path(__file__).with_name("paper.json"))
 MODELS = PAPER["models"]  # the paper's name: [timm's, arguments] at its size and at one for a CPU
@@ -222,7 +221,9 @@ def results_of(runs):
     result["finetune_seconds"] = round(sum(m["seconds"] for m in metrics), 1)
     result["metrics"] = {k: v for k, v in metrics[0].items() if k != "ckpt"}
     if len(tunings) == 2:  # the mean of both arms' probabilities
-        result["metrics"] = read_equal(tunings, tunings)[-1].scores
+        tests = {folder: read_test(folder)[0] for folder in tunings}
+        refuse_unequal(tests)
+        result["metrics"] = mean_of([*tests.values()]).scores()
     return result
 
 
@@ -284,6 +285,12 @@ def times_section(cells):
         figures = f"{dino.mean():.1f}", f"{cass.mean():.1f}", f"{np.mean(cass / dino):.3f}"
         rows.append([f"**this code**, seconds per epoch, n = {len(both)}", *figures])
     return section("times", ["data set", "DINO", "CASS", "CASS / DINO"], rows)
+
+
+def mean_and_std(values):
+    """As text; with the standard deviation (n - 1) of two or more."""
+    std = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{std}"
 
 
 def scores_section(args, scored):

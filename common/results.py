@@ -1,0 +1,203 @@
+"""What a fine-tuned model gave for the test images: its table, predictions.csv, and its scores."""
+
+import csv
+from dataclasses import dataclass, replace
+from itertools import compress
+
+import numpy as np
+
+from common import metrics
+from common.checkpoint import TEXT, read_json, start_folder, write_csv, write_json
+from common.cli import UserError, preview
+from common.splits import SIDES, class_counts, cross_split_duplicates, indivisible_units, label_text
+
+FLAGS = {"duplicate": "exact duplicates", "near": "exact and near-duplicates"}  # of test images
+FLAGS["seen"] = "that pre-training saw"
+PARTS = ("test", "test_without_duplicates", "test_without_near", "test_without_seen")
+COUNTS = ("n_test_duplicates", "n_test_near", "n_test_seen")
+SHOWN = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc", "brier", "ece")
+SHARED = {"classes": "classes", "multilabel": "kinds of labels", "names": "test images"}
+SHARED |= {"true": "true labels", "units": "groups"}  # what two tests must share, in words
+
+
+@dataclass
+class Predictions:
+    """Of N images and C classes."""
+
+    names: list
+    true: list  # the labels of each as text
+    units: list  # of text: equal for images of one patient and for exact duplicates
+    probabilities: np.ndarray  # (N, C), a sigmoid for each class
+    distribution: np.ndarray  # (N, C), a softmax or scaled sigmoids: metrics.probabilities_of()
+    flags: np.ndarray  # (3, N) bool: FLAGS
+    classes: list
+    multilabel: bool
+
+    def parts(self):
+        """{part of PARTS: (N,) bool, the images in it}: those that are not empty."""
+        kept = zip(PARTS, (np.ones(len(self.names), bool), *~self.flags))
+        return {part: mask for part, mask in kept if mask.any()}
+
+    def arrays(self, kept=slice(None)):
+        """What metrics.bootstrap() takes, of the kept images: units, labels, ..., multilabel."""
+        has = [text.split("|") if self.multilabel else [text] for text in self.true]
+        labels = np.array([[c in x for c in self.classes] for x in has])
+        arrays = np.array(self.units), labels, self.probabilities, self.distribution
+        return [*(x[kept] for x in arrays), self.multilabel]
+
+    def right(self):
+        """(N,) bool: whether what is predicted of an image is right, of all its labels."""
+        labels = self.arrays()[1]
+        return (labels == metrics.predicted_labels(self.probabilities, self.multilabel)).all(1)
+
+    def scores(self):
+        """{part: metrics.score() or, of no image, None}; one dict where none is left out."""
+        scores = dict.fromkeys(PARTS)
+        for part, kept in self.parts().items():
+            units, *what, multilabel = self.arrays(kept)
+            same = part != "test" and kept.all()
+            new = None if same else metrics.score(*what, self.classes, multilabel, units)
+            scores[part] = scores["test"] if same else new
+        return scores
+
+    def table(self):
+        """Header and rows of predictions.csv, to the last bit of float32."""
+        predicted = metrics.predicted_labels(self.probabilities, self.multilabel)
+        header = ["path", "true", "predicted", *columns(self.classes), *FLAGS, "group"]
+        numbers = np.hstack([self.probabilities, self.distribution])
+        labels = (label_text(self.classes, has) for has in predicted)
+        rows = zip(self.names, self.true, labels, numbers, self.flags.T, self.units)
+        return header, ([*x, *map(str, p), *map(int, f), unit] for *x, p, f, unit in rows)
+
+
+def columns(classes):
+    """Of probabilities in a table: the sigmoids, then the distribution."""
+    return [f"{kind}_{c}" for kind in ("prob", "calibrated") for c in classes]
+
+
+def read_test(folder):
+    """What finetune.py wrote to a folder: its Predictions, and the dict of metrics.json."""
+    found = read_json(folder / "metrics.json")
+    try:
+        with open(folder / "predictions.csv", **TEXT) as file:
+            rows = list(csv.DictReader(file))
+        names, true, units = ([row[key] for row in rows] for key in ("path", "true", "group"))
+        numbers = np.array([[row[c] for c in columns(found["classes"])] for row in rows], "f4")
+        flags = np.array([[row[flag] == "1" for row in rows] for flag in FLAGS])
+        if [found[n] for n in ("n_test", *COUNTS)] != [len(rows), *flags.sum(1)]:
+            raise ValueError("of different runs")
+        what = names, true, units, *np.hsplit(numbers, 2), flags, found["classes"]
+        return Predictions(*what, found["multilabel"]), found
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        what = "is missing, of an earlier version, or does not fit the metrics.json beside it"
+        fix = f"delete it and metrics.json, and give finetune.py --resume --out {folder}"
+        raise UserError(f"{folder / 'predictions.csv'}: {what}; {fix}") from error
+
+
+def refuse_unequal(tests):
+    """Raise UserError unless {folder: Predictions} are of the same images and labels."""
+    (first, test), *others = tests.items()
+    for folder, other in others:
+        for key, what in SHARED.items():
+            if getattr(other, key) != getattr(test, key):
+                fix = "fine-tune both on the same data and split"
+                raise UserError(f"{folder}: its {what} are not those of {first}; {fix}")
+
+
+def mean_of(tests):
+    """The mean of Predictions of the same images, with the flags of any of them."""
+    parts = {key: [getattr(x, key) for x in tests] for key in ("probabilities", "distribution")}
+    flags = np.any([test.flags for test in tests], axis=0)
+    return replace(tests[0], flags=flags, **{key: np.mean(x, axis=0) for key, x in parts.items()})
+
+
+def report(job, probabilities, distribution, training):
+    """Print and write what the job, of finetune.py, gave for its test images, both (N, C)."""
+    images, split, test = job.images, job.split, job.split == "test"
+    settings = {key: job.start.metadata[key] for key in ("arch", "arm")} | {"seed": job.seed}
+    settings |= {f"n_{name}": int((split == name).sum()) for name in SIDES}
+    settings |= {"n_labelled": int(job.used.sum()), "labelled": class_counts(images, job.used)}
+    copies = (cross_split_duplicates(images, split, near)[test] for near in (False, True))
+    names = list(compress(images.names, test))
+    true = [label_text(images.classes, has) for has in images.labels[test]]
+    units = list(map(str, indivisible_units(images)[test]))
+    arrays = probabilities, distribution, np.stack([*copies, job.seen[test]])
+    found = Predictions(names, true, units, *arrays, images.classes, images.multilabel)
+    return write_test(job.out, found, settings | training)
+
+
+def write_test(out, test, settings):
+    """Print and write what a test gave: predictions.csv, confusion.csv and metrics.json, which
+    begins with settings. Returns what metrics.json holds."""
+    scores, classes = test.scores(), test.classes
+    counts = dict(zip(COUNTS, test.flags.sum(1).tolist()))
+    results = {**settings, "classes": classes, "multilabel": test.multilabel, **counts, **scores}
+    notes = [f" without the {n} {what}" for n, what in zip(counts.values(), FLAGS.values())]
+    for part, note in zip(PARTS, ["", *notes]):
+        if scores[part] and (part == "test" or scores[part] is not scores["test"]):
+            show(f"test, {scores[part]['n']} images{note}", scores[part])
+    predicted = metrics.predicted_labels(test.probabilities, test.multilabel).any(0)
+    if predicted.sum() == 1:
+        print(f"every prediction is {classes[predicted.argmax()]}: the model tells nothing apart")
+    write_csv(out / "predictions.csv", *test.table())
+    header = (
+        ["label", "tp", "fp", "fn", "tn"] if test.multilabel else ["true \\ predicted", *classes]
+    )
+    cells = ([c, *row] for c, row in zip(classes, scores["test"]["confusion"]))
+    write_csv(out / "confusion.csv", header, cells)
+    write_json(out / "metrics.json", results)  # last: it says that the run is finished
+    return results
+
+
+def show(title, scores):
+    """Print the scores of a part, each with its 95 % interval."""
+    units = "images" if scores["n_units"] == scores["n"] else "patients or sets of duplicates"
+    print(f"{title}; 95 % intervals over {scores['n_units']} {units}:")
+    for key in (key for key in SHOWN if scores.get(key) is not None):
+        limits = scores["ci95"][key]
+        text = "too few" if limits is None else "{:.4f} to {:.4f}".format(*limits)
+        print(f"  {key:18} {scores[key]:.4f}  ({text})")
+    if None in scores["ci95"].values():
+        rare = [x["class"] for x in scores["per_class"] if x["support"] and not x["ci95"]["f1"]]
+        need = f"{metrics.FEW}, {metrics.FEW_OF_CLASS} of a class, {metrics.FEW_FOR_ECE} for ece"
+        names = f" ({preview(rare)} has fewer)" if rare else ""
+        print(f"  too few {units} for an interval: it takes {need}{names}")
+
+
+def write_mean(out, folders):
+    """Average what finetune.py wrote to these folders, and write it. Returns as write_test()."""
+    tests, found = zip(*map(read_test, folders))
+    refuse_unequal(dict(zip(folders, tests)))
+    same = {k: v for k, v in found[0].items() if all(x.get(k) == v for x in found)}
+    names = " and ".join(x["arm"] for x in found)
+    print(f"mean of {names}, seed {found[0]['seed']}")
+    start_folder(out, ("predictions.csv", "confusion.csv", "metrics.json"))
+    return write_test(out, mean_of(tests), {"arm": f"mean of {names}", **same})
+
+
+def write_summary(out, seeds, found):
+    """Of several seeds: {score: mean, standard deviation (n - 1) and values} in summary.json."""
+    summary = {}
+    for part in PARTS:
+        for key, value in (found[0][part] or {}).items() if len(found) > 1 else ():
+            values = [(x[part] or {}).get(key) for x in found]
+            if isinstance(value, float) and None not in values:
+                mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
+                summary[key + part[len("test") :]] = {"mean": mean, "std": std, "values": values}
+    if summary:
+        write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
+        shown = [(key, summary[key]) for key in SHOWN if key in summary]
+        scores = ", ".join(f"{key} {x['mean']:.4f} ± {x['std']:.4f}" for key, x in shown)
+        print(f"{len(seeds)} seeds: {scores}")
+
+
+def refuse_unlabelled(images):  # where there is nothing to tell apart
+    if len(images.classes) < (1 if images.multilabel else 2):
+        raise UserError(f"{images.path}: has no labels, or one class; give class folders or a CSV")
+
+
+def refuse_untestable(images, split, seen, allow_seen):  # an empty split, or all test images seen
+    if none := [part for part in SIDES if part not in split]:
+        raise UserError(f"{images.path}: {len(images)} images leave none for the {none[0]} split")
+    if seen[split == "test"].all() and not allow_seen:
+        raise UserError(f"{images.path}: pre-training saw all test images; add new or --allow-seen")
