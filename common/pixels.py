@@ -30,7 +30,7 @@ def to_rgb(image):
     if isinstance(clear, tuple) and ";16" in str(getattr(image, "tile", "")):  # cut to 8, as pixels
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     image.load()
-    with contextlib.suppress(Exception):  # broken EXIF; what cannot be written back is turned
+    with contextlib.suppress(Exception):  # broken EXIF; turned even so, where it can be read
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[:4] in ("I", "F", "I;16"):
         values = np.asarray(image, np.float64)

@@ -116,7 +116,7 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
             found = folders.by_path(data.names, split, "--split")
             sides = np.array([folders.SPLITS.get(text.lower(), "") for text in found])
         if unnamed := list(compress(data.names, sides == "")):
-            data.notes.append(f"left out, no split of them in --split {split}: {preview(unnamed)}")
+            data.notes.append(f"left out, given no split by --split {split}: {preview(unnamed)}")
         if len(unnamed) == len(data):
             raise UserError(f"--split {split}: names neither train, val nor test of any image")
         data.given = sides

@@ -37,7 +37,7 @@ class Table:
         """A CSV file (comma, semicolon or tab): columns {name: (N,) of str}, and the N lines."""
         self.file, self.own, self.notes = file, own, []
         try:
-            lines = [*StringIO(self._text(Path(file).read_bytes()), newline=""), ""]
+            lines = [*StringIO(self._text(Path(file).read_bytes()), newline=""), ""]  # at least one
             if any("\0" in line for line in lines):
                 raise csv.Error("it holds NUL characters")
             told = re.fullmatch('"?sep=(.)"?\\s*', lines[0])  # Excel's
@@ -271,7 +271,8 @@ def _classes(table, column, told, multilabel, uncertain):
     labelled = ~blank | (sep != "none" and uncertain != "skip")
     cells = ["" if none else cell for cell, none in zip(cells, blank)]
     parts = [{x.strip() for x in (c.split(sep) if sep != "none" else [c])} - {""} for c in cells]
-    spelled = {_as_class(x): x for x, _ in Counter(chain(*parts)).most_common()[::-1]}  # as most
+    # texts that are alike -> as most have it
+    spelled = {_as_class(x): x for x, _ in Counter(chain(*parts)).most_common()[::-1]}
     if same := sorted(set().union(*parts) - {*spelled.values()}):
         same = [f"{text} = {spelled[_as_class(text)]}" for text in same]
         table.notes.append(f"counted as one class: {preview(same)}")
