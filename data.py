@@ -89,13 +89,12 @@ def _ignore_signals(_):
 
 
 def loader(dataset, batches, device, workers=None):
-    """A DataLoader of uint8 batches. Workers stay alive between epochs."""
+    """A DataLoader of uint8 batches. Workers stay alive; torch's own generator stays as it is."""
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
-    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    options = {"generator": torch.Generator().manual_seed(0), "persistent_workers": workers > 0}
     options |= {"worker_init_fn": _ignore_signals, "pin_memory": device.type == "cuda"}
-    generator = torch.Generator().manual_seed(0)  # leaves torch's own as it is
-    return DataLoader(dataset, batch_sampler=batches, generator=generator, **options)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, **options)
 
 
 def split_and_report(images, seed, dedup=False, known=None, allow_seen=False):
@@ -103,13 +102,12 @@ def split_and_report(images, seed, dedup=False, known=None, allow_seen=False):
     split = make_split(images, seed, known, allow_seen)
     held = (split != "train") & ~images.labelled & bool(images.classes)
     copies = cross_split_duplicates(images, split) & dedup
-    whys = "without a label beside a validation or test image", "by --dedup"
-    for why, out in zip(whys, (held, copies)):
-        images.notes += [f"left out {why}: {out.sum()}"] * int(out.any())
-    images.keep(~(held | copies))
-    split = split[~(held | copies)]
-    print_report(images, split)
-    return split
+    out = {"without a label beside a validation or test image": held, "by --dedup": copies}
+    images.notes += [f"left out {why}: {x.sum()}" for why, x in out.items() if x.any()]
+    kept = ~(held | copies)
+    images.keep(kept)
+    print_report(images, split[kept])
+    return split[kept]
 
 
 def path(text):
@@ -141,8 +139,7 @@ def add_arguments(parser, data="--data"):
     add("--dedup", action="store_true", help="drop exact duplicates of images in earlier splits")
     add("--skip-bad", action="store_true", help="leave missing and unreadable images out")
     cache = f"folder of the decoded images (default: {default_dir()}); --no-cache: decode each time"
-    keep = {"nargs": "?", "const": "none", "metavar": "DIR", "type": path, "help": cache}
-    add("--cache", "--no-cache", **keep)
+    add("--cache", "--no-cache", nargs="?", const="none", metavar="DIR", type=path, help=cache)
 
 
 READING = ("images", "image_col", "label_col", "multilabel", "uncertain", "group_col", "split")

@@ -16,8 +16,8 @@ KINDS = "MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_I
 def is_dicom(path):
     """Whether a regular file is DICOM: by its ending, or without one by its bytes 128 to 131."""
     ending = os.path.splitext(path)[1].lower()
-    if ending.strip(".0123456789"):  # 1.2.840.10008 has none
-        return ending in ENDINGS
+    if ending.strip(".0123456789") or not os.path.isfile(path):  # 1.2.840.10008 has no ending
+        return ending in ENDINGS and os.path.isfile(path)
     with contextlib.suppress(OSError), open(path, "rb") as f:
         return f.read(132)[128:] == b"DICM"
     return False

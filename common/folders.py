@@ -37,7 +37,7 @@ def list_files(root):
 def list_images(root):
     """Relative paths of the images below root, and notes on what else is there. UserError: none."""
     files = list_files(root)
-    images = [f for f in files if f.lower().endswith(EXTENSIONS) or _is_dicom(root, f)]
+    images = [f for f in files if f.lower().endswith(EXTENSIONS) or dicom.is_dicom(Path(root, f))]
     endings = Counter(Path(f).suffix.lower() or "no ending" for f in set(files).difference(images))
     others = preview(f"{n} {e}" for e, n in endings.most_common())
     if not images:
@@ -48,10 +48,6 @@ def list_images(root):
     if left := sorted({*images} - {*names}):
         notes.append(f"left out as masks, thumbnails and the like: {preview(left)}")
     return names, notes
-
-
-def _is_dicom(root, name):  # to open a named pipe would wait for ever
-    return os.path.isfile(path := os.path.join(root, name)) and dicom.is_dicom(path)
 
 
 def set_groups(data, what):
@@ -105,9 +101,8 @@ def read_folder(root, level=None, split=None):
     elif level is None and not odd:
         cells = [p[0] for p in parts]
     elif level is None and any(p[1:] for p in parts):
-        few = odd if len(odd) < len(names) else names
         fix = "--class-depth N, or a pattern, tells which folder on their path is the class"
-        notes.append(f"no labels: not directly inside a class folder: {preview(few)}; {fix}")
+        notes.append(f"no labels: not directly inside a class folder: {preview(odd)}; {fix}")
     classes = sorted(set(cells)) if len(set(cells)) > 1 else []
     if cells and not classes:
         notes.append(f"no labels: all images are in one folder, {cells[0]}")
@@ -132,16 +127,3 @@ def _refuse_unclear_splits(root, parts, given, whole):
     if what:
         fix = "give the folder of train and test as --data, --split WHAT, or --label-col none"
         raise UserError(f"{root}: {what}; {fix}")
-
-
-def sides(names, pattern):
-    """(N,) splits that a pattern finds in N paths, as by_path does; "" for other texts."""
-    return np.array([SPLITS.get(x.lower(), "") for x in by_path(names, pattern, "--split")], "U5")
-
-
-def refuse_parted(path, names):
-    """Raise UserError where the paths of images lie in folders of several splits."""
-    found = {part for name in names for part in name.split("/")[:-1] if part.lower() in SPLITS}
-    if len(found) > 1:
-        fix = "to keep that give --split PATTERN (1: the first folder), else --split none"
-        raise UserError(f"{path}: its images lie in {preview(sorted(found))}; {fix}")

@@ -1,5 +1,4 @@
-"""Near-duplicates: hashes of images that differ by compression, scale, brightness, a slight crop or
-a flip have a small Hamming distance. Measured in results/near/."""
+"""Hashes that compression, scale, brightness or a slight crop change little; see results/near/."""
 
 from functools import lru_cache
 
@@ -21,9 +20,8 @@ def _basis(length):  # (24, cells) integers, for exact sums: cosines over cells 
 
 def perceptual_hash(rgb):
     """Pillow RGB -> (4,) uint64: the signs of 256 low frequencies of its grey image on the unit
-    square, after pHash (Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions,
-    2010), a word per parity, so that a flip inverts words. All 0, which is near to nothing, without
-    contrast: where blocks of 1/32 of its sides differ by less than 4 of 255."""
+    square, after pHash (Zauner's thesis, 2010), a word per parity, so that a flip inverts words. 0,
+    near to nothing, without contrast: blocks of 1/32 of a side differ by less than 4 of 255."""
     (width, height), grey = rgb.size, rgb.convert("L")
     grey = grey.reduce((max(width // 32, 1), max(height // 32, 1)))
     low, high = grey.getextrema()

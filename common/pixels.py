@@ -5,14 +5,13 @@ import os
 import threading
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from common.cli import UserError
 from common.decode import FIELDS, digest
 from common.dicom import is_dicom, to_pillow
 from common.near import perceptual_hash
 
-TURNS = dict(enumerate((0, 3, 1, 5, 4, 6, 2), 2))  # EXIF orientation: Image.Transpose
 BUDGET, TURN = 200, threading.Lock()  # megapixels of the images that are decoded at a time
 MEGAPIXELS = threading.Semaphore(BUDGET)
 # Pillow lacks big-endian 16-bit grey in which 0 is white
@@ -31,10 +30,8 @@ def to_rgb(image):
     if isinstance(clear, tuple) and ";16" in str(getattr(image, "tile", "")):  # cut to 8, as pixels
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     image.load()
-    turn = None
-    with contextlib.suppress(Exception):  # broken EXIF
-        turn = TURNS.get(image.getexif().get(0x112))
-    image = image if turn is None else image.transpose(turn)
+    with contextlib.suppress(Exception):  # broken EXIF; turned even so, where it can be read
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[:4] in ("I", "F", "I;16"):
         values = np.asarray(image, np.float64)
         if image.mode == "I" and kind == 1:

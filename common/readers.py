@@ -1,5 +1,4 @@
-"""Images and labels as people have them (data.py lists the layouts) -> one table, an ImageSet. What
-the files do not tell is asked for, never guessed. Folders: see folders.py; files: tables.py."""
+"""Images and labels as people have them -> an ImageSet. What they do not tell is asked for."""
 
 import os
 from dataclasses import dataclass, field
@@ -100,20 +99,24 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
         what = "is neither an image folder nor a .csv, .tsv, .txt or .npz file"
         what = what if os.path.exists(path) else "there is no such file or folder"
         raise UserError(f"{path}: {what} (--data)")
-    one, data.group_near = data.labels[data.labelled].sum(1) == 1, group_near
-    told = multilabel not in (False, None, "none")
-    data.multilabel = told or bool(data.classes and not one.all())
+    told, data.group_near = multilabel not in (False, None, "none"), group_near
+    data.multilabel = told or bool(data.classes and (data.labels[data.labelled].sum(1) != 1).any())
     folders.set_groups(data, group_col)
     if split == "none":
         data.given[:] = ""
-    elif split is None and data.columns and not any(data.given):
-        folders.refuse_parted(data.path, data.names)
+    elif split is None and data.columns:
+        parts = {part for name in data.names for part in name.split("/")[:-1]}
+        if len(found := sorted(x for x in parts if x.lower() in folders.SPLITS)) > 1:
+            fix = "to keep that give --split PATTERN (1: the first folder), else --split none"
+            raise UserError(f"{data.path}: its images lie in {preview(found)}; {fix}")
     elif split is not None and split not in data.columns:
-        file = os.path.isfile(split)
-        sides = tables.read_split(split, data.names) if file else folders.sides(data.names, split)
+        if os.path.isfile(split):
+            sides = tables.read_split(split, data.names)
+        else:
+            found = folders.by_path(data.names, split, "--split")
+            sides = np.array([folders.SPLITS.get(text.lower(), "") for text in found])
         if unnamed := list(compress(data.names, sides == "")):
-            what = f"left out because --split {split} names no split of them"
-            data.notes.append(f"{what}: {preview(unnamed)}")
+            data.notes.append(f"left out, given no split by --split {split}: {preview(unnamed)}")
         if len(unnamed) == len(data):
             raise UserError(f"--split {split}: names neither train, val nor test of any image")
         data.given = sides

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from io import StringIO
-from itertools import chain, compress
+from itertools import accumulate, chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +37,13 @@ class Table:
         """A CSV file (comma, semicolon or tab): columns {name: (N,) of str}, and the N lines."""
         self.file, self.own, self.notes = file, own, []
         try:
-            if not os.path.isfile(file):
-                raise FileNotFoundError("there is no such file")
-            lines = list(StringIO(self._text(Path(file).read_bytes()), newline=""))
+            lines = [*StringIO(self._text(Path(file).read_bytes()), newline=""), ""]  # at least one
             if any("\0" in line for line in lines):
                 raise csv.Error("it holds NUL characters")
-            told = re.fullmatch('"?sep=(.)"?\\s*', "".join(lines[:1]))  # Excel's
-            lines[:1] = ["\n"] if told else lines[:1]  # an empty line is no row
-            most = max(",;\t", key="".join(lines[: 1 + bool(told)]).count)
-            reader = csv.reader(lines, delimiter=told[1] if told else most, strict=True)
+            told = re.fullmatch('"?sep=(.)"?\\s*', lines[0])  # Excel's
+            sep = told[1] if told else max(",;\t", key=lines[0].count)
+            lines[0] = "" if told else lines[0]  # an empty line is no row
+            reader = csv.reader(lines, delimiter=sep, strict=True)
             head = [c.strip() for c in next(filter(any, reader), [])]
             n, least = len(head), max((i for i, c in enumerate(head, 1) if c), default=0)
             self.lines, widths, cells = [], [], []  # flat: lists cost the collector time
@@ -63,10 +61,9 @@ class Table:
 
     def _text(self, content):
         """The bytes of a file as text: UTF-8, UTF-16 with its mark or, said, Windows-1252."""
-        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return content.decode("utf-16")
+        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         try:
-            return content.decode("utf-8-sig", "surrogateescape" if self.own else "strict")
+            return content.decode(encoding, "surrogateescape" if self.own else "strict")
         except UnicodeDecodeError:
             self.notes.append(f"{self.file}: is not UTF-8, and read as Windows-1252")
             return content.decode("cp1252")
@@ -90,9 +87,8 @@ class Table:
 
 
 def read_csv(file, root=None, whole=False, split=None, image_col=None, group_col=None, **more):
-    """The images that a CSV file names; root: their folder (None: the file's); whole: and all the
-    others below it, without a label. The rest as the data flags; more: skip_bad, and of _labels.
-    Raises UserError."""
+    """The images that a CSV file names, below root (None: its folder); whole: and all others there,
+    without a label. The rest as the data flags; more: skip_bad, and of _labels. UserError."""
     table, index = Table(file), Index(Path(root or Path(file).parent))
     image_col, paths = _image_paths(table, index, image_col, more.pop("skip_bad", False))
     told = {image_col, group_col, split, *(more.get("label_col") or ())}
@@ -107,18 +103,14 @@ def read_csv(file, root=None, whole=False, split=None, image_col=None, group_col
     columns, labels, labelled, classes = _labels(table, others, **more)
     if unused := [c for c in others if c not in columns]:
         table.notes.append(f"columns that are not used: {preview(unused, 9)}")
-    groups = paths
-    if group_col in table.columns:
-        groups, hints = table.column(group_col, "--group-by"), {}
-        groups = [p if x.lower() in MISSING else x for p, x in zip(paths, groups)]
-    groups = np.array(groups)
+    cells = table.columns.get(group_col, [""] * len(paths))
+    groups = np.array([p if x.lower() in MISSING else x for p, x in zip(paths, cells)])
     first = {}  # path -> its first row
     origin = np.array([first.setdefault(path, i) for i, path in enumerate(paths)])
     if more.get("multilabel") is True and len(columns) == 1:  # a row per finding
         np.logical_or.at(labels, origin, labels.copy())
         labels = labels[origin]
-    differ = (labels != labels[origin]).any(1) | (labelled != labelled[origin])
-    differ |= (groups != groups[origin]) | (sides != sides[origin])
+    differ = np.any([x != x[origin] for x in (*labels.T, labelled, groups, sides)], 0)
     fix = "keep one" + ", or give --multilabel" * (len(columns) == 1)
     table.refuse(paths, differ, f"contradict an earlier one of the same image; {fix}")
     kept, rows = np.unique(origin, return_inverse=True)
@@ -130,8 +122,9 @@ def read_csv(file, root=None, whole=False, split=None, image_col=None, group_col
     data.labels, data.classes = np.pad(labels[kept], ((0, n), (0, 0))), classes
     data.labelled = np.pad(labelled[kept], (0, n))
     data.given, data.rows = np.append(sides[kept], [""] * n), rows
+    if group_col in table.columns:
+        data.groups, hints = np.append(groups[kept], rest), {}
     data.hints = {c: np.append(x[kept], rest) for c, x in hints.items()}
-    data.groups = np.append(groups[kept], rest) if group_col in table.columns else None
     data.notes, data.columns = table.notes + index.notes * whole, tuple(table.columns)
     nothing = [re.fullmatch("no[ _]finding", c, re.I) is not None for c in classes]
     if n := (labels[:, nothing].any(1) & (labels.sum(1) > 1)).sum():
@@ -153,11 +146,10 @@ class Index:
             self.alike = _by_ends(self.paths)
         return self.paths
 
-    def find(self, name, skip=0):
-        """The paths that a name fits without its first folders, in other case or Unicode form, with
-        another ending of images or none, and with folders missing in front."""
-        text = "/".join(name.replace("\\", "/").split("/")[skip:])
-        path = os.path.relpath(os.path.join(self.base, text), self.base).replace(os.sep, "/")
+    def find(self, name):
+        """The paths that a name fits, in other case or Unicode form, with another ending of images
+        or none, and with folders missing in front."""
+        path = os.path.relpath(os.path.join(self.base, name), self.base).replace(os.sep, "/")
         if not path.startswith("../") and os.path.isfile(os.path.join(self.base, path)):
             return [path]
         self.list()
@@ -166,19 +158,18 @@ class Index:
 
     def find_all(self, names):
         """For each name its paths, without folders in front of all names that are not here."""
-        folders = [name.replace("\\", "/").split("/")[:-1] for name in names]
-        lead = os.path.commonprefix(folders)
+        parts = [name.replace("\\", "/").split("/") for name in names]
+        lead = os.path.commonprefix([p[:-1] for p in parts])
         for n, folder in enumerate([*lead, "test"]):
-            if any(found := [self.find(name, n) for name in names]) or folder.lower() in SPLITS:
-                return found
+            if any(hits := [self.find("/".join(p[n:])) for p in parts]) or folder.lower() in SPLITS:
+                return hits
 
 
 def _by_ends(paths):  # {what the end of a path is like: the paths}
     found = defaultdict(list)
     for path in paths:
-        parts = _alike(path).split("/")
-        for i in range(len(parts)):
-            found["/".join(parts[i:])].append(path)
+        for end in accumulate(_alike(path).split("/")[::-1], "{1}/{0}".format):
+            found[end].append(path)
     return found
 
 
@@ -200,7 +191,7 @@ def _image_paths(table, index, column, skip_bad):
             fix = "their folder: --images DIR, or the column: --image-col"
             raise UserError(f"{table.file}: {what}; give {fix} (line 1: {preview(found)})")
         (column,) = likely
-    if column.lower() not in IMAGE_NAMES and len(index.find(column)) == 1:
+    if column.lower() not in IMAGE_NAMES and len(index.find(column.replace("\\", "/"))) == 1:
         raise UserError(f"{table.file}: line 1 names an image, {column}: put column names above it")
     names = table.column(column, "--image-col")
     found = index.find_all(names)
@@ -214,8 +205,7 @@ def _image_paths(table, index, column, skip_bad):
     what = f"name no image in {index.root}, or several (--images, --image-col, --skip-bad)"
     table.refuse(texts, [len(paths) != 1 for paths in found], what)
     pairs = [(re.split(r"[/\\]", name)[-1], path) for name, (path,) in zip(names, found)]
-    odd = [(x, p) for x, p in pairs if x.lower().endswith(ENDINGS) and not p.endswith(x)]
-    if odd:
+    if odd := [(x, p) for x, p in pairs if x.lower().endswith(ENDINGS) and not p.endswith(x)]:
         table.notes.append(f"names that differ from their file: {preview(map(' = '.join, odd))}")
     return column, [path for _, path in pairs]
 
@@ -223,23 +213,16 @@ def _image_paths(table, index, column, skip_bad):
 def _labels(table, others, label_col=None, multilabel=False, uncertain=None):
     """The columns (label_col None: found out, of others), labels (N, C) bool, (N,) bool of the rows
     that have some, C class names. Raises UserError."""
-    columns = others if label_col is None else [c.strip() for c in label_col if c != "none"]
+    named = [c for c in others if c.lower() in ("label", "labels", "class", "target")]
+    columns = named if len(named) == 1 else others
+    columns = columns if label_col is None else [c.strip() for c in label_col if c != "none"]
     cells = {c: table.column(c, "--label-col") for c in columns}
-    if label_col is None:
-        named = [c for c in others if c.lower() in ("label", "labels", "class", "target")]
-        columns = named if len(named) == 1 else columns
-    found = {_finding(text) for text in {text for c in columns for text in cells[c]}}
+    found = set(map(_finding, set(chain(*cells.values()))))
     if label_col is None and columns[1:] and not found <= {0, 1, -1, None}:
         raise UserError(f"{table.file}: give --label-col (of {preview(columns, 9)}), or none")
     if len(columns) != 1 or {0, 1, -1, None} >= found >= {1, -1}:
-        return columns, *_findings(table, {c: cells[c] for c in columns}, uncertain)
-    labels, labelled, classes = _classes(table, cells[columns[0]], multilabel, uncertain)
-    many, n = label_col is None and len(classes), labelled.sum()
-    numbers = all(map(NUMBER.fullmatch, classes)) and [float(c) for c in classes]
-    if numbers and (many > 20 or any(x % 1 for x in numbers)) or many > max(n / 2, 9):
-        what = f"{len(classes)} different texts in {n} rows, such as {preview(classes[-3:])}"
-        raise UserError(f"{table.file}: {columns[0]} has {what}; no classes? --label-col, or none")
-    return columns, labels, labelled, classes
+        return columns, *_findings(table, cells, uncertain)
+    return columns, *_classes(table, *columns, label_col is not None, multilabel, uncertain)
 
 
 def _finding(cell):  # 0, 1, -1, None for nothing said, or another text
@@ -255,7 +238,7 @@ def _findings(table, cells, uncertain):
         found = [meaning[text] for text in texts]
         odd = [x not in (0, 1, -1, None) for x in found]
         table.refuse(texts, odd, f"are not 0, 1 or -1 in {name}")
-        column[:] = np.array(found, float)
+        column[:] = found
     unsure, blank = values == -1, np.isnan(values)
     labelled = ~blank.all(1)
     if n := unsure.sum() + blank[labelled].sum():
@@ -271,9 +254,9 @@ def _findings(table, cells, uncertain):
     return labels[:, used], labelled, list(compress(columns, used))
 
 
-def _classes(table, cells, multilabel, uncertain):
-    """Labels, labelled and classes of one column of N cells, which may hold several. UserError."""
-    sep = multilabel if isinstance(multilabel, str) else ""
+def _classes(table, column, told, multilabel, uncertain):
+    """Labels, labelled, classes of a column (told: by the user) of one or several. UserError."""
+    cells, sep = table.columns[column], multilabel if isinstance(multilabel, str) else ""
     if all(cell[:1] + cell[-1:] in ("[]", "") for cell in cells):  # lists, as Python prints them
         cells, sep = [re.sub(r"[]['\"]", "", cell) for cell in cells], sep or ","
     if not sep:
@@ -286,20 +269,21 @@ def _classes(table, cells, multilabel, uncertain):
         fix = "--uncertain negative, if no label applies there, or skip, if they have no label"
         raise UserError(f"{table.file}: {blank.sum()} label cells are blank; give {fix}")
     labelled = ~blank | (sep != "none" and uncertain != "skip")
-    parts = [cell.split(sep) if sep != "none" else [cell] for cell in cells]
-    parts = [{v.strip() for v in part} - {""} for part in parts]
-    parts = [part if some else set() for part, some in zip(parts, ~blank)]
-    spelled = {}  # texts that are alike -> as most have it
-    for text, _ in Counter(chain(*parts)).most_common():
-        spelled.setdefault(_as_class(text), text)
+    cells = ["" if none else cell for cell, none in zip(cells, blank)]
+    parts = [{x.strip() for x in (c.split(sep) if sep != "none" else [c])} - {""} for c in cells]
+    # texts that are alike -> as most have it
+    spelled = {_as_class(x): x for x, _ in Counter(chain(*parts)).most_common()[::-1]}
     if same := sorted(set().union(*parts) - {*spelled.values()}):
         same = [f"{text} = {spelled[_as_class(text)]}" for text in same]
         table.notes.append(f"counted as one class: {preview(same)}")
-    classes = sorted(spelled.values())
-    classes.sort(key=float if all(map(NUMBER.fullmatch, classes)) else None)
+    numbers = all(map(NUMBER.fullmatch, spelled.values()))
+    classes = sorted(spelled.values(), key=float if numbers else None)
+    many, n = 0 if told else len(classes), labelled.sum()
+    if many > max(n / 2, 9) or numbers and (many > 20 or any(float(c) % 1 for c in classes)):
+        what = f"{len(classes)} different texts in {n} rows, such as {preview(classes[-3:])}"
+        raise UserError(f"{table.file}: {column} has {what}; no classes? --label-col, or none")
     parts = [{spelled[_as_class(text)] for text in part} for part in parts]
-    labels = np.array([[c in part for c in classes] for part in parts], bool)
-    return labels.reshape(len(cells), -1), labelled, classes
+    return np.array([[c in part for c in classes] for part in parts], bool), labelled, classes
 
 
 def _as_class(text):  # what is alike: numbers of one value, texts that differ in case
@@ -342,7 +326,7 @@ def read_npz(file, unlabelled=False):
     if labels.shape[1] > 1 and not np.isin(labels, (0, 1)).all():
         raise UserError(f"{file}: several columns of labels must hold 0 and 1 alone")
     classes = np.unique(labels) if labels.shape[1] == 1 else np.arange(labels.shape[1])
-    labels = labels == classes if labels.shape[1] == 1 else labels.astype(bool)
+    labels = labels == (classes if labels.shape[1] == 1 else 1)
     names = [f"{s}/{i}" for s, n in zip(splits, sizes) for i in range(n)]
     given = np.repeat(splits if splits != ["train"] else [""], sizes)
     return ImageSet(str(file), names, [*chain(*images)], labels, [*map(str, classes)], given)
