@@ -64,11 +64,7 @@ def parse_arguments():
     add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="of runs")
     add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
-    add(
-        "--metric",
-        choices=metrics.SHOWN,
-        help="in table.md (macro_f1; in Table 5, balanced_accuracy)",
-    )
+    add("--metric", choices=metrics.SHOWN, help="in table.md (macro_f1, Table 5 balanced_accuracy)")
     add("--warm", nargs=2, metavar=("CNN", "VIT"), help="weights files to start from, with heads")
     add("--out", metavar="DIR", help="folder of the table (default: runs/tableN)")
     add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
@@ -133,11 +129,11 @@ def on_data(args, row, seed, words, arms):
 def jobs_of(args, rows):
     """(row, cell, its runs) of all cells: what its file begins with; commands and their folders."""
     for seed, row in product(args.seeds, rows):
-        before, arms = [], {"--cnn": "cnn", "--vit": "vit"}
+        before = []
         if script := PAPER["scripts"].get(row.method):  # supervised: none
             words = [script, "--epochs", str(row.epochs)]
             words += SMALL_DINO * (row.method == "dino" and args.scale == "small")
-            before = [on_data(args, row, seed, words, arms)]
+            before = [on_data(args, row, seed, words, {"--cnn": "cnn", "--vit": "vit"})]
         for frac, arm in row.cells:
             runs = [*before]
             for x in {"mean": row.arms, "both": []}.get(arm, [arm]):
@@ -267,10 +263,9 @@ def times_section(cells):
         ratios.append(cass / dino)
         rows.append([f"paper, {name}", *times.values(), f"{ratios[-1]:.2f}"])
     rows.append(["paper, mean of the ratios", "", "", f"{np.mean(ratios):.2f}"])
-    for cell in (cell for cell in cells if "log" in cell):
-        arms = groupby(cell["log"], lambda line: line["arms"])  # one after the other
-        seconds = [np.median([line["seconds"] for line in lines]) for _, lines in arms]
-        ours[cell["row"]][cell["seed"]] = sum(seconds)
+    for c in (cell for cell in cells if "log" in cell):
+        arms = groupby(c["log"], lambda row: row["arms"])  # one arm, or both, after the other
+        ours[c["row"]][c["seed"]] = sum(np.median([x["seconds"] for x in log]) for _, log in arms)
     if both := ours["DINO"].keys() & ours["CASS"]:
         dino, cass = (np.array([times[seed] for seed in both]) for times in ours.values())
         figures = f"{dino.mean():.1f}", f"{cass.mean():.1f}", f"{np.mean(cass / dino):.3f}"
