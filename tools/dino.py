@@ -46,7 +46,7 @@ def learning_rate(peak, end, progress):
 def multi_crop(img_size, local_size, local_crops=8):
     """Views of one (3, H, W) uint8 image: [2 global of img_size, local_crops of local_size].
     BYOL's augmentations with DINO's parameters: global crops cover 40 to 100 % of the image, local
-    ones 5 to 40 %; blur (kernel: a tenth of the view) on the first global crop always, on local ones
+    ones 5 to 40 %; blur (kernel: a tenth of a view) on the first global crop always, on local ones
     with p = 0.5, on the second global one with p = 0.1, as there alone solarization, p = 0.2."""
 
     def view(size, scale, blur, solarize=0.0):

@@ -162,9 +162,8 @@ def attention(args):
     scale = {"vmin": min(m.min() for m in maps), "vmax": max(m.max() for m in maps)}
     scale |= {"extent": image.get_extent(), "interpolation": "bilinear"}
     for (_, over, alone), start, values in zip(axes, starts, maps):
-        token = getattr(start.model, "cls_token", None)
-        pooled = "no class token: mean attention that each patch receives"
-        kind = pooled if token is None else "class token"
+        token = getattr(start.model, "cls_token", None) is not None
+        kind = "class token" if token else "no class token: mean attention that each patch receives"
         blocks = len(introspect.attention_names(start.model))
         over.set_title(fold(f"block {args.block} of {blocks}, {kind}", 3))
         over.imshow(image.get_array().mean(-1), cmap="gray")
