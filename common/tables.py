@@ -288,7 +288,7 @@ def _classes(table, column, told, multilabel, uncertain):
 
 def _as_class(text):  # what is alike: numbers of one value, texts that differ in case
     number = NUMBER.fullmatch(text)
-    return f"{float(text):g}" if number else unicodedata.normalize("NFC", text).casefold()
+    return str(float(text)) if number else unicodedata.normalize("NFC", text).casefold()
 
 
 def read_split(file, names):

@@ -1,9 +1,8 @@
 """Speed, as ratios measured in turn in one run on one machine.
 
 python -m tools.benchmark data --data FOLDER --out data.json
-    images per second of the loader: (a) images opened, resized and augmented from disk in every
-    epoch with Pillow, as in the published notebooks; (b) ours, from the decoded map. At 64, 224 and
-    384 px, on FOLDER and on 200 drawn 1024x1024 JPEGs.
+    images per second of (a) images opened and augmented with Pillow in every epoch, as in the
+    notebooks; (b) ours, decoded once; at 64, 224, 384 px, on FOLDER and 200 1024x1024 JPEGs.
 
 python -m tools.benchmark step --preset small --out step.json
     images per second and peak memory of (a) a loop with the operations of the published notebook,
@@ -11,18 +10,20 @@ python -m tools.benchmark step --preset small --out step.json
     FLOPs an image, and the share of a large matrix product's speed.
 """
 
-import multiprocessing
 import platform
 import resource
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.multiprocessing import get_context
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import pil_loader
@@ -31,10 +32,7 @@ from torchvision.transforms import v2
 import data
 import pretrain
 from cass import CASS, build_arm
-from common import cli
-from common.checkpoint import write_json
-from common.decode import IMAGENET_MEAN, IMAGENET_STD, decode_all
-from common.folders import read_folder
+from common import arms, checkpoint, cli, decode, folders
 from common.run import Run, on_device
 
 SMALL = dict(cnn="resnet18", vit="vit_tiny_patch16_224", patch_size=8, img_size=64, steps=20)
@@ -43,21 +41,17 @@ PRESETS = {"small": SMALL, "paper": PAPER}
 CPU = torch.device("cpu")
 
 
-def open_batch(transform, paths):
-    return torch.stack([transform(pil_loader(path)) for path in paths])
-
-
 def from_disk(paths, size, batch_size, workers):
     """A loader as people write it first: Pillow transforms on each image, in every epoch."""
-    steps = [v2.Resize((size, size)), data.augmentation(size), v2.PILToTensor()]
-    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    collate = partial(open_batch, v2.Compose(steps))
+    steps = [pil_loader, v2.Resize((size, size)), data.augmentation(size), v2.PILToTensor()]
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(**arms.NORMALIZATION)]
+    collate = v2.Compose([partial(map, v2.Compose(steps)), tuple, torch.stack])  # of paths
     return DataLoader(paths, batch_size, shuffle=True, num_workers=workers, collate_fn=collate)
 
 
 def from_decoded(paths, size, batch_size, workers, folder, device=CPU, augmented=True):
     """Our loader, of uint8 images (3, size, size) that are decoded to a map in the folder."""
-    _, images, _ = decode_all(paths, size, "benchmark", folder)
+    _, images, _ = decode.decode_all(paths, size, "benchmark", folder)
     transform = data.augmentation(size) if augmented else None
     dataset = data.AugmentedImages(images, range(len(images)), transform)
     return data.loader(dataset, data.EpochBatches(len(images), batch_size, 0), device, workers)
@@ -82,33 +76,24 @@ def timed(function, *arguments):
     return time.perf_counter() - began, result
 
 
-def one_pass(loader):
-    """The number of images in one epoch of normalized float batches."""
-    return sum(map(len, on_device(loader, CPU)))
-
-
-def compare_loaders(name, paths, size, args, folder):
-    """Images per second of both loaders, in turn: the median over the rounds of their ratio."""
-    decoding, ours = timed(from_decoded, paths, size, 16, args.workers, folder)
-    one_pass(ours)  # starts the workers, which stay
-    loaders = from_disk(paths, size, 16, args.workers), ours
-    seconds = [[timed(one_pass, loader)[0] for loader in loaders] for _ in range(args.rounds)]
-    disk, ours = len(paths) / np.array(seconds).T
-    ratio = float(np.median(ours / disk))
-    rates = f"from disk {np.median(disk):8.1f} img/s, ours {np.median(ours):8.1f} img/s"
-    print(f"{name:>20} {size:4} px: {rates}, ratio {ratio:.2f}")
-    row = {"data": name, "size": size, "workers": args.workers, "images": len(paths)}
-    row |= {"decode_once_seconds": decoding, "ratio": ratio}
-    return row | {"from_disk": disk.tolist(), "ours": ours.tolist()}
-
-
 def benchmark_data(args, folder):
-    """Both loaders at three sizes, on the folder and on large JPEGs."""
-    order = np.random.default_rng(0).permutation(read_folder(args.data).sources)
+    """Both loaders in turn, three sizes, on the folder and large JPEGs: images/s, median ratio."""
+    order = np.random.default_rng(0).permutation(folders.read_folder(args.data).sources)
     files = {"/".join(Path(args.data).parts[-2:]): sorted(order[: args.images].tolist())}
-    files["1024x1024 JPEG"] = draw_large(folder)
-    cases = [(name, paths, size) for name, paths in files.items() for size in (64, 224, 384)]
-    return [compare_loaders(*case, args, folder) for case in cases]
+    files["1024x1024 JPEG"], rows = draw_large(folder), []
+    for (name, paths), size in product(files.items(), (64, 224, 384)):
+        decoding, ours = timed(from_decoded, paths, size, 16, args.workers, folder)
+        deque(on_device(ours, CPU), maxlen=0)  # one epoch; starts the workers, which stay
+        pair = [from_disk(paths, size, 16, args.workers), ours] * args.rounds
+        seconds = [timed(deque, on_device(loader, CPU), 0)[0] for loader in pair]
+        disk, ours = len(paths) / np.reshape(seconds, (-1, 2)).T
+        ratio = float(np.median(ours / disk))
+        rates = f"from disk {np.median(disk):8.1f} img/s, ours {np.median(ours):8.1f} img/s"
+        print(f"{name:>20} {size:4} px: {rates}, ratio {ratio:.2f}")
+        rows.append({"data": name, "size": size, "workers": args.workers, "images": len(paths)})
+        rows[-1] |= {"decode_once_seconds": decoding, "ratio": ratio}
+        rows[-1] |= {"from_disk": disk.tolist(), "ours": ours.tolist()}
+    return rows
 
 
 def build(setup):
@@ -144,9 +129,8 @@ def our_loop(setup, device, paths, folder, augmented=True):
         model.compile()
     run = Run(folder, device, cli.pick_amp(setup.amp, device), {})
     seconds, _ = timed(pretrain.train, model, loader, run, 2)
-    rest = seconds - sum(row["seconds"] for row in run.progress["log"])
-    step = run.progress["log"][1]["seconds"] / setup.steps
-    return {"seconds": step, "checkpoint_seconds": rest / 2}
+    first, second = (row["seconds"] for row in run.progress["log"])  # the first warms up
+    return {"seconds": second / setup.steps, "checkpoint_seconds": (seconds - first - second) / 2}
 
 
 LOOPS = {"notebook": notebook_loop, "ours": our_loop, "ceiling": partial(our_loop, augmented=False)}
@@ -176,7 +160,7 @@ def benchmark_step(args, folder):
     rounds, device = {name: [] for name in LOOPS}, cli.pick_device(args.device)
     paths = draw_large(folder, args.steps * args.bs, 512)
     for name in [*LOOPS] * args.rounds:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
             rounds[name].append(process.submit(one_loop, name, args, paths, folder).result())
     dtype = cli.pick_amp(args.amp, device) or torch.float32
     flops, peak = count_flops(args, device, dtype)
@@ -218,7 +202,7 @@ def main():
     if args.out:
         machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         figures = {"what": args.what, "figures": figures, "threads": torch.get_num_threads()}
-        write_json(args.out, figures | {"machine": machine, **pretrain.VERSIONS})
+        checkpoint.write_json(args.out, figures | {"machine": machine, **pretrain.VERSIONS})
         print(f"wrote {args.out}")
 
 

@@ -24,7 +24,6 @@ from torchvision.transforms import InterpolationMode, v2
 import data
 import pretrain
 from common import arms, cli, collapse, distributed, readers, splits, starts
-from common.distributed import world_size
 from common.run import Run
 
 WARMUP, TEMP_WARMUP, FREEZE = 0.1, 0.3, 0.01  # shares of the run: 10, 30 and 1 of 100 epochs
@@ -46,11 +45,9 @@ def learning_rate(peak, end, progress):
 
 def multi_crop(img_size, local_size, local_crops=8):
     """Views of one (3, H, W) uint8 image: [2 global of img_size, local_crops of local_size].
-
     BYOL's augmentations with DINO's parameters: global crops cover 40 to 100 % of the image, local
-    ones 5 to 40 %; blur (its kernel a tenth of the view) on the first global crop always, on local
-    ones with p = 0.5, on the second global one with p = 0.1, as there alone solarization, p = 0.2.
-    """
+    ones 5 to 40 %; blur (kernel: a tenth of a view) on the first global crop always, on local ones
+    with p = 0.5, on the second global one with p = 0.1, as there alone solarization, p = 0.2."""
 
     def view(size, scale, blur, solarize=0.0):
         kernel = max(3, size // 10 // 2 * 2 + 1)
@@ -85,10 +82,8 @@ class Head(nn.Module):
 
 def dino_loss(student, teacher, center, student_temp, teacher_temp):
     """Equation 3, its cross-entropy averaged over the batch and over all pairs of two views.
-
     student: logits (V, N, K) of all views, the global ones first; teacher: (2, N, K) of the global
-    ones; center: (K,). Float32. Returns a scalar.
-    """
+    ones; center: (K,). Float32. Returns a scalar."""
     p = F.softmax((teacher - center) / teacher_temp, dim=-1)
     log_q = F.log_softmax(student / student_temp, dim=-1)
     others = log_q.sum(0) - log_q[:2]  # a view does not predict itself
@@ -96,10 +91,8 @@ def dino_loss(student, teacher, center, student_temp, teacher_temp):
 
 
 class DINO(nn.Module):
-    """Student and teacher of one arm, each a backbone and a head.
-
-    arm: "cnn" or "vit"; backbone: images -> features (N, dim), such as a timm model without head.
-    """
+    """Student and teacher of one arm, "cnn" or "vit", each a backbone and a head.
+    backbone: images -> features (N, dim), such as a timm model without head."""
 
     def __init__(self, arm, backbone, dim, out_dim=65536):
         super().__init__()
@@ -117,10 +110,9 @@ class DINO(nn.Module):
         sizes = [torch.cat(part) for part in (views[:2], views[2:]) if part]
         with torch.no_grad():
             teacher = self.teacher(sizes[0]).float().unflatten(0, (2, -1))
-        student = torch.cat([self.student(images).float() for images in sizes])
-        student = student.unflatten(0, (len(views), -1))
+        student = torch.cat([self.student(x).float() for x in sizes]).unflatten(0, (len(views), -1))
         loss = dino_loss(student, teacher, self.center, STUDENT_TEMP, self.teacher_temp)
-        mean = distributed.all_reduce(teacher.mean((0, 1))) / world_size()
+        mean = distributed.all_reduce(teacher.mean((0, 1))) / distributed.world_size()
         self.center.mul_(CENTER_MOMENTUM).add_(mean, alpha=1 - CENTER_MOMENTUM)
         return loss
 
@@ -221,7 +213,7 @@ def parse_arguments():
         parser.error("--data PATH is missing")
     if args.t_max != "run":
         parser.error("--t-max: DINO's learning rate has one descent; leave the flag out")
-    args.lr = 5e-4 * args.bs * world_size() / 256 if args.lr is None else args.lr
+    args.lr = 5e-4 * args.bs * distributed.world_size() / 256 if args.lr is None else args.lr
     return args, state
 
 
@@ -229,7 +221,8 @@ def main():
     args, state = parse_arguments()
     device, out, size = cli.pick_device(args.device), Path(args.out), args.img_size
     distributed.start(device)
-    amp, rank = cli.pick_amp(args.amp, device), distributed.rank()
+    rank, processes = distributed.rank(), distributed.world_size()
+    amp = cli.pick_amp(args.amp, device)
     specs = {"cnn": (args.cnn, args.init_cnn or args.init, args.cnn_kwargs)}
     specs["vit"] = args.vit, args.init_vit or args.init, args.vit_kwargs
     cli.claim(out)
@@ -238,29 +231,28 @@ def main():
         cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
         initial = torch.cat([starts.carried_by(init) for _, init, _ in specs.values()], 1)
     images, models = readers.read(args.data, **data.options(args)), {}
-    for arm in list(specs)[first:]:  # both: a wrong --vit is an error before any training
+    todo = list(specs.items())[first:]
+    for arm, (name, init, kwargs) in todo:  # a wrong --vit is an error before any training
         torch.manual_seed(args.seed)
-        name, init, kwargs = specs[arm]
         init = init if state is None or models else "random"  # the weights of last.pt follow
         backbone, dim = make_backbone(f"--{arm}", name, init, size, **kwargs)
         models[arm] = DINO(arm, backbone, dim, args.outputs)
-
     with distributed.one_first():
         images.decode(size, data.cache_dir(args.cache), args.skip_bad, args.dry_run)
     split = data.split_and_report(images, args.seed, args.dedup, initial)
     config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}
     train_index, seen = pretrain.begin(out, images, split, state, config, stale=())
     monitor, log = collapse.Monitor(images, split, args.seed), []
-    metadata = {"script": "tools.dino", "args": vars(args), "processes": world_size()}
+    metadata = {"script": "tools.dino", "args": vars(args), "processes": processes}
     metadata |= {"seen": seen, "initial": initial}
     known, carry = splits.carried(images, split, initial), data.options(args, data.OPTIONS)
     saved = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "config": vars(args)}
     saved |= {"split": known, "seen": known[0, known[1] == 0], "data": carry}
-    for metadata["phase"], arm in enumerate(list(models), first):
-        model, (name, _, kwargs) = models.pop(arm), specs[arm]
+    for metadata["phase"], (arm, (name, _, kwargs)) in enumerate(todo, first):
+        model = models.pop(arm)
         transform = multi_crop(size, local_size(model.arms[arm], size), args.crops)
         dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
-        batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, rank, world_size())
+        batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, rank, processes)
         loader = data.loader(dataset, batches, device, args.workers)
         run = Run(out, device, amp, metadata, state, log, args.save_every, monitor=monitor)
         run.announce(model.to(device), model, loader, args.epochs)

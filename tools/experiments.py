@@ -17,7 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
-from itertools import combinations, product
+from itertools import combinations, groupby, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +26,8 @@ import torch
 
 import data
 from cass import build_arm
-from common import cli, decode, readers, splits, starts
+from common import cli, decode, readers, results, splits, starts
 from common.checkpoint import atomic_open, read_json, write_csv, write_json
-from common.results import SHOWN, mean_of, read_test, refuse_unequal, refuse_unlabelled
 from common.run import seconds_per_step
 from pretrain import VERSIONS
 
@@ -36,10 +35,6 @@ PAPER = read_json(Path(__file__).with_name("paper.json"))
 MODELS = PAPER["models"]  # the paper's name: [timm's, arguments] at its size and at one for a CPU
 SCALES = {"paper": (384, 100, []), "small": (32, 3, ["--init", "random"])}  # px, epochs, flags
 SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
-SCRIPTS = {"cass": "pretrain.py", "dino": "tools.dino"}  # that pre-train
-OTHER_ARMS = "10 11 12 13 16 17 18 19 20".split()  # tables that change arms or start
-ROW = {"method": "cass", "cnn": "ResNet-50", "vit": "ViT-B/16", "arms": ["cnn", "vit"]}
-ROW |= {"flags": "", "epochs": 1}  # epochs: times those of the scale
 
 
 def rows_of(table, only=None, fracs=None, epochs=100):
@@ -48,7 +43,7 @@ def rows_of(table, only=None, fracs=None, epochs=100):
     about = PAPER["tables"][table]
     fracs = [frac for frac in about["fracs"] if frac in (fracs or about["fracs"])]
     labels = [label for label in about["rows"] if label in (only or about["rows"])]
-    rows = [SimpleNamespace(label=x, **ROW | PAPER["rows"].get(x, {})) for x in labels]
+    rows = [SimpleNamespace(label=x, **PAPER["row"] | PAPER["rows"].get(x, {})) for x in labels]
     for row in rows:
         row.epochs = max(1, round(epochs * row.epochs))
         arms = [*row.arms, "mean"] if len(row.arms) == 2 else row.arms
@@ -68,9 +63,8 @@ def parse_arguments():
     add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="of runs")
     add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
-    add("--metric", choices=SHOWN, help="in table.md (macro_f1; in Table 5, balanced_accuracy)")
-    warm = "start both arms from these weights files of finetune.py, heads included"
-    add("--warm", nargs=2, metavar=("CNN", "VIT"), help=warm)
+    add("--metric", choices=results.SHOWN, help="in table.md (macro_f1, Table 5 balanced_accuracy)")
+    add("--warm", nargs=2, metavar=("CNN", "VIT"), help="weights files to start from, with heads")
     add("--out", metavar="DIR", help="folder of the table (default: runs/tableN)")
     add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
@@ -83,7 +77,7 @@ def parse_arguments():
         if unknown := set(vars(args)[flag] or ()) - set(known):
             there = ", ".join(map(str, known)) or "none"
             parser.error(f"--{flag} {cli.preview(unknown)}: not in the table, which has: {there}")
-    if args.warm and args.table in OTHER_ARMS:
+    if args.warm and args.table in PAPER["other_arms"]:
         parser.error(f"--warm brings its own arms, which Table {args.table} changes")
     args.warm = dict(zip(("cnn", "vit"), args.warm or ()))
     args.warm_weights = {arm: starts.load_weights(path) for arm, path in args.warm.items()}
@@ -131,28 +125,25 @@ def on_data(args, row, seed, words, arms):
     return words, Path(args.work) / f"{row.method}_seed{seed}_{name}"
 
 
-def finetuning(args, row, seed, before, arm, frac):
-    """The run that fine-tunes an arm, after the pre-training `before` or, supervised, none."""
-    words = ["finetune.py", "--frac", f"{frac:g}"]
-    if not before:
-        return on_data(args, row, seed, words, {"--arch": arm})
-    folder = before[0][1]
-    words += ["--ckpt", str(folder / f"{arm}.pt"), *args.device_flags]
-    return words, folder / f"finetune_{arm}_{frac:g}"
-
-
 def jobs_of(args, rows):
     """(row, cell, its runs) of all cells: what its file begins with; commands and their folders."""
     for seed, row in product(args.seeds, rows):
-        words, before = [SCRIPTS.get(row.method), "--epochs", str(row.epochs)], []
-        if row.method == "dino" and args.scale == "small":
-            words += SMALL_DINO
-        if row.method != "supervised":
+        before = []
+        if script := PAPER["scripts"].get(row.method):  # supervised: none
+            words = [script, "--epochs", str(row.epochs)]
+            words += SMALL_DINO * (row.method == "dino" and args.scale == "small")
             before = [on_data(args, row, seed, words, {"--cnn": "cnn", "--vit": "vit"})]
         for frac, arm in row.cells:
-            arms = {"mean": row.arms, "both": []}.get(arm, [arm])
-            tunings = [finetuning(args, row, seed, before, x, frac) for x in arms]
-            yield row, {"row": row.label, "arm": arm, "frac": frac, "seed": seed}, before + tunings
+            runs = [*before]
+            for x in {"mean": row.arms, "both": []}.get(arm, [arm]):
+                words = ["finetune.py", "--frac", f"{frac:g}"]
+                if before:
+                    folder = before[0][1]
+                    words += ["--ckpt", str(folder / f"{x}.pt"), *args.device_flags]
+                    runs.append((words, folder / f"finetune_{x}_{frac:g}"))
+                else:
+                    runs.append(on_data(args, row, seed, words, {"--arch": x}))
+            yield row, {"row": row.label, "arm": arm, "frac": frac, "seed": seed}, runs
 
 
 def shown(words, folder):
@@ -174,14 +165,13 @@ def run_script(words, output):
     command = [sys.executable, "-m", words[0].removesuffix(".py"), *map(str, words[1:])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     streams = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
-    process = subprocess.Popen(command, env=environment, **streams)
-    try:
-        return process.wait()
-    except cli.Stopped as stop:
-        process.send_signal(stop.args[0] - 128)
-        process.wait()
-        how = "the interrupted run resumes when the command is called again"
-        raise cli.Stopped(stop.args[0], how) from None
+    with subprocess.Popen(command, env=environment, **streams) as process:  # waits on leaving
+        try:
+            return process.wait()
+        except cli.Stopped as stop:
+            process.send_signal(stop.args[0] - 128)
+            how = "the interrupted run resumes when the command is called again"
+            raise cli.Stopped(stop.args[0], how) from None
 
 
 def call(words, folder, failed):
@@ -217,13 +207,13 @@ def results_of(runs):
         result["pretrain_seconds"] = round(sum(row["seconds"] for row in log), 1)
         if not tunings:
             return result | {"log": log}
-    metrics = [read_json(folder / "metrics.json") for folder in tunings]
-    result["finetune_seconds"] = round(sum(m["seconds"] for m in metrics), 1)
-    result["metrics"] = {k: v for k, v in metrics[0].items() if k != "ckpt"}
+    found = [read_json(folder / "metrics.json") for folder in tunings]
+    result["finetune_seconds"] = round(sum(run["seconds"] for run in found), 1)
+    result["metrics"] = {k: v for k, v in found[0].items() if k != "ckpt"}
     if len(tunings) == 2:  # the mean of both arms' probabilities
-        tests = {folder: read_test(folder)[0] for folder in tunings}
-        refuse_unequal(tests)
-        result["metrics"] = mean_of([*tests.values()]).scores()
+        tests = {folder: results.read_test(folder)[0] for folder in tunings}
+        results.refuse_unequal(tests)
+        result["metrics"] = results.mean_of([*tests.values()]).scores()
     return result
 
 
@@ -233,8 +223,7 @@ def run_cells(args, jobs):
     for _, cell, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
         name = re.sub(r"[^\w.-]+", "_", "{row}_{arm}_{frac:g}_seed{seed}".format(**cell))
         file = args.out / "cells" / f"{name}.json"
-        words = [portable(args, shown(*run)) for run in runs]
-        cell |= {"status": "done", "commands": words}
+        cell |= {"status": "done", "commands": [portable(args, shown(*run)) for run in runs]}
         if file.exists() and cell.items() <= read_json(file).items():
             continue
         cell |= {"hardware": machine, "versions": VERSIONS}
@@ -248,10 +237,11 @@ def run_cells(args, jobs):
     return errors
 
 
-def section(note, header, rows, **values):
-    """A note of paper.json and a table in Markdown. header, rows: the texts of its cells."""
+def section(note, rows, **values):
+    """A note of paper.json and a table in Markdown. rows: the texts of its cells."""
+    text, *header = PAPER["notes"][note]
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join([PAPER["notes"][note].format(**values), "", *lines])
+    return "\n".join([text.format(**values), "", *lines])
 
 
 def heading(args, cells):
@@ -262,8 +252,7 @@ def heading(args, cells):
     scale += " for the paper's 100; small arms, not the paper's" * (args.scale == "small")
     versions = {", ".join(map(" ".join, cell["versions"].items())) for cell in cells}
     machines = "; ".join(sorted({cell["hardware"] for cell in cells} | versions))
-    title = PAPER["tables"][args.table]["title"]
-    return f"# {title}\n\n`{command}`\n\nScale: {scale}. {machines}."
+    return f"# {PAPER['tables'][args.table]['title']}\n\n`{command}`\n\nScale: {scale}. {machines}."
 
 
 def times_section(cells):
@@ -275,16 +264,14 @@ def times_section(cells):
         ratios.append(cass / dino)
         rows.append([f"paper, {name}", *times.values(), f"{ratios[-1]:.2f}"])
     rows.append(["paper, mean of the ratios", "", "", f"{np.mean(ratios):.2f}"])
-    for cell in (cell for cell in cells if "log" in cell):
-        arms = {}
-        for line in cell["log"]:
-            arms.setdefault(line["arms"], []).append(line["seconds"])
-        ours[cell["row"]][cell["seed"]] = sum(map(np.median, arms.values()))
+    for c in (cell for cell in cells if "log" in cell):
+        arms = groupby(c["log"], lambda row: row["arms"])  # one arm, or both, after the other
+        ours[c["row"]][c["seed"]] = sum(np.median([x["seconds"] for x in log]) for _, log in arms)
     if both := ours["DINO"].keys() & ours["CASS"]:
         dino, cass = (np.array([times[seed] for seed in both]) for times in ours.values())
         figures = f"{dino.mean():.1f}", f"{cass.mean():.1f}", f"{np.mean(cass / dino):.3f}"
         rows.append([f"**this code**, seconds per epoch, n = {len(both)}", *figures])
-    return section("times", ["data set", "DINO", "CASS", "CASS / DINO"], rows)
+    return section("times", rows)
 
 
 def mean_and_std(values):
@@ -305,11 +292,9 @@ def scores_section(args, scored):
             scores, *times = ([r[c] for r in runs if r[c] is not None] for c in columns)
             ours = f"{mean_and_std(scores)} (n = {len(scores)})" if scores else "not run"
             seconds = [f"{np.mean(x):.0f} s" if x else "–" for x in times]
-            paper = about["cells"].get(key, "–")
-            lines.append([row.label, name, f"{frac:.0%}", paper, ours, *seconds])
-    header = ["", "arm", "labels", "paper", "this code", "pre-training", "fine-tuning"]
-    metric = args.metric.replace("_", " ")
-    return section("scores", header, lines, metric=metric, paper=about["metric"])
+            printed = about["cells"].get(key, "–")
+            lines.append([row.label, name, f"{frac:.0%}", printed, ours, *seconds])
+    return section("scores", lines, metric=args.metric.replace("_", " "), paper=about["metric"])
 
 
 def gain(summary, frac, row, over):
@@ -332,15 +317,15 @@ def gains_section(about, summary):
             n, text = len(points), f"{points.mean():+.1f}" if len(points) else "–"
             error = f" ± {points.std(ddof=1) / n**0.5:.1f} (n = {n})" if n > 1 else ""
             lines[-1].append(text + error)
-    return section("gains", ["", "labels", "paper", "this code"], lines)
+    return section("gains", lines)
 
 
 def record(cell):
     """{column of table.csv: value} of a cell, with all its scores."""
     keys = "row arm frac seed status pretrain_seconds finetune_seconds".split()
-    values, metrics = {key: cell.get(key) for key in keys}, cell.get("metrics", {})
-    for part, key in product(("test", "test_without_duplicates"), SHOWN):
-        values[key + part.removeprefix("test")] = (metrics.get(part) or {}).get(key)
+    values, scores = {key: cell.get(key) for key in keys}, cell.get("metrics", {})
+    for part, key in product(("test", "test_without_duplicates"), results.SHOWN):
+        values[key + part.removeprefix("test")] = (scores.get(part) or {}).get(key)
     return values | {"error": cell.get("error")}
 
 
@@ -401,8 +386,16 @@ def estimate(args, rows, images):
     print(f"{len(seen)} runs, about {total / 3600:.1f} hours here if no fine-tuning stops early")
 
 
-def refuse_other_configuration(args, images):
-    """Write config.json; raise UserError where the folder holds results of something else."""
+def main():
+    args = parse_arguments()
+    rows = rows_of(args.table, args.only, args.fracs, args.epochs or SCALES[args.scale][1])
+    images = readers.read(args.data, **data.options(args))
+    results.refuse_unlabelled(images)
+    if images.multilabel and args.metric in ("balanced_accuracy", "accuracy"):
+        fix = "has several labels per image: give --metric macro_f1, micro_f1 or auroc"
+        raise cli.UserError(f"--metric {args.metric}: {images.path} {fix}")
+    if args.dry_run:
+        return estimate(args, rows, images)
     config = {"table": args.table, "scale": args.scale, "epochs": args.epochs}
     config |= {"settings": [*SCALES[args.scale], *SMALL_DINO], "images": len(images)}
     config |= {"data": portable(args, shlex.join(data_flags(args))), "classes": images.classes}
@@ -414,19 +407,6 @@ def refuse_other_configuration(args, images):
         raise cli.UserError(f"{file}: is of another configuration; give another folder with --out")
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
     write_json(file, config)
-
-
-def main():
-    args = parse_arguments()
-    rows = rows_of(args.table, args.only, args.fracs, args.epochs or SCALES[args.scale][1])
-    images = readers.read(args.data, **data.options(args))
-    refuse_unlabelled(images)
-    if images.multilabel and args.metric in ("balanced_accuracy", "accuracy"):
-        fix = "has several labels per image: give --metric macro_f1, micro_f1 or auroc"
-        raise cli.UserError(f"--metric {args.metric}: {images.path} {fix}")
-    if args.dry_run:
-        return estimate(args, rows, images)
-    refuse_other_configuration(args, images)
     jobs = list(jobs_of(args, rows))
     errors = run_cells(args, jobs)
     print(write_table(args))

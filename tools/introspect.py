@@ -4,25 +4,22 @@ images: (N, 3, H, W) float, normalized, on the model's device. The models are le
 """
 
 import math
+from contextlib import ExitStack
 
 import torch
 from timm.models.swin_transformer import window_partition, window_reverse
-from timm.utils import AttentionExtract
 from torch import nn
 from torch.nn.functional import pad
-from torch.nn.modules.module import register_module_forward_hook
 
 
 @torch.no_grad()
 def _outputs(model, images, names, keep):
     """One forward pass: [(name, keep(output)), ...] of the named modules, in running order."""
-    found, names = [], {model.get_submodule(name): name for name in names}
-
-    def see(module, _, output):
-        if module in names:
-            found.append((names[module], keep(output)))
-
-    with register_module_forward_hook(see):
+    found = []
+    with ExitStack() as hooks:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_hook
+            hooks.enter_context(hook(lambda *x, name=name: found.append((name, keep(x[-1])))))
         model.eval()(images)
     return found
 
@@ -33,7 +30,6 @@ def attention_names(model):
     return [name.rpartition(".")[0] for name in names]
 
 
-@torch.no_grad()
 def attention(model, images, block=1):
     """The softmax of one block's attention, the first is 1: (N, heads, T, T), or in windows
     (N * windows, heads, T, T). A row, for the token that looks, sums to one. Raises ValueError."""
@@ -42,13 +38,10 @@ def attention(model, images, block=1):
         raise ValueError(f"has no attention block {block}; there are {len(names)} (in a CNN, none)")
     name = names[block - 1]
     model.get_submodule(name).fused_attn = False  # for good: fused, it never shows its softmax
-    extract = AttentionExtract(model, [f"{name}.attn_drop"], method="hook")
-    found = extract(images).get(f"{name}.attn_drop")
-    for handle in extract.hooks._handles:  # timm would leave them on the model
-        handle.remove()
-    if found is None:
+    found = _outputs(model, images, [f"{name}.attn_drop"], torch.detach)
+    if not found:
         raise ValueError(f"never shows the softmax of block {block}")
-    return found
+    return found[-1][1]
 
 
 def attention_map(model, images, block=1):

@@ -23,14 +23,10 @@ import torch
 from torchvision.utils import make_grid
 
 import data
-from common import cli
-from common.arms import make_arm
+from common import arms, cli, pixels, readers, splits
 from common.checkpoint import TEXT, atomic_open
 from common.cli import UserError
-from common.pixels import decode
-from common.readers import read
 from common.run import on_device
-from common.splits import stratified_order
 from common.starts import fill_in, from_checkpoint, load_weights
 from tools import introspect
 
@@ -98,7 +94,7 @@ def choose(args, starts, n):
     or 100 where 30 would hardly hold every class). Returns their sources, and them in words."""
     if args.image:
         return [args.image], short(args.image)
-    images, seed = read(args.data, **data.options(args)), starts[0].seed
+    images, seed = readers.read(args.data, **data.options(args)), starts[0].seed
     images.decode(starts[0].size, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, seed, args.dedup, starts[0].carried, allow_seen=True)
     part = "test" if (split == "test").any() else "train"
@@ -121,19 +117,18 @@ def short(path):
 
 def sample(labels, n, seed):
     """n of the images with labels (N, C) bool: every class at least once, else as in the whole."""
-    order, _ = stratified_order(labels, np.arange(len(labels)), np.random.default_rng([seed, 3]))
-    return order[:n]
+    rng, unit = np.random.default_rng([seed, 3]), np.arange(len(labels))
+    return splits.stratified_order(labels, unit, rng)[0][:n]
 
 
-def batches(start, sources, batch_size=16, mean=None, std=None):
+def batches(start, sources, batch_size=16):
     """Images as a model wants them: (n, 3, S, S) float, normalized, on its device. UserError."""
     try:
-        images = np.stack([decode(source, start.size)[0] for source in sources])
+        images = np.stack([pixels.decode(source, start.size)[0] for source in sources])
     except ValueError as error:
         raise UserError(f"{cli.preview(sources)}: cannot be read ({error})") from error
     parts = torch.from_numpy(images).tensor_split(max(1, len(sources) // batch_size))
-    mean, std = mean or start.metadata["mean"], std or start.metadata["std"]
-    return on_device(parts, start.device, mean, std)
+    return on_device(parts, start.device, start.metadata["mean"], start.metadata["std"])
 
 
 def fold(text, inches):
@@ -147,8 +142,8 @@ def beside_images(starts, sources, n):
     figure = Figure((3 * n + 4, 3.6 * len(starts) + 1), layout="compressed")
     bare = {"frame_on": False, "xticks": [], "yticks": []}
     axes = figure.subplots(len(starts), 1 + n, squeeze=False, subplot_kw=bare)
-    plain = batches(starts[0], sources, mean=[0] * 3, std=[1] * 3)
-    image = torch.cat([*plain]).mean(0).permute(1, 2, 0).cpu().numpy()
+    decoded = [pixels.decode(source, starts[0].size)[0] for source in sources]
+    image = np.mean(decoded, 0).transpose(1, 2, 0) / 255
     for ax, start in zip(axes[:, 0], starts):
         ax.imshow(image)
         ax.set_title(fold(start.label, 3))
@@ -167,9 +162,8 @@ def attention(args):
     scale = {"vmin": min(m.min() for m in maps), "vmax": max(m.max() for m in maps)}
     scale |= {"extent": image.get_extent(), "interpolation": "bilinear"}
     for (_, over, alone), start, values in zip(axes, starts, maps):
-        pooled = getattr(start.model, "cls_token", None) is None
-        kind = "no class token: mean attention that each patch receives"
-        kind = kind if pooled else "class token"
+        token = getattr(start.model, "cls_token", None) is not None
+        kind = "class token" if token else "no class token: mean attention that each patch receives"
         blocks = len(introspect.attention_names(start.model))
         over.set_title(fold(f"block {args.block} of {blocks}, {kind}", 3))
         over.imshow(image.get_array().mean(-1), cmap="gray")
@@ -207,7 +201,7 @@ def before_training(args, arm, start):
     kwargs = {key: v for key, v in start.metadata["model_kwargs"].items() if key != "img_size"}
     torch.manual_seed(start.seed)
     try:
-        model = make_arm(flag, start.metadata["arch"], what, start.size, **kwargs)
+        model = arms.make_arm(flag, start.metadata["arch"], what, start.size, **kwargs)
     except UserError as error:
         raise UserError(f"{what}: cannot be loaded; give {flag} FILE, or {flag} random") from error
     before = SimpleNamespace(**vars(start) | {"model": model.to(start.device).eval()})
@@ -258,15 +252,14 @@ def tables(panels, rows, columns, measure):
 
 def curves(args):
     """The numbers in log.jsonl over the epochs; of several runs, a colour for each."""
-    runs, several, panels, drawn = args.run, len(args.run) > 1, {}, {}
+    runs, several, only, panels, drawn = args.run, len(args.run) > 1, args.only or [""], {}, {}
     if len(runs) > len(OKABE_ITO):
         raise UserError(f"{len(runs)} runs: only {len(OKABE_ITO)} can be told apart in one picture")
     for run in runs:
         with lines_of(run, "log.jsonl") as lines:
             for title, found in series(map(json.loads, lines), several).items():
-                panels.setdefault(title, {}).update({run: found[""]} if several else found)
-    only = args.only or [""]
-    panels = {title: panels[title] for title in panels if any(word in title for word in only)}
+                if any(word in title for word in only):
+                    panels.setdefault(title, {}).update({run: found[""]} if several else found)
     if not panels:
         none = f"nothing is called {' or '.join(only)}" if args.only else "holds no finished epoch"
         raise UserError(f"{cli.preview(runs)}/log.jsonl: {none}")
