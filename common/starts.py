@@ -12,7 +12,7 @@ import timm
 import torch
 
 from common import arms, checkpoint, distributed
-from common.cli import UserError, preview
+from common.cli import UserError, preview, refusing
 
 TENSOR, NONE = torch.Tensor, type(None)
 HISTORY = {"seen": (TENSOR, NONE), "split": (TENSOR, NONE)}  # of what weights were trained on
@@ -90,10 +90,8 @@ def parse_again(parser, saved, may_change, path):
             words += [flag, *map(str, value)] if value else []
         elif value is not None and value is not False:
             words.append(flag if value is True else f"{flag}={value}")
-    try:
+    with refusing(f"{path}:", UserError):
         before = vars(parser.parse_args(words))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     args = parser.parse_args(words + sys.argv[1:])
     changed = [k for k in flags if k not in may_change and getattr(args, k) != before[k]]
     what = [f"--{k.replace('_', '-')} {before[k]} (not {getattr(args, k)})" for k in changed]
@@ -116,12 +114,9 @@ def load_weights(path, way_out="; for other weights, give --arch NAME --init FIL
 def build(weights, path):
     """The timm model of a weights file's dict. Raises UserError where it does not fit."""
     arch, kwargs = weights["arch"], weights["model_kwargs"]
-    try:
+    with refusing(f"{path}: its weights do not fit {arch} of this timm:"):
         model = timm.create_model(arch, num_classes=weights["num_classes"], **kwargs)
         model.load_state_dict(weights["state_dict"])
-    except Exception as error:  # timm's models raise all kinds on odd arguments
-        what = f"its weights do not fit {arch} of this timm ({' '.join(str(error).split())[:200]})"
-        raise UserError(f"{path}: {what}") from error
     return arms.channels_last(model)
 
 
@@ -158,9 +153,8 @@ def from_name(arch, init, img_size, model_kwargs):
     make = anew if init == "random" else partial(copy.deepcopy, model)  # a seed, its own weights
     metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size, **arms.NORMALIZATION}
     metadata["model_kwargs"] = arms.rebuild_kwargs(arch, img_size, model_kwargs)
-    known = carried_by(init)
-    seen = known[0, known[1] == 0]
-    return SimpleNamespace(make=make, metadata=metadata, carried=known, seen=seen)
+    past = carried_by(init)
+    return SimpleNamespace(make=make, metadata=metadata, carried=past, seen=past[0, past[1] == 0])
 
 
 def refuse_odd_head(model, metadata, linear):
