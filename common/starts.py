@@ -16,9 +16,8 @@ from common.cli import UserError, preview, refusing
 
 TENSOR, NONE = torch.Tensor, type(None)
 HISTORY = {"seen": (TENSOR, NONE), "split": (TENSOR, NONE)}  # of what weights were trained on
-WEIGHTS = {"arch": str, "arm": str, "model_kwargs": dict, "num_classes": int, "img_size": int}
-WEIGHTS |= {"mean": list, "std": list, "seed": int, "data": dict, "state_dict": dict}
-WEIGHTS |= {"class_names": (list, NONE), **HISTORY}
+WEIGHTS = dict(arch=str, arm=str, model_kwargs=dict, num_classes=int, img_size=int, mean=list)
+WEIGHTS |= dict(std=list, seed=int, data=dict, state_dict=dict, class_names=(list, NONE), **HISTORY)
 FINISHED = {"log": list, "best_epoch": int, "best_loss": float, "best_val": dict, "digest": int}
 TRAINING = {"args": dict, "epoch": int, "batch": int, "iteration": int, "loss": list, "log": list}
 TRAINING |= {"seconds": float, "rng": dict}
@@ -159,12 +158,10 @@ def from_name(arch, init, img_size, model_kwargs):
 
 def refuse_odd_head(model, metadata, linear):
     """Raise UserError where timm builds another head than the reset one or, if linear, several."""
-    name = metadata["arch"]
-    with torch.random.fork_rng([]):
+    name, odd = metadata["arch"], "its head changes when it is reset; take another model"
+    with torch.random.fork_rng([]), refusing(f"{name}: {odd}", RuntimeError):
         again = timm.create_model(name, num_classes=model.num_classes, **metadata["model_kwargs"])
-    shapes = [{k: x.shape for k, x in m.state_dict().items()} for m in (model, again)]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"{name}: its head changes when it is reset; take another model")
+        again.load_state_dict(model.state_dict())
     if linear and not isinstance(model.get_classifier(), torch.nn.Module):
         raise UserError(f"{name}: has more than one head; leave out --mode linear")
 
