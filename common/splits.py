@@ -23,7 +23,7 @@ def duplicates(data):
 
 
 def near_duplicates(data):
-    """(P, 3) int: two images that look alike, or the first equal to each; the hashes' distance."""
+    """(P, 3) int: two images that look alike (of exact duplicates the first), their distance."""
     if data.pairs is None:
         from common.near import near_pairs
 
@@ -179,7 +179,7 @@ def class_counts(data, mask):
 
 
 def write_split(out, data, split, used=None):
-    """split.csv, with (N,) bool of used labels; duplicates.csv: groups of equals and near pairs."""
+    """split.csv with used labels, (N,) bool; duplicates.csv: equal images; near pairs, distance."""
     labels = [label_text(data.classes, has) for has in data.labels]
     flags = np.zeros(len(data), int) if used is None else used.astype(int)
     rows = list(zip(data.names, split, labels, flags if data.classes else [""] * len(data)))
