@@ -25,8 +25,8 @@ def is_shape_argument(key, value=None):
     return key not in NOT_SHAPE and not str(key).startswith("pretrained") and plain
 
 
-_form = "a KEY=VALUE that shapes a model; size, weights: flags of their own"
-key_value = checked(str, lambda x: "=" in x and is_shape_argument(x.partition("=")[0]), _form)
+_other = "no KEY=VALUE that shapes a model; size, weights: flags of their own"
+key_value = checked(str, lambda x: "=" in x and is_shape_argument(x.partition("=")[0]), _other)
 KWARGS = dict(nargs="*", type=key_value, action=ParseKwargs, metavar="KEY=VALUE", default={})
 
 

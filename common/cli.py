@@ -136,22 +136,22 @@ def claim(folder):
         raise UserError(f"{folder}: another run writes there now; give another --out")
 
 
-def checked(kind, allowed, meaning):
+def checked(kind, allowed, otherwise):
     """An argparse type: a value of this kind that is allowed."""
 
     def parse(text):
         if not allowed(kind(text)):
-            raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
+            raise argparse.ArgumentTypeError(f"{text} is {otherwise}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it where `kind` fails
     return parse
 
 
-fraction = checked(float, lambda x: 0 < x <= 1, "in (0, 1]")
-positive = checked(int, lambda x: x >= 1, "at least 1")
-count = checked(int, lambda x: x >= 0, "at least 0")
-rate = checked(float, lambda x: 0 <= x < float("inf"), "a finite number of at least 0")
+fraction = checked(float, lambda x: 0 < x <= 1, "not in (0, 1]")
+positive = checked(int, lambda x: x >= 1, "not at least 1")
+count = checked(int, lambda x: x >= 0, "not at least 0")
+rate = checked(float, lambda x: 0 <= x < float("inf"), "not a finite number of at least 0")
 
 
 def t_max(text):
