@@ -1,6 +1,5 @@
 """The two arms from what a user typed: timm models, initial weights, and one-line errors."""
 
-import argparse
 import difflib
 import logging
 
@@ -10,7 +9,7 @@ from timm.utils import ParseKwargs
 
 from cass import build_arm, size_argument
 from common import checkpoint
-from common.cli import UserError, positive
+from common.cli import UserError, checked, positive, refusing
 from common.decode import IMAGENET_MEAN, IMAGENET_STD
 
 NORMALIZATION = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
@@ -26,14 +25,8 @@ def is_shape_argument(key, value=None):
     return key not in NOT_SHAPE and not str(key).startswith("pretrained") and plain
 
 
-def key_value(text):
-    """An argparse type: KEY=VALUE that shapes a model."""
-    if "=" not in text or not is_shape_argument(text.partition("=")[0]):
-        what = f"{text} is no KEY=VALUE that shapes a model; size, weights: flags of their own"
-        raise argparse.ArgumentTypeError(what)
-    return text
-
-
+_other = "no KEY=VALUE that shapes a model; size, weights: flags of their own"
+key_value = checked(str, lambda x: "=" in x and is_shape_argument(x.partition("=")[0]), _other)
 KWARGS = dict(nargs="*", type=key_value, action=ParseKwargs, metavar="KEY=VALUE", default={})
 
 
@@ -79,14 +72,11 @@ def rebuild_kwargs(name, img_size, kwargs):
 @torch.no_grad()
 def output_shape(model, img_size, name):
     """Shape of the output for one image. Raises UserError where the model takes no such images."""
-    was_training = model.training
     try:
-        return tuple(model.eval()(torch.zeros(1, 3, img_size, img_size)).shape)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{name} accepts no images of 3x{img_size}x{img_size}: {reason}") from error
+        with refusing(f"{name} accepts no images of 3x{img_size}x{img_size}:"):
+            return tuple(model.eval()(torch.zeros(1, 3, img_size, img_size)).shape)
     finally:
-        model.train(was_training)
+        model.train()  # as timm makes it
 
 
 def check_pair(cnn, vit, img_size):
@@ -105,10 +95,8 @@ def save(out, arm, model, name, kwargs, img_size, metadata):
 
 def enable_grad_checkpointing(model, name):
     """Recompute activations in the backward pass, uncounted by batch-norm. Raises UserError."""
-    try:
+    with refusing(f"--grad-checkpointing: timm has none for {name}"):
         model.set_grad_checkpointing()
-    except (AssertionError, AttributeError) as error:
-        raise UserError(f"--grad-checkpointing: timm has none for {name}") from error
 
     def swap(module, *_):
         if torch._C._current_graph_task_id() != -1:  # in a backward pass

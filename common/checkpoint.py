@@ -4,14 +4,14 @@ import contextlib
 import csv
 import json
 import os
-import uuid
+import time
 import zipfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file  # comes with timm
 
-from common.cli import UserError
+from common.cli import UserError, refusing
 
 TEXT = {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
 
@@ -20,7 +20,7 @@ TEXT = {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
 def atomic_open(path, mode="w"):
     """Open a file beside `path` that takes its place once it is complete and on disk."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with open(beside, mode, **({} if "b" in mode else TEXT)) as file:
             yield file
@@ -36,11 +36,12 @@ def atomic_open(path, mode="w"):
         beside.unlink(missing_ok=True)
 
 
-def start_folder(folder, names, fresh=()):
-    """Make the folder; delete what killed writers left of `names`, and those in `fresh`."""
+def start_folder(folder, names, fresh=(), age=0):
+    """Make the folder; delete `fresh`, and what killed writers of `names` left, if `age` s old."""
     folder.mkdir(parents=True, exist_ok=True)
     left = [path for name in names for path in folder.glob(f".{name}.*.tmp")]
-    for path in (*left, *(folder / name for name in fresh)):
+    old = [path for path in left if not age or time.time() - path.stat().st_mtime > age]
+    for path in (*old, *(folder / name for name in fresh)):
         path.unlink(missing_ok=True)
 
 
@@ -51,11 +52,9 @@ def write_json(path, value):  # raises ValueError on NaN and infinity
 
 def read_json(path, *keys):
     """The JSON object in a file, which has these keys. Raises UserError."""
-    try:
+    with refusing(f"{path}: damaged, or no {' or '.join(keys)}; delete and rerun"):
         value = json.loads(Path(path).read_text(TEXT["encoding"], TEXT["errors"]))
         return {**value, **{key: value[key] for key in keys}}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, or no {' or '.join(keys)}; delete and rerun") from error
 
 
 def write_csv(path, header, rows):
@@ -84,14 +83,12 @@ def load(path):
     """The dict in a torch or safetensors file, of which nothing is run. Raises UserError."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such file")
-    try:
+    with refusing(f"{path}: is no checkpoint, or damaged; nothing in it was run"):
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")  # torch does not look at them
         return {**torch.load(path, map_location="cpu", weights_only=True)}
-    except Exception as error:  # both raise errors of many kinds
-        raise UserError(f"{path}: is no checkpoint, or damaged; nothing in it was run") from error
 
 
 def load_state_dict(path):

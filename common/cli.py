@@ -26,6 +26,16 @@ class Stopped(BaseException):
     """A run that stops early on purpose: an exit status and a line."""
 
 
+@contextlib.contextmanager
+def refusing(what, kinds=Exception):
+    """Errors inside become a UserError: `what` and, if that ends with a colon, their own text."""
+    try:
+        yield
+    except kinds as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
+        raise UserError(f"{what} {reason}" if what.endswith(":") else what) from error
+
+
 def preview(items, n=3):
     """The first few items of a list, for a one-line message."""
     items = list(map(str, items))
@@ -114,12 +124,10 @@ def claim(folder):
     """Make an output folder, for this command alone until it ends. Raises UserError."""
     if distributed.rank():
         return
-    try:
+    with refusing(f"{folder}: give another folder with --out, this one cannot be used:", OSError):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; give another folder with --out") from error
     descriptor = os.open(folder if os.name == "posix" else os.devnull, os.O_RDONLY)
     _afterwards.callback(os.close, descriptor)
     if made:
@@ -128,22 +136,22 @@ def claim(folder):
         raise UserError(f"{folder}: another run writes there now; give another --out")
 
 
-def _number(kind, allowed, meaning):
-    """An argparse type: a number of this kind that is allowed."""
+def checked(kind, allowed, otherwise):
+    """An argparse type: a value of this kind that is allowed."""
 
     def parse(text):
         if not allowed(kind(text)):
-            raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
+            raise argparse.ArgumentTypeError(f"{text} is {otherwise}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it where `kind` fails
     return parse
 
 
-fraction = _number(float, lambda x: 0 < x <= 1, "in (0, 1]")
-positive = _number(int, lambda x: x >= 1, "at least 1")
-count = _number(int, lambda x: x >= 0, "at least 0")
-rate = _number(float, lambda x: 0 <= x < float("inf"), "a finite number of at least 0")
+fraction = checked(float, lambda x: 0 < x <= 1, "not in (0, 1]")
+positive = checked(int, lambda x: x >= 1, "not at least 1")
+count = checked(int, lambda x: x >= 0, "not at least 0")
+rate = checked(float, lambda x: 0 <= x < float("inf"), "not a finite number of at least 0")
 
 
 def t_max(text):
@@ -216,10 +224,8 @@ def pick_device(name):
     if name == "cuda" and distributed.world_size() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # a GPU for each process of torchrun
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it and --amp is off
-    try:
+    with refusing(f"--device {name}:", (RuntimeError, AssertionError)):
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return torch.device(name)
 
 

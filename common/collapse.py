@@ -42,8 +42,7 @@ def knn(features, labels, queries, k=20, temperature=0.07):
     features: (N, D); labels: (N, C) float 0/1; queries: (M, D). Returns (M, C), 0 to 1."""
     cosines = F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T
     near = cosines.topk(min(k, len(features)))
-    weights = F.softmax(near.values / temperature, dim=1)
-    return (weights.unsqueeze(-1) * labels[near.indices]).sum(1)
+    return (F.softmax(near.values / temperature, dim=1)[..., None] * labels[near.indices]).sum(1)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import os
 import tempfile
-import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional
 
-from common.checkpoint import atomic_open
-from common.cli import UserError, lock, progress
+from common.checkpoint import atomic_open, start_folder
+from common.cli import UserError, lock, progress, refusing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FIELDS = ("key", "hash", "near", "width", "height", "frames", "mode", "crc")
@@ -75,10 +74,8 @@ class DecodedImages:
         if self.file is None:
             from common.pixels import decode  # not loaded where there is a map
 
-            try:
+            with refusing(f"{self.sources[row]}: was readable before:", ValueError):
                 return decode(self.sources[row], self.size)[0]
-            except ValueError as error:
-                raise UserError(f"{self.sources[row]}: {error}; it was readable before") from None
         pixels = self.map[row]
         if zlib.crc32(pixels) != self.table["crc"][row]:
             Path(self.file).unlink(missing_ok=True)
@@ -151,10 +148,7 @@ def _update(file, pattern, size, table, known, pixels):
                     table[:] = old.table
                     return old
             known |= {int(r["key"]): (r, x) for r, x in zip(old.table, old.map) if r["width"]}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for left in file.parent.glob(".*.map.*.tmp"):  # by runs that were killed
-        if time.time() - left.stat().st_mtime > 600:
-            left.unlink(missing_ok=True)
+    start_folder(file.parent, ["*.map"], age=600)
     with atomic_open(file, "wb") as f:
         f.write(bytes(8 + table.nbytes))
         _in_order(pixels, len(table), f.write)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common import checkpoint, cli, collapse, distributed
-from common.cli import Signals, UserError, progress
+from common.cli import Signals, UserError, progress, refusing
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
@@ -62,23 +62,17 @@ class Run:
     epoch = property(lambda self: self.progress["epoch"])  # how many are complete
 
     def __post_init__(self):
-        self.components, self.status = {}, ""
-        start = {"epoch": 0, "batch": 0, "iteration": 0, "loss": [0.0], "seconds": 0.0}
-        known = {*start, "log", "best"} & (self.state or {}).keys()  # best: of fine-tuning
-        self.progress = {**start, "log": list(self.log)} | {key: self.state[key] for key in known}
+        self.components, self.status, saved = {}, "", self.state or {}
+        start = dict(epoch=0, batch=0, iteration=0, loss=[0.0], seconds=0.0, log=[*self.log])
+        self.progress = start | {key: x for key, x in saved.items() if key in {*start, "best"}}
 
     def track(self, **components):
         """{name: module, optimizer, ...}: what last.pt saves; when resuming, restored here."""
         self.components |= components
         for name, part in components.items() if self.state is not None else ():
             if self.state.get(name) or name != "scaler":  # a scaler that was off has no state
-                self._restore(name, part.load_state_dict)
-
-    def _restore(self, name, load):
-        try:
-            load(self.state[name])
-        except Exception as error:  # torch raises all kinds
-            raise UserError(f"{self.out}/last.pt: {name} damaged or not of this model") from error
+                with refusing(f"{self.out}/last.pt: {name} damaged or not of this model"):
+                    part.load_state_dict(self.state[name])
 
     def announce(self, step, model, loader, epochs, val_mask=()):
         """Print how long the epochs take here, from a few timed steps. step: batch -> loss of the
@@ -105,9 +99,10 @@ class Run:
         self.n, self.loader, self.sampler = n, loader, loader.batch_sampler
         self.saved = time.perf_counter()
         if self.state is not None:
-            self._restore("rng", lambda rng: torch.set_rng_state(rng["cpu"]))
-            gpus = torch.cuda.device_count()
-            self._restore("rng", lambda rng: torch.cuda.set_rng_state_all(rng["cuda"][:gpus]))
+            with refusing(f"{self.out}/last.pt: rng damaged"):
+                rng = self.state["rng"]
+                torch.set_rng_state(rng["cpu"])
+                torch.cuda.set_rng_state_all(rng["cuda"][: torch.cuda.device_count()])
             self.save(log_only=True)
             if self.state["batch"] == 0 and self.progress["log"]:
                 self.react(self.progress["log"][-1])  # the epoch that the run ended with
@@ -184,10 +179,9 @@ class Run:
         """Write last.pt and log.jsonl, whole or not at all; then stop by this signal."""
         self.progress.update(progress)
         if distributed.rank() == 0 and not log_only:
-            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
             states = {name: part.state_dict() for name, part in self.components.items()}
-            state = {**self.metadata, **self.progress, "rng": rng, **states}
-            checkpoint.save(self.out / "last.pt", state)
+            states["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+            checkpoint.save(self.out / "last.pt", {**self.metadata, **self.progress, **states})
         if distributed.rank() == 0:
             checkpoint.write_json_lines(self.out / "log.jsonl", self.progress["log"])
         self.saved = self.saved if log_only else time.perf_counter()

@@ -1,6 +1,5 @@
 """Splits and label fractions: stratified, nested, seeded, leak-free; printed and as CSV files."""
 
-import math
 from collections import Counter
 from itertools import compress
 
@@ -24,8 +23,7 @@ def duplicates(data):
 
 
 def near_duplicates(data):
-    """(P, 3) int: numbers of two different images that look alike, and how far their hashes are
-    (common.near). Of exact duplicates the first stands for all."""
+    """(P, 3) int: two images that look alike (of exact duplicates the first), their distance."""
     if data.pairs is None:
         from common.near import near_pairs
 
@@ -36,8 +34,7 @@ def near_duplicates(data):
 
 
 def cross_split_duplicates(data, split, near=False):
-    """(N,) bool: images with an exact duplicate (near: or a near-duplicate) in an earlier split of
-    train, val, test."""
+    """(N,) bool: images with an exact (near: or near-) duplicate in an earlier split of SIDES."""
     rank = np.array([SIDES.index(side) for side in split])
     _, unit = np.unique(data.table["hash"], return_inverse=True)
     least = np.full(len(data), 3)  # of units
@@ -163,13 +160,12 @@ def label_fraction(data, train, frac, seed):
     unit = np.unique(indivisible_units(data)[train], return_inverse=True)[1]
     order, n_cover = stratified_order(data.labels[train], unit, np.random.default_rng([seed, 1]))
     end = np.cumsum(np.bincount(unit)[order])
-    wanted = math.floor(frac * len(unit) + 0.5)
+    wanted = np.floor(frac * len(unit) + 0.5)
     if wanted < end[n_cover - 1]:
-        smallest = math.ceil((end[n_cover - 1] - 0.5) / len(unit) * 1e5) / 1e5
+        smallest = np.ceil((end[n_cover - 1] - 0.5) / len(unit) * 1e5) / 1e5
         raise UserError(f"--frac {frac:g}: the smallest fraction with every class is {smallest:g}")
-    used = train.copy()
-    used[train] = np.isin(unit, order[end <= wanted])
-    return used
+    used = np.flatnonzero(train)[np.isin(unit, order[end <= wanted])]
+    return np.isin(np.arange(len(data)), used)
 
 
 def label_text(classes, has):
@@ -183,14 +179,13 @@ def class_counts(data, mask):
 
 
 def write_split(out, data, split, used=None):
-    """split.csv, with the (N,) bool of used labels, and duplicates.csv: groups of equal images, and
-    pairs of near-duplicates with their distance."""
+    """split.csv with used labels, (N,) bool; duplicates.csv: equal images; near pairs, distance."""
     labels = [label_text(data.classes, has) for has in data.labels]
     flags = np.zeros(len(data), int) if used is None else used.astype(int)
     rows = list(zip(data.names, split, labels, flags if data.classes else [""] * len(data)))
     write_csv(out / "split.csv", ("path", "split", "labels", "label_used"), rows)
     alike = [(group, 0) for group in duplicates(data)]
-    alike += [((i, j), distance) for i, j, distance in near_duplicates(data).tolist()]
+    alike += [(pair, distance) for *pair, distance in near_duplicates(data).tolist()]
     same = [(n, *rows[i][:3], x) for n, (group, x) in enumerate(alike) for i in group]
     write_csv(out / "duplicates.csv", ("group", "path", "split", "labels", "distance"), same)
 

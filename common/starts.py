@@ -12,13 +12,13 @@ import timm
 import torch
 
 from common import arms, checkpoint, distributed
-from common.cli import UserError, preview
+from common.cli import UserError, preview, refusing
 
 TENSOR, NONE = torch.Tensor, type(None)
 HISTORY = {"seen": (TENSOR, NONE), "split": (TENSOR, NONE)}  # of what weights were trained on
-WEIGHTS = {"arch": str, "arm": str, "model_kwargs": dict, "num_classes": int, "img_size": int}
-WEIGHTS |= {"mean": list, "std": list, "seed": int, "data": dict, "state_dict": dict}
-WEIGHTS |= {"class_names": (list, NONE), "temperature": (float, NONE), **HISTORY}
+WEIGHTS = dict(arch=str, arm=str, model_kwargs=dict, num_classes=int, img_size=int, mean=list)
+WEIGHTS |= dict(std=list, seed=int, data=dict, state_dict=dict, class_names=(list, NONE), **HISTORY)
+WEIGHTS["temperature"] = (float, NONE)
 FINISHED = {"log": list, "best_epoch": int, "best_loss": float, "best_val": dict, "digest": int}
 FINISHED["temperature"] = float
 TRAINING = {"args": dict, "epoch": int, "batch": int, "iteration": int, "loss": list, "log": list}
@@ -93,10 +93,8 @@ def parse_again(parser, saved, may_change, path):
             words += [flag, *map(str, value)] if value else []
         elif value is not None and value is not False:
             words.append(flag if value is True else f"{flag}={value}")
-    try:
+    with refusing(f"{path}:", UserError):
         before = vars(parser.parse_args(words))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     args = parser.parse_args(words + sys.argv[1:])
     changed = [k for k in flags if k not in may_change and getattr(args, k) != before[k]]
     what = [f"--{k.replace('_', '-')} {before[k]} (not {getattr(args, k)})" for k in changed]
@@ -119,12 +117,9 @@ def load_weights(path, way_out="; for other weights, give --arch NAME --init FIL
 def build(weights, path):
     """The timm model of a weights file's dict. Raises UserError where it does not fit."""
     arch, kwargs = weights["arch"], weights["model_kwargs"]
-    try:
+    with refusing(f"{path}: its weights do not fit {arch} of this timm:"):
         model = timm.create_model(arch, num_classes=weights["num_classes"], **kwargs)
         model.load_state_dict(weights["state_dict"])
-    except Exception as error:  # timm's models raise all kinds on odd arguments
-        what = f"its weights do not fit {arch} of this timm ({' '.join(str(error).split())[:200]})"
-        raise UserError(f"{path}: {what}") from error
     return arms.channels_last(model)
 
 
@@ -135,7 +130,6 @@ def from_checkpoint(path):
     build(weights, path)  # weights that do not fit are better known before the images are read
     start = SimpleNamespace(make=partial(build, weights, path), carried=carried_by(path, weights))
     start.seen, start.data, start.seed = map(weights.get, ("seen", "data", "seed"))
-    start.path, start.normalization = str(path), (weights["mean"], weights["std"])
     start.seen = start.carried[0, :0] if start.seen is None else start.seen
     start.metadata = {k: weights[k] for k in "arch arm model_kwargs img_size mean std".split()}
     return start
@@ -162,21 +156,16 @@ def from_name(arch, init, img_size, model_kwargs):
     make = anew if init == "random" else partial(copy.deepcopy, model)  # a seed, its own weights
     metadata = {"arch": arch, "arm": arch.split(".")[0], "img_size": img_size, **arms.NORMALIZATION}
     metadata["model_kwargs"] = arms.rebuild_kwargs(arch, img_size, model_kwargs)
-    known = carried_by(init)
-    seen = known[0, known[1] == 0]
-    start = SimpleNamespace(make=make, metadata=metadata, carried=known, seen=seen, path=None)
-    start.normalization = metadata["mean"], metadata["std"]
-    return start
+    past = carried_by(init)
+    return SimpleNamespace(make=make, metadata=metadata, carried=past, seen=past[0, past[1] == 0])
 
 
 def refuse_odd_head(model, metadata, linear):
     """Raise UserError where timm builds another head than the reset one or, if linear, several."""
-    name = metadata["arch"]
-    with torch.random.fork_rng([]):
+    name, odd = metadata["arch"], "its head changes when it is reset; take another model"
+    with torch.random.fork_rng([]), refusing(f"{name}: {odd}", RuntimeError):
         again = timm.create_model(name, num_classes=model.num_classes, **metadata["model_kwargs"])
-    shapes = [{k: x.shape for k, x in m.state_dict().items()} for m in (model, again)]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"{name}: its head changes when it is reset; take another model")
+        again.load_state_dict(model.state_dict())
     if linear and not isinstance(model.get_classifier(), torch.nn.Module):
         raise UserError(f"{name}: has more than one head; leave out --mode linear")
 
