@@ -101,18 +101,15 @@ def begin(args):
     if args.arch:
         args.init, args.seed = args.init or "imagenet", args.seed or 0
         return [starts.from_name(args.arch, args.init, args.img_size or 384, args.arch_kwargs)]
-    first, *others = arms = [starts.from_checkpoint(path) for path in args.ckpt]
-    for path, start in zip(args.ckpt[1:], others):
-        same = start.seed == first.seed and torch.equal(start.carried, first.carried)
-        if not same or start.metadata["img_size"] != first.metadata["img_size"]:
-            fix = "fine-tune each alone; python -m tools.compare scores their mean"
-            raise UserError(f"{path}: is not of one pre-training with {args.ckpt[0]}; {fix}")
-    if len({start.metadata["arm"] for start in arms}) < len(arms):
-        raise UserError(f"--ckpt {' '.join(args.ckpt)}: give each arm once")
-    starts.fill_in(args, first.data)
+    arms = [starts.from_checkpoint(path) for path in args.ckpt]
+    alike = {(x.seed, x.metadata["img_size"], x.carried.numpy().tobytes()) for x in arms}
+    if len(alike) > 1 or len({x.metadata["arm"] for x in arms}) < len(arms):
+        fix = "fine-tune each alone; python -m tools.compare scores their mean"
+        raise UserError(f"{' '.join(args.ckpt)}: are not the arms of one pre-training; {fix}")
+    starts.fill_in(args, arms[0].data)
     if not isinstance(args.data, str):
         raise UserError(f"{args.ckpt[0]}: names no data; give --data PATH")
-    args.seed = first.seed
+    args.seed = arms[0].seed
     return arms
 
 
@@ -124,16 +121,16 @@ def main():
     amp = cli.pick_amp(args.amp, device)
     arms = begin(args)
     names = [start.metadata["arm"] for start in arms]
-    out = output_folder(args, names)
-    seeds, args.out = args.seeds or [args.seed], os.path.abspath(out)
-    tops = {name: out / name for name in (*names, "mean")} if len(arms) > 1 else {names[0]: out}
-    inner = [f"seed{seed}" if len(seeds) > 1 else "" for seed in seeds]
-    folders = {name: [top / x for x in inner] for name, top in tops.items()}
-    every = [folder for of_arm in folders.values() for folder in of_arm]
+    out, seeds = output_folder(args, names), args.seeds or [args.seed]
+    args.out = os.path.abspath(out)
+    parts = [*names, "mean"] if len(arms) > 1 else [""]
+    inner = [f"seed{seed}" for seed in seeds] if len(seeds) > 1 else [""]
+    folders = {part: [out / part / name for name in inner] for part in parts}
+    every = sum(folders.values(), [])
     files = [folder / name for folder in every for name in OUTPUTS]
     cli.refuse_inputs(files, args.data, *(args.ckpt or ()), args.init)
     cli.claim(out)
-    others = {file.parent for top in tops.values() for file in top.glob("seed*/config.json")}
+    others = {file.parent for part in parts for file in (out / part).glob("seed*/config.json")}
     if others := others - {*every}:
         fix = "name these seeds too, with --resume, or give another --out"
         raise UserError(f"{out}: has {cli.preview(sorted(others))} of an earlier run; {fix}")
@@ -148,33 +145,33 @@ def main():
     hashes = images.table["hash"].view("int64")  # of the pixels
     seen = np.isin(hashes, torch.cat([start.seen for start in arms]))
     results.refuse_untestable(images, split, seen, args.allow_seen)
-    job = SimpleNamespace(images=images, split=split, seen=seen, bs=args.bs, device=device, amp=amp)
-    job.hashes, job.workers, job.linear = hashes, args.workers, args.mode == "linear"
-    job.dry_run = args.dry_run
-    for name, job.start in zip(names, arms):
-        found = [run_seed(job, args, *x) for x in zip(seeds, folders[name])]
-        if not args.dry_run:
-            results.write_summary(tops[name], seeds, found)
-    if len(arms) > 1 and not args.dry_run:
+    job = SimpleNamespace(images=images, split=split, hashes=hashes, seen=seen, bs=args.bs)
+    job.device, job.amp, job.workers, job.linear = device, amp, args.workers, args.mode == "linear"
+    for part, job.start, job.ckpt in zip(parts, arms, args.ckpt or [None]):
+        found = [run_seed(job, args, *x) for x in zip(seeds, folders[part])]
+        if None not in found:
+            results.write_summary(out / part, seeds, found)
+    if args.dry_run:
+        return
+    if len(arms) > 1:
         runs = zip(*(folders[name] for name in names))
         found = [results.write_mean(*x) for x in zip(folders["mean"], runs)]
-        results.write_summary(tops["mean"], seeds, found)
+        results.write_summary(out / "mean", seeds, found)
     print(f"wrote {out}")
     if args.mode != "knn":
-        best = " ".join(str(folders[name][-1] / "best.pt") for name in names)
+        best = " ".join(str(folders[part][-1] / "best.pt") for part in parts[: len(arms)])
         print(f"next: python predict.py --ckpt {best} --data new_images/ --out predictions.csv")
 
 
-def run_seed(job, args, job_seed, out):
-    """Fine-tune with one seed and test, unless that is done. Returns what metrics.json holds; None
-    where it is a dry run."""
-    images, split, job.seed, job.out = job.images, job.split, job_seed, out
-    name = f"{job.start.metadata['arm']}, seed {job.seed}"
-    written = OUTPUTS[:-3] if args.mode == "knn" else OUTPUTS[:-1]
-    if args.resume and all((out / name).exists() for name in written):
+def run_seed(job, args, seed, out):
+    """Fine-tune with a seed and test, unless it is done. Returns what metrics.json holds, or None:
+    a dry run."""
+    images, split, job.seed, job.out = job.images, job.split, seed, out
+    name, knn = f"{job.start.metadata['arm']}, seed {seed}", args.mode == "knn"
+    if args.resume and all((out / name).exists() for name in OUTPUTS[: -3 if knn else -1]):
         print(f"{name}: {out} is finished")
         return checkpoint.read_json(out / "metrics.json", *results.PARTS)
-    job.used = label_fraction(images, split == "train", args.frac, job.seed)
+    job.used = label_fraction(images, split == "train", args.frac, seed)
     counts = images.labels[job.used].sum(0)
     job.weights = class_weights(counts, args.class_weights).to(job.device)
     job.digest = digest(job.hashes.tobytes(), images.labels.tobytes(), "".join(split), job.used)
@@ -183,36 +180,35 @@ def run_seed(job, args, job_seed, out):
         what = "the images, their split or their labels are not those that the run"
         raise UserError(f"{images.path}: {what} in {out} began with")
     shown = ", ".join(f"{c} {n}" for c, n in zip(images.classes, counts.tolist()))
-    print(
-        f"{name}: labels of {job.used.sum()} of {(split == 'train').sum()} training images: {shown}"
-    )
-    if args.mode == "knn" and args.dry_run:
+    of = f"{job.used.sum()} of {(split == 'train').sum()} training images"
+    print(f"{name}: labels of {of}: {shown}")
+    if args.dry_run and knn:
         return None
     if not args.dry_run:
         checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else ())
         checkpoint.write_json(out / "config.json", {"command": sys.argv, "arguments": vars(args)})
         data.write_split(out, images, split, job.used)
-    if args.mode != "knn" and (state is None or "rng" in state):
-        metadata = {"script": "finetune.py", "args": vars(args)}
-        metadata |= {"seed": job.seed, "digest": job.digest}
+    if not knn and (state is None or "rng" in state):
+        metadata = {"script": "finetune.py", "args": vars(args), "seed": seed, "digest": job.digest}
         run = Run(out, job.device, job.amp, metadata, state, save_every=args.save_every)
-        run.seconds_between_saves, run.normalization = 30, job.start.normalization
+        run.seconds_between_saves, run.normalization = 30, normalization(job)
         model, schedule = build(job), (args.patience, args.lr, args.min_lr, args.t_max)
         training = finetune(job, model, run, args.epochs, *schedule)
         if training is None:
             return None
+        known = torch.cat([job.start.seen, torch.from_numpy(job.hashes[split != "test"])]).unique()
         saved = {**job.start.metadata, "epoch": training["best_epoch"], "seed": args.seed}
-        saved |= {"class_names": images.classes, "multilabel": images.multilabel}
-        known = torch.from_numpy(job.hashes[split != "test"])
-        known = torch.cat([job.start.seen, known]).unique()
-        saved |= {"seen": known, "training": training, "config": vars(args)}
-        saved["temperature"] = training["temperature"]
+        saved |= {"class_names": images.classes, "multilabel": images.multilabel, "seen": known}
+        saved |= {"training": training, "temperature": training["temperature"]}
+        saved |= {
+            "config": vars(args) | {"ckpt": job.ckpt},
+            "data": data.options(args, data.OPTIONS),
+        }
         saved["split"] = carried(images, split, job.start.carried)
-        saved["data"] = data.options(args, data.OPTIONS)
         checkpoint.save(out / "best.pt", checkpoint.weights_file(model, **saved))
-    test, training = nearest(job) if args.mode == "knn" else tested(job)
-    settings = {"ckpt": job.start.path, "mode": args.mode, "frac": args.frac}
-    found = results.report(job, *test, {**settings, "split_seed": args.seed, **training})
+    test, training = nearest(job) if knn else tested(job)
+    settings = {"ckpt": job.ckpt, "mode": args.mode, "frac": args.frac, "split_seed": args.seed}
+    found = results.report(job, *test, settings | training)
     (out / "last.pt").unlink(missing_ok=True)
     return found
 
@@ -231,6 +227,10 @@ def saved_state(folder):
     return None
 
 
+def normalization(job):
+    return job.start.metadata["mean"], job.start.metadata["std"]
+
+
 def batches_of(job, mask, transform=None):
     """A loader of (images, targets) of the masked images, shuffled where they are augmented."""
     index, labels, train = mask.nonzero()[0], job.images.labels, transform is not None
@@ -246,7 +246,7 @@ def evaluate(job, model, loader):
     """Mean focal loss, and logits (N, C) on the CPU."""
     model.eval()
     logits, true = [], []
-    for images, target in on_device(loader, job.device, *job.start.normalization):
+    for images, target in on_device(loader, job.device, *normalization(job)):
         with torch.autocast(job.device.type, job.amp, enabled=job.amp is not None):
             logits.append(model(images).float())
         true.append(target)
@@ -279,7 +279,7 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
     scheduler = CosineAnnealingLR(optimizer, t_max, min_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     run.announce(lambda x: focal_loss(model(x[0]), x[1]), model, train_loader, epochs, val_mask)
-    if job.dry_run:
+    if run.metadata["args"]["dry_run"]:
         return None
     run.track(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     best = run.progress.setdefault("best", {"best_loss": math.inf, "best_epoch": 0})
@@ -302,7 +302,7 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
         run.check_finite(val_loss)
         T = fit_temperature(logits, labels, multilabel)
         found = probabilities_of(logits, T, multilabel)
-        val = score(labels, *found, images.classes, multilabel)
+        val = score(None, labels, *found, multilabel, images.classes)
         if val_loss < best["best_loss"]:
             weights = {key: x.detach().clone() for key, x in model.state_dict().items()}
             best.update(best_loss=val_loss, best_epoch=run.epoch + 1)
@@ -320,13 +320,13 @@ def tested(job):
     best = starts.load_weights(job.out / "best.pt")
     model = starts.build(best, job.out / "best.pt").to(job.device)
     _, logits = evaluate(job, model, batches_of(job, job.split == "test"))
-    training, log = best["training"], best["training"]["log"]
+    training, log, T = best["training"], best["training"]["log"], best["temperature"]
     checkpoint.write_json_lines(job.out / "log.jsonl", log)
     summary = {"best_epoch": training["best_epoch"], "epochs": len(log)}
     summary |= {"val_loss": training["best_loss"], "val": training["best_val"]}
-    summary |= {"temperature": best["temperature"], "class_weights": job.weights.tolist()}
+    summary |= {"temperature": T, "class_weights": job.weights.tolist()}
     summary["seconds"] = round(sum(row["seconds"] for row in log), 2)
-    return probabilities_of(logits, best["temperature"], job.images.multilabel), summary
+    return probabilities_of(logits, T, job.images.multilabel), summary
 
 
 def nearest(job):
@@ -337,14 +337,14 @@ def nearest(job):
     model = job.start.make().to(job.device)
 
     def features(mask):
-        loader = on_device(batches_of(job, mask), job.device, *job.start.normalization)
+        loader = on_device(batches_of(job, mask), job.device, *normalization(job))
         with torch.autocast(job.device.type, job.amp, enabled=job.amp is not None):
             return collapse.embed(model, (batch for batch, _ in loader))[0].cpu()
 
     known, labels = features(job.used), torch.from_numpy(images.labels[job.used]).float()
     val, test = (job.split == part for part in ("val", "test"))
     found, votes = (collapse.knn(known, labels, features(x)).numpy() for x in (val, test))
-    scores = score(images.labels[val], found, found, images.classes, images.multilabel)
+    scores = score(None, images.labels[val], found, found, images.multilabel, images.classes)
     summary = {"neighbours": min(20, len(known)), "val": scores}
     return (votes, votes), {**summary, "seconds": round(time.perf_counter() - began, 2)}
 

@@ -48,16 +48,20 @@ def auroc(positive, score, weights):
     return (above * (below.cumsum(1) - below / 2)).sum(1) / pairs
 
 
+def decisions(labels, p, multilabel):
+    """Confidence (N, K) and whether it is right, (N, K), of probabilities p (N, C): K is 1, what is
+    predicted; multi-label: C."""
+    best = p.argmax(1)[:, None]
+    return (p, labels) if multilabel else [np.take_along_axis(x, best, 1) for x in (p, labels)]
+
+
 def calibration_errors(labels, p, multilabel):
     """What each image adds, with probabilities p (N, C): (N,) to the Brier score (over classes a
-    sum, over labels a mean), and (N, BINS) to the gaps of the expected calibration error (Guo et
-    al., equation 3; of the predicted class; multi-label: of all labels)."""
-    squares, right = np.square(p - labels), labels
-    if not multilabel:
-        best = p.argmax(1)[:, None]
-        p, right = (np.take_along_axis(x, best, 1) for x in (p, labels))
-    bins = np.eye(BINS)[np.minimum((p * BINS).astype(int), BINS - 1)]
-    gaps = ((p - right)[..., None] * bins).mean(1)
+    sum, over labels a mean), and (N, BINS) to the gaps whose absolute values sum to the expected
+    calibration error (Guo et al., equation 3)."""
+    squares, (confidence, right) = np.square(p - labels), decisions(labels, p, multilabel)
+    bins = np.eye(BINS)[np.minimum((confidence * BINS).astype(int), BINS - 1)]
+    gaps = ((confidence - right)[..., None] * bins).mean(1)
     return squares.mean(1) if multilabel else squares.sum(1), gaps
 
 
@@ -115,36 +119,23 @@ def ece_limits(replicates, ece, U):
     return np.array([max(0.0, low - bias - bias / (2**0.5 - 1)), high])
 
 
-def too_few(labels, units):
-    """Which scores have too few units for an interval: {score: bool}, and {score: (C,) bool}."""
+def too_few(units, labels):
+    """Which scores have too few units for an interval: {score: bool}, {score: (C,) bool}."""
     U = len(np.unique(units))
     counts = [[len(np.unique(units[x])) for x in y.T] for y in (labels, ~labels)]
     has, both = np.array(counts[0]), np.min(counts, axis=0)
-    few, each = defaultdict(lambda: U < FEW), defaultdict(lambda: (has < FEW_OF_CLASS) | (U < FEW))
-    each["auroc"] = (both < FEW_OF_CLASS) | (U < FEW)
-    few |= {key: (each[key] & (has > 0)).any() for key in OF_CLASSES}
-    return few | {"ece": U < FEW_FOR_ECE, "ece_uncalibrated": U < FEW_FOR_ECE}, each
-
-
-def intervals(units, points, *what):
-    """{score: [low, high], or None of too few units}, and [{score: ...}] of each class."""
-    replicates, each = bootstrap(units, *what)
-    (few, few_each), U = too_few(what[0], units), len(np.unique(units))
-    found, of_classes = {}, [{} for _ in what[0].T]
-    for key, x in replicates.items():
-        of = ece_limits(x, points[key], U) if "ece" in key else limits(x, U)
-        found[key] = None if few[key] else of.tolist()
-    for key, x in each.items():
-        for row, none, of in zip(of_classes, few_each[key], limits(x, U).T.tolist()):
-            row[key] = None if none else of
-    return found, of_classes
+    few = dict.fromkeys(("precision", "recall", "f1"), (U < FEW) | (has < FEW_OF_CLASS))
+    few["auroc"] = (U < FEW) | (both < FEW_OF_CLASS)
+    means = {key: (few.get(key, few["f1"]) & (has > 0)).any() for key in OF_CLASSES}
+    means |= {key: U < FEW_FOR_ECE for key in ("ece", "ece_uncalibrated")}
+    return defaultdict(lambda: U < FEW, means), few
 
 
 @np.errstate(invalid="ignore")  # 0 / 0 where a score is undefined: None
-def score(labels, probabilities, distribution, classes, multilabel, units=None):
-    """Scores, as of measures(), of N > 0 images. Absent classes count as 0 in macro_f1;
-    macro_f1_present, auroc and balanced_accuracy leave them out. confusion: rows true, or
-    [tp, fp, fn, tn] each. With units (N,), as of bootstrap(): ci95, of each score and class."""
+def score(units, labels, probabilities, distribution, multilabel, classes):
+    """Scores, as of measures(), of N > 0 images, and, unless units is None, their 95 % intervals,
+    ci95, None where too few. Absent classes count as 0 in macro_f1; macro_f1_present, auroc and
+    balanced_accuracy leave them out. confusion: rows true, or [tp, fp, fn, tn] each."""
     what = labels, probabilities, distribution, multilabel
     points, each = measures(*what, np.ones((1, len(labels))))
     points = {key: None if np.isnan(x[0]) else x[0].item() for key, x in points.items()}
@@ -155,9 +146,13 @@ def score(labels, probabilities, distribution, classes, multilabel, units=None):
     cells = [labels & predicted, ~labels & predicted, labels & ~predicted, ~labels & ~predicted]
     confusion = np.stack([x.sum(0) for x in cells], 1) if multilabel else labels.T * 1 @ predicted
     scores = {"n": len(labels), **points, "per_class": rows, "confusion": confusion.tolist()}
-    if units is not None:
-        scores["n_units"] = len(np.unique(units))
-        scores["ci95"], of_classes = intervals(units, points, *what)
-        for row, found in zip(rows, of_classes):
-            row["ci95"] = found
+    if units is None:
+        return scores
+    (few, few_each), (drawn, drawn_each) = too_few(units, labels), bootstrap(units, *what)
+    U = scores["n_units"] = len(np.unique(units))
+    of = {k: ece_limits(x, points[k], U) if "ece" in k else limits(x, U) for k, x in drawn.items()}
+    scores["ci95"] = {key: None if few[key] else x.tolist() for key, x in of.items()}
+    of = {key: limits(x, U).T.tolist() for key, x in drawn_each.items()}
+    for i, row in enumerate(rows):
+        row["ci95"] = {key: None if few_each[key][i] else x[i] for key, x in of.items()}
     return scores

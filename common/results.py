@@ -8,16 +8,17 @@ import numpy as np
 
 from common import metrics
 from common.checkpoint import TEXT, read_json, start_folder, write_csv, write_json
-from common.cli import UserError, preview
+from common.cli import UserError
 from common.splits import SIDES, class_counts, cross_split_duplicates, indivisible_units, label_text
 
 FLAGS = {"duplicate": "exact duplicates", "near": "exact and near-duplicates"}  # of test images
 FLAGS["seen"] = "that pre-training saw"
 PARTS = ("test", "test_without_duplicates", "test_without_near", "test_without_seen")
 COUNTS = ("n_test_duplicates", "n_test_near", "n_test_seen")
-SHOWN = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc", "brier", "ece")
+SCORES = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
+SHOWN = (*SCORES, "brier", "ece")
 SHARED = {"classes": "classes", "multilabel": "kinds of labels", "names": "test images"}
-SHARED |= {"true": "true labels", "units": "groups"}  # what two tests must share, in words
+SHARED |= {"true": "true labels", "units": "groups"}  # what tests must share, in words
 
 
 @dataclass
@@ -25,39 +26,32 @@ class Predictions:
     """Of N images and C classes."""
 
     names: list
-    true: list  # the labels of each as text
-    units: list  # of text: equal for images of one patient and for exact duplicates
-    probabilities: np.ndarray  # (N, C), a sigmoid for each class
-    distribution: np.ndarray  # (N, C), a softmax or scaled sigmoids: metrics.probabilities_of()
+    true: list  # the labels of each, as text
+    units: list  # as text: the same for images of one patient and for exact duplicates
+    probabilities: np.ndarray  # (N, C) and
+    distribution: np.ndarray  # (N, C), of metrics.probabilities_of()
     flags: np.ndarray  # (3, N) bool: FLAGS
     classes: list
     multilabel: bool
 
     def parts(self):
-        """{part of PARTS: (N,) bool, the images in it}: those that are not empty."""
+        """{part of PARTS: (N,) bool, the images in it}; without empty ones."""
         kept = zip(PARTS, (np.ones(len(self.names), bool), *~self.flags))
         return {part: mask for part, mask in kept if mask.any()}
 
     def arrays(self, kept=slice(None)):
-        """What metrics.bootstrap() takes, of the kept images: units, labels, ..., multilabel."""
+        """What metrics.bootstrap() takes, of the kept images."""
         has = [text.split("|") if self.multilabel else [text] for text in self.true]
         labels = np.array([[c in x for c in self.classes] for x in has])
         arrays = np.array(self.units), labels, self.probabilities, self.distribution
-        return [*(x[kept] for x in arrays), self.multilabel]
-
-    def right(self):
-        """(N,) bool: whether what is predicted of an image is right, of all its labels."""
-        labels = self.arrays()[1]
-        return (labels == metrics.predicted_labels(self.probabilities, self.multilabel)).all(1)
+        return *(x[kept] for x in arrays), self.multilabel
 
     def scores(self):
-        """{part: metrics.score() or, of no image, None}; one dict where none is left out."""
+        """{part: metrics.score(); None of no image}; one dict where no image is left out."""
         scores = dict.fromkeys(PARTS)
         for part, kept in self.parts().items():
-            units, *what, multilabel = self.arrays(kept)
-            same = part != "test" and kept.all()
-            new = None if same else metrics.score(*what, self.classes, multilabel, units)
-            scores[part] = scores["test"] if same else new
+            whole = scores["test"] if kept.all() else None
+            scores[part] = whole or metrics.score(*self.arrays(kept), self.classes)
         return scores
 
     def table(self):
@@ -127,11 +121,9 @@ def report(job, probabilities, distribution, training):
 
 
 def write_test(out, test, settings):
-    """Print and write what a test gave: predictions.csv, confusion.csv and metrics.json, which
-    begins with settings. Returns what metrics.json holds."""
+    """Print and write what a test gave; metrics.json begins with settings. Returns its dict."""
     scores, classes = test.scores(), test.classes
     counts = dict(zip(COUNTS, test.flags.sum(1).tolist()))
-    results = {**settings, "classes": classes, "multilabel": test.multilabel, **counts, **scores}
     notes = [f" without the {n} {what}" for n, what in zip(counts.values(), FLAGS.values())]
     for part, note in zip(PARTS, ["", *notes]):
         if scores[part] and (part == "test" or scores[part] is not scores["test"]):
@@ -145,23 +137,20 @@ def write_test(out, test, settings):
     )
     cells = ([c, *row] for c, row in zip(classes, scores["test"]["confusion"]))
     write_csv(out / "confusion.csv", header, cells)
-    write_json(out / "metrics.json", results)  # last: it says that the run is finished
-    return results
+    found = {**settings, "classes": classes, "multilabel": test.multilabel, **counts, **scores}
+    write_json(out / "metrics.json", found)  # last: it says that the run is finished
+    return found
 
 
 def show(title, scores):
-    """Print the scores of a part, each with its 95 % interval."""
+    """Print the scores of a part of the test images, each with its 95 % interval."""
     units = "images" if scores["n_units"] == scores["n"] else "patients or sets of duplicates"
     print(f"{title}; 95 % intervals over {scores['n_units']} {units}:")
     for key in (key for key in SHOWN if scores.get(key) is not None):
         limits = scores["ci95"][key]
-        text = "too few" if limits is None else "{:.4f} to {:.4f}".format(*limits)
+        text = f"too few {units} for an interval"
+        text = "{:.4f} to {:.4f}".format(*limits) if limits else text
         print(f"  {key:18} {scores[key]:.4f}  ({text})")
-    if None in scores["ci95"].values():
-        rare = [x["class"] for x in scores["per_class"] if x["support"] and not x["ci95"]["f1"]]
-        need = f"{metrics.FEW}, {metrics.FEW_OF_CLASS} of a class, {metrics.FEW_FOR_ECE} for ece"
-        names = f" ({preview(rare)} has fewer)" if rare else ""
-        print(f"  too few {units} for an interval: it takes {need}{names}")
 
 
 def write_mean(out, folders):

@@ -12,6 +12,7 @@ scores without such images. --out FILE gets all of it as JSON.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,11 @@ def folders_of(run):
     return {folder.relative_to(run): folder for folder in folders}
 
 
-def mcnemar(right_a, right_b):
-    """Images that A alone and B alone has right, of (N,) bool, and the two-sided p (Dietterich,
-    1998; exact, by the binomial distribution)."""
+def mcnemar(labels, *probabilities, multilabel):
+    """How many images A alone and B alone has right, with all labels, of labels and probabilities
+    (N, C), and the two-sided p: exact, by the binomial distribution (Dietterich, 1998)."""
+    predicted = (metrics.predicted_labels(p, multilabel) for p in probabilities)
+    right_a, right_b = ((labels == x).all(1) for x in predicted)
     a, b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     p = 2 * sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)
     return {"only_a": a, "only_b": b, "p": min(p, 1.0)}
@@ -40,36 +43,36 @@ def mcnemar(right_a, right_b):
 
 def means_of(tests, kept):
     """{score: mean over the seeds}, and {score: (ROUNDS,) replicates of it}, of Predictions."""
-    arrays = [test.arrays(kept) for test in tests]
-    once = [metrics.measures(*x, np.ones((1, kept.sum())))[0] for _, *x in arrays]
-    replicates = [metrics.bootstrap(*x)[0] for x in arrays]
-    return [{k: np.mean([x[k] for x in xs], axis=0) for k in xs[0]} for xs in (once, replicates)]
+    whats = [test.arrays(kept) for test in tests]
+    once = [metrics.measures(*what, np.ones((1, kept.sum())))[0] for _, *what in whats]
+    drawn = [metrics.bootstrap(*what)[0] for what in whats]
+    return [{k: np.mean([x[k] for x in xs], axis=0) for k in xs[0]} for xs in (once, drawn)]
 
 
 @np.errstate(invalid="ignore")  # 0 / 0 where a score is undefined
 def compare(a, b):
-    """{part: {score: a, b, mean of both, difference b - a, its ci95 and verdict}} of lists of
-    Predictions, a pair to a seed; and of each seed McNemar's test."""
-    flags = np.any([test.flags for test in a + b], axis=0)
-    for test in a + b:
-        test.flags = flags
-    both, found = [results.mean_of(pair) for pair in zip(a, b)], {}
+    """Of lists of Predictions, a pair to a seed: {part: n, n_units, scores: {score: a, b, mean of
+    both, difference b - a, its ci95, verdict}, mcnemar: of each seed}."""
+    flags, found = np.any([test.flags for test in a + b], axis=0), {}
+    a, b = ([replace(test, flags=flags) for test in tests] for tests in (a, b))
+    both = [results.mean_of(pair) for pair in zip(a, b)]
     for part, kept in a[0].parts().items():
         if part != "test" and kept.all():
             continue
-        (of_a, draws_a), (of_b, draws_b), (mean, _) = (means_of(x, kept) for x in (a, b, both))
-        units, labels, *_ = a[0].arrays(kept)
-        few, U = metrics.too_few(labels, units)[0], len(np.unique(units))
-        found[part] = {"n": int(kept.sum()), "n_units": U, "scores": {}}
+        (of_a, drawn_a), (of_b, drawn_b), (mean, _) = (means_of(x, kept) for x in (a, b, both))
+        units, labels, *_, multilabel = a[0].arrays(kept)
+        rows, few, U = {}, metrics.too_few(units, labels)[0], len(np.unique(units))
         for key in (key for key in of_a if not np.isnan(of_a[key][0])):
+            low, high = metrics.limits(drawn_b[key] - drawn_a[key], U).tolist()
+            known = not few[key] and "ece" not in key
+            lower, better = key.startswith(("brier", "ece")), ("better", "worse")
+            verdict = better[(low > 0) == lower] if known and not low <= 0 <= high else ""
             row = {"a": of_a[key].item(), "b": of_b[key].item(), "mean": mean[key].item()}
-            low, high = metrics.limits(draws_b[key] - draws_a[key], U).tolist()
-            limits = None if few[key] or "ece" in key else [low, high]
-            row |= {"difference": row["b"] - row["a"], "ci95": limits, "verdict": ""}
-            if limits and not low <= 0 <= high:
-                row["verdict"] = "better" if (low > 0) != key.startswith("brier") else "worse"
-            found[part]["scores"][key] = row
-        found[part]["mcnemar"] = [mcnemar(*(x.right()[kept] for x in pair)) for pair in zip(a, b)]
+            row |= {"difference": row["b"] - row["a"], "ci95": [low, high] if known else None}
+            rows[key] = row | {"verdict": verdict}
+        pairs = ([test.probabilities[kept] for test in pair] for pair in zip(a, b))
+        tests = [mcnemar(labels, *pair, multilabel=multilabel) for pair in pairs]
+        found[part] = {"n": int(kept.sum()), "n_units": U, "scores": rows, "mcnemar": tests}
     return found
 
 
@@ -77,18 +80,14 @@ def show(found, names):
     """Print what compare() found of a run A and a run B."""
     print("A: {}\nB: {}".format(*names))
     for part, x in found.items():
-        left_out = part.removeprefix("test").replace("_", " ")
         units = f", {x['n_units']} patients or sets of duplicates" * (x["n_units"] < x["n"])
-        print(f"test{left_out}, {x['n']} images{units}:")
+        print(f"{part.replace('_', ' ')}, {x['n']} images{units}:")
         print(f"  {'':18} {'A':>7} {'B':>7} {'mean of both':>13} {'B - A':>8}  95 % interval")
-        for key, row in x["scores"].items():
-            if key in results.SHOWN:
-                limits = (
-                    "too few" if row["ci95"] is None else "{:+.4f} to {:+.4f}".format(*row["ci95"])
-                )
-                limits = "none" if key == "ece" else f"{limits}  {row['verdict']}"
-                scores = f"{row['a']:7.4f} {row['b']:7.4f} {row['mean']:13.4f}"
-                print(f"  {key:18} {scores} {row['difference']:+8.4f}  {limits.strip()}")
+        for key in (key for key in results.SHOWN if key in x["scores"]):
+            a, b, mean, difference, limits, verdict = x["scores"][key].values()
+            limits = "{:+.4f} to {:+.4f}".format(*limits) if limits else "too few for one"
+            scores = f"{a:7.4f} {b:7.4f} {mean:13.4f} {difference:+8.4f}"
+            print(f"  {key:18} {scores}  {limits}  {verdict}".rstrip())
         for test in x["mcnemar"]:
             alone = "right in {only_a} images by A alone, in {only_b} by B alone".format(**test)
             print(f"  {alone}: McNemar's p {test['p']:.3g}")

@@ -63,7 +63,9 @@ def parse_arguments():
     add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="of runs")
     add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
-    add("--metric", choices=results.SHOWN, help="in table.md (macro_f1, Table 5 balanced_accuracy)")
+    add(
+        "--metric", choices=results.SCORES, help="in table.md (macro_f1, Table 5 balanced_accuracy)"
+    )
     add("--warm", nargs=2, metavar=("CNN", "VIT"), help="weights files to start from, with heads")
     add("--out", metavar="DIR", help="folder of the table (default: runs/tableN)")
     add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
@@ -324,7 +326,7 @@ def record(cell):
     """{column of table.csv: value} of a cell, with all its scores."""
     keys = "row arm frac seed status pretrain_seconds finetune_seconds".split()
     values, scores = {key: cell.get(key) for key in keys}, cell.get("metrics", {})
-    for part, key in product(("test", "test_without_duplicates"), results.SHOWN):
+    for part, key in product(("test", "test_without_duplicates"), results.SCORES):
         values[key + part.removeprefix("test")] = (scores.get(part) or {}).get(key)
     return values | {"error": cell.get("error")}
 

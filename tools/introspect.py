@@ -1,4 +1,4 @@
-"""What goes on inside a model: attention maps, feature maps, and how alike the layers of two are.
+"""What goes on inside a model: attention maps and feature maps.
 
 images: (N, 3, H, W) float, normalized, on the model's device. The models are left in eval mode.
 """
@@ -86,54 +86,3 @@ def feature_maps(model, images, layers=1):
     if len(found) < layers:
         raise ValueError(f"has {len(found)} convolutions, not {layers}; is it a Transformer?")
     return found[:layers]
-
-
-def layer_names(model):
-    """The blocks of a timm model, those of all stages in its feature_info. Raises ValueError."""
-    names = []
-    for name in [info["module"] for info in getattr(model, "feature_info", ())]:
-        if isinstance(getattr(model.get_submodule(name), "blocks", None), nn.Sequential):
-            name = f"{name}.blocks"
-        stage = model.get_submodule(name)
-        chain = stage.named_children() if isinstance(stage, nn.Sequential) else ()
-        names += [f"{name}.{child}" for child, _ in chain] or [name]
-    if not names:
-        raise ValueError("has no feature_info in timm to tell its layers")
-    return names
-
-
-def gram(features):
-    """(n, ...) -> (n, n) float64 on the CPU: inner products of the centred features."""
-    features = features.flatten(1).cpu().double()
-    centred = features - features.mean(0)
-    varies = centred.norm() > 1e-6 * features.norm()  # by more than rounding, or all is zero
-    return centred @ centred.T * varies
-
-
-def layer_grams(model, images, names):
-    """gram() of the outputs of the named layers: (L, N, N)."""
-    grams = dict(_outputs(model, images, names, gram))
-    return torch.stack([grams[name] for name in names])
-
-
-def hsic(K, L):
-    """Unbiased HSIC (Nguyen et al., arXiv 2010.15327v2) of every pair. K: (A, n, n), L: (B, n, n),
-    symmetric. Returns (A, B). Raises ValueError for n below 4."""
-    n = K.shape[-1]
-    if n < 4:
-        raise ValueError(f"HSIC needs at least 4 images in a batch, not {n}")
-    K, L = (x - torch.diag_embed(x.diagonal(dim1=1, dim2=2)) for x in (K, L))
-    trace = torch.einsum("aij,bij->ab", K, L)
-    sums = K.sum((1, 2))[:, None] * L.sum((1, 2)) / ((n - 1) * (n - 2))
-    cross = K.sum(1) @ L.sum(1).T * 2 / (n - 2)
-    return (trace + sums - cross) / (n * (n - 3))
-
-
-def minibatch_cka(batches):
-    """Linear CKA between layers, over minibatches (Nguyen et al., arXiv 2010.15327v2).
-    batches: pairs of layer_grams(), (A, n, n) and (B, n, n). Returns (A, B) float64: 1 for equality
-    up to rotation and scale, about 0 for unrelated features, nan for a constant layer."""
-    terms = [(hsic(K, L), hsic(K, K).diagonal(), hsic(L, L).diagonal()) for K, L in batches]
-    between, of_k, of_l = (torch.stack(parts).mean(0) for parts in zip(*terms))
-    of_k, of_l = (torch.where(own > 0, own, torch.nan) for own in (of_k, of_l))
-    return between / (of_k[:, None] * of_l).sqrt()

@@ -2,9 +2,9 @@
 
     python -m tools.visualize attention --ckpt vit.pt --compare best.pt  (Figures 3, 7, 9, 12, 13)
     python -m tools.visualize features --ckpt cnn.pt --layers 5          (Figures 4, 6)
-    python -m tools.visualize cka --cnn cnn.pt --vit vit.pt              (how alike the layers are)
     python -m tools.visualize curves RUN_FOLDER ...                      (log.jsonl)
     python -m tools.visualize confusion RUN_FOLDER                       (confusion.csv)
+    python -m tools.visualize reliability RUN_FOLDER                     (predictions.csv)
 
 Images come from the test split of the checkpoint's data, or are named by --image and data flags.
 Needs matplotlib: pip install -r requirements-extra.txt
@@ -16,18 +16,18 @@ import json
 import textwrap
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torchvision.utils import make_grid
 
 import data
-from common import arms, cli, pixels, readers, splits
+from common import cli, metrics, pixels, readers, splits
 from common.checkpoint import TEXT, atomic_open
 from common.cli import UserError
+from common.results import read_test
 from common.run import on_device
-from common.starts import fill_in, from_checkpoint, load_weights
+from common.starts import fill_in, from_checkpoint
 from tools import introspect
 
 try:
@@ -46,36 +46,30 @@ def parse_arguments():
     """The flags of one figure; args.figure is the function that draws it."""
     parser, add = cli.Parser(__doc__), {}
     commands = parser.add_subparsers(dest="WHAT", required=True)
-    for figure in (attention, features, cka, curves, confusion):
+    for figure in (attention, features, curves, confusion, reliability):
         command = commands.add_parser(figure.__name__, doc=None)
         command.set_defaults(figure=figure, image=None)
         add[figure] = command.add_argument
         add[figure]("--out", default=f"{figure.__name__}.png", metavar="FILE", help="PNG to write")
-        if figure in (attention, features, cka):
+        if figure in (attention, features):
             data.add_arguments(command)
             add[figure]("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
-    for figure in (attention, features):
-        add[figure]("--ckpt", required=True, metavar="FILE", help="cnn.pt, vit.pt or best.pt")
-        add[figure]("--compare", metavar="FILE", help="another, on the same colour scale")
-        add[figure]("--image", metavar="FILE", help="this image instead of those of the data")
+            add[figure]("--ckpt", required=True, metavar="FILE", help="cnn.pt, vit.pt or best.pt")
+            add[figure]("--compare", metavar="FILE", help="another, on the same colour scale")
+            add[figure]("--image", metavar="FILE", help="this image instead of those of the data")
+        else:
+            several = {"nargs": "+"} if figure is curves else {}
+            add[figure]("run", metavar="RUN_FOLDER", help="what a run wrote", **several)
     add[attention]("--n", type=cli.positive, help="images (30; 100 if a class is rare; E.3.4)")
     add[attention]("--block", type=cli.positive, default=1, help="attention block, the first is 1")
     add[features]("--layers", type=cli.positive, default=1, help="convolutions; Figure 6 shows 5")
-    before = "its weights before training: imagenet, random or FILE (default: as the file says)"
-    for arm in ("cnn", "vit"):
-        add[cka](f"--{arm}", required=True, metavar="FILE", help=f"weights file, as {arm}.pt")
-        add[cka](f"--before-{arm}", metavar="WHAT", help=before)
-    add[cka]("--n", type=cli.positive, default=128, help="test images (default: %(default)s)")
-    add[cka]("--bs", type=cli.positive, default=32, help="images per minibatch, at least 4")
-    add[curves]("run", metavar="RUN_FOLDER", nargs="+", help="what a run wrote")
     add[curves]("--only", nargs="+", metavar="TEXT", help="panels with such names, as: spread rank")
-    add[confusion]("run", metavar="RUN_FOLDER", help="what a run wrote")
     return parser.parse_args()
 
 
-def load(args, path, check=lambda model, images: None):
+def load(args, path, check):
     """A weights file with its model and label; its data flags fill in args without --data.
-    What check(model, images) finds is kept; it raises ValueError for what cannot be drawn."""
+    check(model, images) raises ValueError for what cannot be drawn."""
     start = from_checkpoint(path)
     fill_in(args, start.data)
     arch, start.path, start.size = start.metadata["arch"], path, start.metadata["img_size"]
@@ -83,7 +77,7 @@ def load(args, path, check=lambda model, images: None):
     start.model = start.make().to(start.device).eval()
     zeros = torch.zeros(1, 3, start.size, start.size, device=start.device)
     try:
-        start.checked = check(start.model, zeros)
+        check(start.model, zeros)
     except ValueError as error:
         raise UserError(f"{path}: {arch} {error}") from error
     return start
@@ -193,63 +187,6 @@ def features(args):
     return figure, f"The image: {what}"
 
 
-def before_training(args, arm, start):
-    """`start` with what training began with, or --before-cnn or --before-vit, and what that is."""
-    config = load_weights(start.path).get("config", {})
-    began = [config[key] for key in (f"init_{arm}", "init", "ckpt") if config.get(key)]
-    flag, what = f"--before-{arm}", getattr(args, f"before_{arm}") or [*began, "random"][0]
-    kwargs = {key: v for key, v in start.metadata["model_kwargs"].items() if key != "img_size"}
-    torch.manual_seed(start.seed)
-    try:
-        model = arms.make_arm(flag, start.metadata["arch"], what, start.size, **kwargs)
-    except UserError as error:
-        raise UserError(f"{what}: cannot be loaded; give {flag} FILE, or {flag} random") from error
-    before = SimpleNamespace(**vars(start) | {"model": model.to(start.device).eval()})
-    return before, what if what in ("random", "imagenet") else short(what)
-
-
-def cka(args):
-    """CKA between the blocks of both arms, before and after training: the paper's premise (3.1) is
-    that a CNN and a Transformer see differently, after Raghu et al. (arXiv 2108.08810)."""
-    files = (args.cnn, args.vit)
-    after = [load(args, path, lambda model, _: introspect.layer_names(model)) for path in files]
-    before, began = zip(*map(partial(before_training, args), ("cnn", "vit"), after))
-    sources, what = choose(args, after, args.n)
-    if min(len(sources), args.bs) < 4:
-        raise UserError(f"{len(sources)} images, --bs {args.bs}: CKA needs 4 images in a minibatch")
-    panels = {}
-    for title, pair in (("before training", before), ("after training", after)):
-        parts = [(s, batches(s, sources, args.bs)) for s in pair]
-        grams = [[introspect.layer_grams(s.model, x, s.checked) for x in xs] for s, xs in parts]
-        values = introspect.minibatch_cka(zip(*grams)).numpy()
-        panels[title] = values, np.char.mod("%.2f", values)
-    rows, columns = (f"{s.label} (before training: {x})" for s, x in zip(after, began))
-    measure = "linear CKA; grey: a layer that gives the same for every image"
-    figure = tables(panels, *(start.checked for start in after), measure)
-    return figure, f"Rows: {rows}.\nColumns: {columns}.\n{what}"
-
-
-def tables(panels, rows, columns, measure):
-    """Tables beside each other, {title: (numbers (R, C) in [0, 1], the texts of the cells)}, of
-    equal rows and columns, with one colour bar; grey for NaN."""
-    rows, columns = ([fold(name, 2.5) for name in names] for names in (rows, columns))
-    lines = 1 + max(name.count("\n") for name in rows + columns)
-    cell = max(0.6, 0.17 * lines, 3 / len(columns))  # inches
-    size = cell * len(columns) * len(panels) + 4, cell * len(rows) + 4
-    figure = Figure(size, layout="compressed")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, (title, (values, texts)) in zip(axes, panels.items()):
-        drawn = ax.imshow(values, vmin=0, vmax=1)
-        ax.set(title=title, facecolor="lightgrey")
-        ax.set_xticks(range(len(columns)), columns, rotation=90)
-        ax.set_yticks(range(len(rows)), rows)
-        for (r, c), value in np.ndenumerate(values):
-            ink = "white" if value < 0.6 else "black"
-            ax.text(c, r, texts[r][c], color=ink, ha="center", va="center")
-    figure.colorbar(drawn, ax=axes, label=measure)
-    return figure
-
-
 def curves(args):
     """The numbers in log.jsonl over the epochs; of several runs, a colour for each."""
     runs, several, only, panels, drawn = args.run, len(args.run) > 1, args.only or [""], {}, {}
@@ -300,12 +237,45 @@ def confusion(args):
         (_, *columns), *rows = csv.reader(lines)
         counts = np.array([row[1:] for row in rows], int).reshape(len(rows), len(columns))
         shares = counts / np.where(counts.any(1), counts.sum(1), np.nan)[:, None]
-        names, measure = [row[0] for row in rows], "share of row; grey: no such image"
-        figure = tables({"": (shares, counts)}, names, columns, measure)
+    names, columns = ([fold(x, 2.5) for x in xs] for xs in ([row[0] for row in rows], columns))
+    cell = max(0.6, 0.17 * (1 + max(x.count("\n") for x in names + columns)), 3 / len(columns))
+    figure = Figure((cell * len(columns) + 4, cell * len(rows) + 4), layout="compressed")
+    ax = figure.add_subplot(facecolor="lightgrey")
+    drawn = ax.imshow(shares, vmin=0, vmax=1)
+    ax.set_xticks(range(len(columns)), columns, rotation=90)
+    ax.set_yticks(range(len(rows)), names)
+    for (r, c), share in np.ndenumerate(shares):
+        ink = "white" if share < 0.6 else "black"
+        ax.text(c, r, counts[r, c], color=ink, ha="center", va="center")
+    figure.colorbar(drawn, ax=ax, label="share of row; grey: no such image")
     note = f"{counts.sum()} test images; rows: true classes; columns: predicted ones"
     if columns == ["tp", "fp", "fn", "tn"]:
         note = f"{counts[0].sum()} test images; rows: labels; true/false positives/negatives"
     return figure, f"{short(args.run)}\n{note}"
+
+
+def reliability(args):
+    """How often a prediction of some confidence is right: of the sigmoids as trained, and of the
+    calibrated probabilities. Below: how many there are."""
+    test, found = read_test(Path(args.run))
+    _, labels, *both, multilabel = test.arrays()
+    figure, scores = Figure((8, 5), layout="constrained"), found["test"]
+    axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
+    temperature = f" with temperature {found['temperature']:.2g}" if "temperature" in found else ""
+    titles = {"_uncalibrated": "sigmoids, as trained", "": f"calibrated{temperature}"}
+    edges = np.linspace(0, 1, metrics.BINS + 1)
+    for (above, below), p, (key, title) in zip(axes.T, both, titles.items()):
+        confidence, right = (x.ravel() for x in metrics.decisions(labels, p, multilabel))
+        n = below.hist(confidence, edges, color=OKABE_ITO[0])[0]
+        sums = [np.histogram(confidence, edges, weights=1.0 * w)[0] for w in (confidence, right)]
+        above.plot([0, 1], [0, 1], color="grey", linestyle="--")
+        above.plot(*(x[n > 0] / n[n > 0] for x in sums), "o-", color=OKABE_ITO[1])
+        numbers = [f"{name} {scores[name + key]:.3f}" for name in ("ece", "brier")]
+        above.set(title=f"{title}: {', '.join(numbers)}", xlim=(0, 1), ylim=(0, 1))
+        below.set(xlabel="probability of " + ("each label" if multilabel else "what is predicted"))
+    axes[0, 0].set(ylabel="share that has the label" if multilabel else "share that is right")
+    axes[1, 0].set(ylabel="how many")
+    return figure, f"{short(args.run)}, {len(test.names)} test images; dashed: perfectly calibrated"
 
 
 @contextlib.contextmanager
