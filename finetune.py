@@ -148,6 +148,7 @@ def main():
     job = SimpleNamespace(images=images, split=split, hashes=hashes, seen=seen, bs=args.bs)
     job.device, job.amp, job.workers, job.linear = device, amp, args.workers, args.mode == "linear"
     for part, job.start, job.ckpt in zip(parts, arms, args.ckpt or [None]):
+        job.normalization = job.start.metadata["mean"], job.start.metadata["std"]
         found = [run_seed(job, args, *x) for x in zip(seeds, folders[part])]
         if None not in found:
             results.write_summary(out / part, seeds, found)
@@ -191,7 +192,7 @@ def run_seed(job, args, seed, out):
     if not knn and (state is None or "rng" in state):
         metadata = {"script": "finetune.py", "args": vars(args), "seed": seed, "digest": job.digest}
         run = Run(out, job.device, job.amp, metadata, state, save_every=args.save_every)
-        run.seconds_between_saves, run.normalization = 30, normalization(job)
+        run.seconds_between_saves, run.normalization = 30, job.normalization
         model, schedule = build(job), (args.patience, args.lr, args.min_lr, args.t_max)
         training = finetune(job, model, run, args.epochs, *schedule)
         if training is None:
@@ -227,10 +228,6 @@ def saved_state(folder):
     return None
 
 
-def normalization(job):
-    return job.start.metadata["mean"], job.start.metadata["std"]
-
-
 def batches_of(job, mask, transform=None):
     """A loader of (images, targets) of the masked images, shuffled where they are augmented."""
     index, labels, train = mask.nonzero()[0], job.images.labels, transform is not None
@@ -246,7 +243,7 @@ def evaluate(job, model, loader):
     """Mean focal loss, and logits (N, C) on the CPU."""
     model.eval()
     logits, true = [], []
-    for images, target in on_device(loader, job.device, *normalization(job)):
+    for images, target in on_device(loader, job.device, *job.normalization):
         with torch.autocast(job.device.type, job.amp, enabled=job.amp is not None):
             logits.append(model(images).float())
         true.append(target)
@@ -305,8 +302,8 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
         val = score(None, labels, *found, multilabel, images.classes)
         if val_loss < best["best_loss"]:
             weights = {key: x.detach().clone() for key, x in model.state_dict().items()}
-            best.update(best_loss=val_loss, best_epoch=run.epoch + 1)
-            best.update(best_val=val, best_state=weights, temperature=T)
+            best.update(best_loss=val_loss, best_epoch=run.epoch + 1, temperature=T)
+            best.update(best_val=val, best_state=weights)
         f1, lr = val["macro_f1"], scheduler.get_last_lr()[0]
         run.show(f"val loss {val_loss:.3g}, val F1 {f1:.3f}")
         run.end_epoch(train_loss=run.mean_loss(), val_loss=val_loss, val_macro_f1=f1, lr=lr)
@@ -337,7 +334,7 @@ def nearest(job):
     model = job.start.make().to(job.device)
 
     def features(mask):
-        loader = on_device(batches_of(job, mask), job.device, *normalization(job))
+        loader = on_device(batches_of(job, mask), job.device, *job.normalization)
         with torch.autocast(job.device.type, job.amp, enabled=job.amp is not None):
             return collapse.embed(model, (batch for batch, _ in loader))[0].cpu()
 

@@ -17,8 +17,7 @@ PARTS = ("test", "test_without_duplicates", "test_without_near", "test_without_s
 COUNTS = ("n_test_duplicates", "n_test_near", "n_test_seen")
 SCORES = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
 SHOWN = (*SCORES, "brier", "ece")
-SHARED = {"classes": "classes", "multilabel": "kinds of labels", "names": "test images"}
-SHARED |= {"true": "true labels", "units": "groups"}  # what tests must share, in words
+SHARED = ("names", "true", "units", "classes", "multilabel")  # what tests must share
 
 
 @dataclass
@@ -92,10 +91,9 @@ def refuse_unequal(tests):
     """Raise UserError unless {folder: Predictions} are of the same images and labels."""
     (first, test), *others = tests.items()
     for folder, other in others:
-        for key, what in SHARED.items():
-            if getattr(other, key) != getattr(test, key):
-                fix = "fine-tune both on the same data and split"
-                raise UserError(f"{folder}: its {what} are not those of {first}; {fix}")
+        if any(getattr(other, key) != getattr(test, key) for key in SHARED):
+            what = f"its test images, their labels or groups are not those of {first}"
+            raise UserError(f"{folder}: {what}; fine-tune both on the same data and split")
 
 
 def mean_of(tests):

@@ -31,47 +31,40 @@ def folders_of(run):
     return {folder.relative_to(run): folder for folder in folders}
 
 
-def mcnemar(labels, *probabilities, multilabel):
-    """How many images A alone and B alone has right, with all labels, of labels and probabilities
-    (N, C), and the two-sided p: exact, by the binomial distribution (Dietterich, 1998)."""
-    predicted = (metrics.predicted_labels(p, multilabel) for p in probabilities)
-    right_a, right_b = ((labels == x).all(1) for x in predicted)
+def mcnemar(labels, predicted_a, predicted_b):
+    """How many images A alone and B alone has right, of (N, C) bool each, and the two-sided p:
+    exact, by the binomial distribution (Dietterich, 1998)."""
+    right_a, right_b = ((labels == x).all(1) for x in (predicted_a, predicted_b))
     a, b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     p = 2 * sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)
     return {"only_a": a, "only_b": b, "p": min(p, 1.0)}
 
 
-def means_of(tests, kept):
-    """{score: mean over the seeds}, and {score: (ROUNDS,) replicates of it}, of Predictions."""
-    whats = [test.arrays(kept) for test in tests]
-    once = [metrics.measures(*what, np.ones((1, kept.sum())))[0] for _, *what in whats]
-    drawn = [metrics.bootstrap(*what)[0] for what in whats]
-    return [{k: np.mean([x[k] for x in xs], axis=0) for k in xs[0]} for xs in (once, drawn)]
-
-
 @np.errstate(invalid="ignore")  # 0 / 0 where a score is undefined
 def compare(a, b):
     """Of lists of Predictions, a pair to a seed: {part: n, n_units, scores: {score: a, b, mean of
-    both, difference b - a, its ci95, verdict}, mcnemar: of each seed}."""
+    both, difference b - a, ci95, verdict}, mcnemar: of each seed}. Scores: means of the seeds."""
     flags, found = np.any([test.flags for test in a + b], axis=0), {}
-    a, b = ([replace(test, flags=flags) for test in tests] for tests in (a, b))
-    both = [results.mean_of(pair) for pair in zip(a, b)]
-    for part, kept in a[0].parts().items():
+    three = a, b, [results.mean_of(pair) for pair in zip(a, b)]
+    for part, kept in replace(a[0], flags=flags).parts().items():
         if part != "test" and kept.all():
             continue
-        (of_a, drawn_a), (of_b, drawn_b), (mean, _) = (means_of(x, kept) for x in (a, b, both))
-        units, labels, *_, multilabel = a[0].arrays(kept)
+        whats = [[test.arrays(kept) for test in tests] for tests in three]
+        (units, labels, *_), ones = whats[0][0], np.ones((1, kept.sum()))
+        points = [[metrics.measures(*x, ones)[0] for _, *x in seeds] for seeds in whats]
+        drawn = [[metrics.bootstrap(*x)[0] for x in seeds] for seeds in whats[:2]]
         rows, few, U = {}, metrics.too_few(units, labels)[0], len(np.unique(units))
-        for key in (key for key in of_a if not np.isnan(of_a[key][0])):
-            low, high = metrics.limits(drawn_b[key] - drawn_a[key], U).tolist()
-            known = not few[key] and "ece" not in key
-            lower, better = key.startswith(("brier", "ece")), ("better", "worse")
-            verdict = better[(low > 0) == lower] if known and not low <= 0 <= high else ""
-            row = {"a": of_a[key].item(), "b": of_b[key].item(), "mean": mean[key].item()}
-            row |= {"difference": row["b"] - row["a"], "ci95": [low, high] if known else None}
-            rows[key] = row | {"verdict": verdict}
-        pairs = ([test.probabilities[kept] for test in pair] for pair in zip(a, b))
-        tests = [mcnemar(labels, *pair, multilabel=multilabel) for pair in pairs]
+        for key in (key for key in points[0][0] if not np.isnan(points[0][0][key][0])):
+            of_a, of_b, mean = (np.mean([x[key] for x in seeds]).item() for seeds in points)
+            draws = [np.mean([x[key] for x in seeds], axis=0) for seeds in drawn]
+            low, high = metrics.limits(draws[1] - draws[0], U)
+            known, lower = not few[key] and "ece" not in key, key.startswith(("brier", "ece"))
+            verdict = "better" if (low > 0) != lower else "worse"
+            row = {"a": of_a, "b": of_b, "mean": mean, "difference": of_b - of_a}
+            row["ci95"] = [low.item(), high.item()] if known else None
+            rows[key] = row | {"verdict": verdict if known and not low <= 0 <= high else ""}
+        predicted = [[metrics.predicted_labels(x[2], x[-1]) for x in y] for y in whats[:2]]
+        tests = [mcnemar(labels, *pair) for pair in zip(*predicted)]
         found[part] = {"n": int(kept.sum()), "n_units": U, "scores": rows, "mcnemar": tests}
     return found
 
@@ -105,9 +98,7 @@ def main():
         cli.refuse_overwrite(out.parent, [out.name], args.overwrite)
     runs = [folders_of(run) for run in (args.RUN_A, args.RUN_B)]
     if runs[0].keys() != runs[1].keys():
-        raise cli.UserError(
-            f"{args.RUN_B}: its seeds are not those of {args.RUN_A}; give equal --seeds"
-        )
+        raise cli.UserError(f"{args.RUN_B}: its seeds are not those of {args.RUN_A}")
     tests = [{folder: results.read_test(folder)[0] for folder in run.values()} for run in runs]
     results.refuse_unequal(tests[0] | tests[1])
     found = compare(*(list(x.values()) for x in tests))

@@ -26,7 +26,7 @@ import torch
 
 import data
 from cass import build_arm
-from common import cli, decode, readers, results, splits, starts
+from common import cli, decode, readers, results, splits
 from common.checkpoint import atomic_open, read_json, write_csv, write_json
 from common.run import seconds_per_step
 from pretrain import VERSIONS
@@ -52,7 +52,6 @@ def rows_of(table, only=None, fracs=None, epochs=100):
 
 
 def parse_arguments():
-    """The arguments; warm: {arm: weights file}, warm_weights: {arm: what is in it}."""
     parser = cli.Parser(__doc__ + "\n".join(table["title"] for table in PAPER["tables"].values()))
     add = parser.add_argument
     add("--table", required=True, choices=[*PAPER["tables"]], metavar="N", help="of the paper")
@@ -63,10 +62,7 @@ def parse_arguments():
     add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="of runs")
     add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
-    add(
-        "--metric", choices=results.SCORES, help="in table.md (macro_f1, Table 5 balanced_accuracy)"
-    )
-    add("--warm", nargs=2, metavar=("CNN", "VIT"), help="weights files to start from, with heads")
+    add("--metric", choices=results.SCORES, help="in table.md (macro_f1; 5: balanced_accuracy)")
     add("--out", metavar="DIR", help="folder of the table (default: runs/tableN)")
     add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
@@ -79,10 +75,6 @@ def parse_arguments():
         if unknown := set(vars(args)[flag] or ()) - set(known):
             there = ", ".join(map(str, known)) or "none"
             parser.error(f"--{flag} {cli.preview(unknown)}: not in the table, which has: {there}")
-    if args.warm and args.table in PAPER["other_arms"]:
-        parser.error(f"--warm brings its own arms, which Table {args.table} changes")
-    args.warm = dict(zip(("cnn", "vit"), args.warm or ()))
-    args.warm_weights = {arm: starts.load_weights(path) for arm, path in args.warm.items()}
     args.metric = args.metric or about.get("ours", "macro_f1")
     args.device_flags = ["--device", args.device] if args.device != "auto" else []
     args.out = Path(args.out or f"runs/{'table' * args.table.isdigit()}{args.table}")
@@ -103,12 +95,8 @@ def data_flags(args):
 
 
 def model_of(args, row, arm):
-    """Name and arguments of an arm for timm.create_model; with --warm, the file's own."""
-    if not args.warm:
-        return MODELS[getattr(row, arm)][args.scale == "small"]
-    weights = args.warm_weights[arm]
-    kwargs = {k: v for k, v in weights["model_kwargs"].items() if k != "img_size"}
-    return weights["arch"], {**kwargs, "num_classes": weights["num_classes"]}
+    """Name and arguments of an arm for timm.create_model."""
+    return MODELS[getattr(row, arm)][args.scale == "small"]
 
 
 def on_data(args, row, seed, words, arms):
@@ -120,8 +108,6 @@ def on_data(args, row, seed, words, arms):
         name, kwargs = model_of(args, row, arm)
         pairs = [f"{key}={value}".replace(" ", "") for key, value in kwargs.items()]
         words += [flag, name] + [f"{flag}-kwargs", *pairs] * bool(pairs)
-        if args.warm:
-            words += ["--init" if flag == "--arch" else f"--init-{arm}", args.warm[arm]]
     words += ["--seed", str(seed), *data_flags(args), *args.device_flags]
     name = hashlib.sha256("\0".join(words).encode()).hexdigest()[:10]
     return words, Path(args.work) / f"{row.method}_seed{seed}_{name}"
@@ -156,8 +142,7 @@ def shown(words, folder):
 
 def portable(args, text):
     """Without what comes before the data and the runs on this machine."""
-    paths = [args.data, args.images, args.split, args.work, str(args.out)]
-    for path in filter(None, paths + [os.path.dirname(file) for file in args.warm.values()]):
+    for path in filter(None, [args.data, args.images, args.split, args.work, str(args.out)]):
         text = text.replace(os.path.normpath(path), os.path.basename(os.path.normpath(path)))
     return text
 
@@ -178,16 +163,20 @@ def run_script(words, output):
 
 def call(words, folder, failed):
     """Run a script into its folder, unless it is finished. Returns the last line of a failed one,
-    else None. failed: {folder: that line} of this table, which are not tried twice."""
-    if folder not in failed and not (folder / "finished").exists():
+    else None. failed: {folder: that line} of this table, which are not tried twice. UserError:
+    another command was finished there."""
+    mark, words = folder / "finished", list(map(str, words))
+    if mark.exists() and mark.read_text() not in ("", shlex.join(words)):
+        raise cli.UserError(f"{folder}: was made with other flags; give another --out")
+    if folder not in failed and not mark.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "w") as output:
-            status = run_script([*words, "--out", folder, "--resume"], output)
+            status = run_script([*words, "--out", str(folder), "--resume"], output)
         if status:
             said = (folder / "output.txt").read_text(errors="replace").split("\n")
             failed[folder] = next((x for x in said[::-1] if x.strip()), f"status {status}")
         else:
-            (folder / "finished").touch()
+            mark.write_text(shlex.join(words))
             (folder / "last.pt").unlink(missing_ok=True)
     return failed.get(folder)
 
@@ -343,7 +332,7 @@ def write_table(args):
         scored.setdefault("{row}|{arm}|{frac:g}".format(**r), {})[r["seed"]] = r
     summary = {k: {seed: r[metric] for seed, r in x.items()} for k, x in scored.items()}
     means = {key: float(np.mean([*seeds.values()])) for key, seeds in summary.items()}
-    table = {"scale": args.scale, "epochs": args.epochs, "warm": bool(args.warm), "metric": metric}
+    table = {"scale": args.scale, "epochs": args.epochs, "metric": metric}
     write_json(args.out / "table.json", table | {"means": means, "values": summary})
     main = times_section(cells) if args.table == "1" else scores_section(args, scored)
     parts = [heading(args, cells), main]
@@ -402,8 +391,6 @@ def main():
     config |= {"settings": [*SCALES[args.scale], *SMALL_DINO], "images": len(images)}
     config |= {"data": portable(args, shlex.join(data_flags(args))), "classes": images.classes}
     config["digest"] = decode.digest("".join(images.names), np.ascontiguousarray(images.labels))
-    states = [weights["state_dict"].values() for weights in args.warm_weights.values()]
-    config["warm"] = [decode.digest(*(x.numpy() for x in tensors)) for tensors in states]
     file = args.out / "config.json"
     if file.exists() and read_json(file) != config:
         raise cli.UserError(f"{file}: is of another configuration; give another folder with --out")
