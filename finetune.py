@@ -197,21 +197,24 @@ def run_seed(job, args, seed, out):
         training = finetune(job, model, run, args.epochs, *schedule)
         if training is None:
             return None
-        known = torch.cat([job.start.seen, torch.from_numpy(job.hashes[split != "test"])]).unique()
-        saved = {**job.start.metadata, "epoch": training["best_epoch"], "seed": args.seed}
-        saved |= {"class_names": images.classes, "multilabel": images.multilabel, "seen": known}
-        saved |= {"training": training, "temperature": training["temperature"]}
-        saved |= {
-            "config": vars(args) | {"ckpt": job.ckpt},
-            "data": data.options(args, data.OPTIONS),
-        }
-        saved["split"] = carried(images, split, job.start.carried)
-        checkpoint.save(out / "best.pt", checkpoint.weights_file(model, **saved))
+        save_best(job, args, model, training)
     test, training = nearest(job) if knn else tested(job)
     settings = {"ckpt": job.ckpt, "mode": args.mode, "frac": args.frac, "split_seed": args.seed}
     found = results.report(job, *test, settings | training)
     (out / "last.pt").unlink(missing_ok=True)
     return found
+
+
+def save_best(job, args, model, training):
+    """Write best.pt, which tells what it was trained on and how."""
+    images, start, trained = job.images, job.start, job.hashes[job.split != "test"]
+    saved = {**start.metadata, "epoch": training["best_epoch"], "seed": args.seed}
+    saved |= {"class_names": images.classes, "multilabel": images.multilabel, "training": training}
+    saved |= {"temperature": training["temperature"], "data": data.options(args, data.OPTIONS)}
+    saved["seen"] = torch.cat([start.seen, torch.from_numpy(trained)]).unique()
+    saved["split"] = carried(images, job.split, start.carried)
+    saved["config"] = vars(args) | {"ckpt": job.ckpt}
+    checkpoint.save(job.out / "best.pt", checkpoint.weights_file(model, **saved))
 
 
 def saved_state(folder):
@@ -252,6 +255,15 @@ def evaluate(job, model, loader):
     return loss.item(), logits.cpu()
 
 
+def validate(job, model, loader):
+    """Loss, the temperature that fits best, and scores of the validation images."""
+    images, (loss, logits) = job.images, evaluate(job, model, loader)
+    labels, multilabel = images.labels[job.split == "val"], images.multilabel
+    T = fit_temperature(logits, labels, multilabel) if math.isfinite(loss) else 1.0
+    both = probabilities_of(logits, T, multilabel)
+    return loss, T, score(None, labels, *both, multilabel, images.classes)
+
+
 def build(job):
     """The model with a new head of a logit per class; linear: only the head is trained."""
     torch.manual_seed(job.seed)
@@ -267,8 +279,7 @@ def build(job):
 def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
     """Train on the used labels; the model ends with the weights of the epoch of the lowest
     validation loss. Returns how training went; None where it is a dry run."""
-    images, device, amp, val_mask = job.images, job.device, job.amp, job.split == "val"
-    labels, multilabel = images.labels[val_mask], images.multilabel
+    device, amp, val_mask = job.device, job.amp, job.split == "val"
     train_loader = batches_of(job, job.used, data.augmentation(job.start.metadata["img_size"]))
     val_loader = batches_of(job, val_mask)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, fused=True)
@@ -295,11 +306,8 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
             scaler.update()
             scheduler.step()
             run.note(loss)
-        val_loss, logits = evaluate(job, model, val_loader)
+        val_loss, T, val = validate(job, model, val_loader)
         run.check_finite(val_loss)
-        T = fit_temperature(logits, labels, multilabel)
-        found = probabilities_of(logits, T, multilabel)
-        val = score(None, labels, *found, multilabel, images.classes)
         if val_loss < best["best_loss"]:
             weights = {key: x.detach().clone() for key, x in model.state_dict().items()}
             best.update(best_loss=val_loss, best_epoch=run.epoch + 1, temperature=T)

@@ -140,11 +140,20 @@ def build_model(specs, img_size, objective, head_act, grad_checkpointing):
     return CASS(**models, head_act=head_act, objective=loss)
 
 
-def begin(out, images, split, state, config, stale=("cnn.pt", "vit.pt")):
-    """Clear the folder, of `stale` files alone where a run on the same images is resumed; write
-    split.csv and config.json. Returns indices and hashes of the training images, (n,) int64."""
-    processes = distributed.world_size()
-    index = (split == "train").nonzero()[0]
+def begin(args, images, state, config, stale=("cnn.pt", "vit.pt")):
+    """Decode and split the images; clear --out, of `stale` files alone where a run on the same ones
+    is resumed; write split.csv and config.json. Returns the split, the indices of the training
+    images, and the {key: value} of last.pt and of the weights files that come of it."""
+    initial = None if state is None else state["initial"]
+    if state is None:  # what the initial weights saw counts too; read before anything is removed
+        from common.starts import carried_by
+
+        inits = dict.fromkeys([args.init_cnn or args.init, args.init_vit or args.init])
+        initial = torch.cat([carried_by(init) for init in inits], 1)
+    with distributed.one_first():
+        images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad, args.dry_run)
+    split = data.split_and_report(images, args.seed, args.dedup, initial, allow_seen=True)
+    index, processes = (split == "train").nonzero()[0], distributed.world_size()
     if len(index) < 2 * processes:
         raise UserError(f"{images.path}: {len(index)} training images are too few")
     seen = torch.from_numpy(images.table["hash"][index].view("int64"))
@@ -154,12 +163,15 @@ def begin(out, images, split, state, config, stale=("cnn.pt", "vit.pt")):
     if not distributed.agree([seen.sum().item(), begun], config["device"]):
         way_out = "copy the data and last.pt to every machine"
         raise UserError(f"{images.path}: the processes found other images or states; {way_out}")
-    if distributed.rank() == 0 and not config["arguments"]["dry_run"]:
-        checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else stale)
-        data.write_split(out, images, split)
-        saved = {"command": sys.argv, **config, "processes": processes, "versions": VERSIONS}
-        checkpoint.write_json(out / "config.json", saved)
-    return index, seen
+    last = {"args": vars(args), "processes": processes, "seen": seen, "initial": initial}
+    if distributed.rank() == 0 and not args.dry_run:
+        checkpoint.start_folder(Path(args.out), OUTPUTS, OUTPUTS if state is None else stale)
+        data.write_split(Path(args.out), images, split)
+        saved = {"command": sys.argv, "arguments": vars(args), **config, "processes": processes}
+        checkpoint.write_json(Path(args.out, "config.json"), saved | {"versions": VERSIONS})
+    saved = {"epoch": args.epochs, "seed": args.seed, "data": data.options(args, data.OPTIONS)}
+    saved["split"] = known = carried(images, split, initial)
+    return split, index, last, {**saved, "seen": known[0, known[1] == 0], "config": vars(args)}
 
 
 def main():
@@ -177,27 +189,17 @@ def main():
         return
     images = read(args.data, **data.options(args))
     torch.manual_seed(args.seed)
-    inits = [args.init_cnn or args.init, args.init_vit or args.init]
-    start = inits if state is None else ["random", "random"]
-    specs = {"cnn": (args.cnn, start[0], args.cnn_kwargs)}
-    specs["vit"] = args.vit, start[1], args.vit_kwargs
+    start = None if state is None else "random"  # the weights of last.pt follow
+    specs = {"cnn": (args.cnn, start or args.init_cnn or args.init, args.cnn_kwargs)}
+    specs["vit"] = args.vit, start or args.init_vit or args.init, args.vit_kwargs
     head_act = next((x for x in args.ablation if x in ("sigmoid", "softmax")), "none")
     model = build_model(specs, args.img_size, args.objective, head_act, args.grad_checkpointing)
 
-    if state is None:  # what the initial weights saw counts too; read before anything is removed
-        from common.starts import carried_by
-
-        initial = torch.cat([carried_by(init) for init in dict.fromkeys(inits)], 1)
-    else:
-        initial = state["initial"]
-    with distributed.one_first():
-        images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad, args.dry_run)
-    split = data.split_and_report(images, args.seed, args.dedup, initial, allow_seen=True)
+    config = {"device": str(device), "amp": str(amp)}
+    split, train_index, last, saved = begin(args, images, state, config)
     if not images.classes and not (split == "test").any():
         fix = "to hold some out, give their labels: --labels FILE"
         print(f"without labels all images are for training; none can be tested on later; {fix}")
-    config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}
-    train_index, seen = begin(out, images, split, state, config)
     model.to(device)
     augment = {name: name in args.ablation for name in ("blur", "solarize")}
     transform = data.augmentation(args.img_size, **augment)
@@ -205,8 +207,7 @@ def main():
     batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, rank, world_size)
     loader = data.loader(dataset, batches, device, args.workers)
     monitor = collapse.Monitor(images, split, args.seed)
-    metadata = {"script": "pretrain.py", "args": vars(args), "seen": seen}
-    metadata |= {"processes": world_size, "initial": initial}
+    metadata = {"script": "pretrain.py", **last}
     react = partial(collapse.react, objective=args.objective, fail=args.fail_on_collapse)
     run = Run(out, device, amp, metadata, state, [], args.save_every, monitor=monitor, react=react)
     run.announce(model, model, loader, args.epochs)
@@ -222,10 +223,7 @@ def main():
         loader = data.loader(dataset, batches, device, args.workers)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             averaged = swa.finish(lambda: on_device(loader, device))
-        saved = {"epoch": args.epochs, "swa_snapshots": swa.snapshots, "seed": args.seed}
-        known = carried(images, split, initial)
-        saved |= {"split": known, "seen": known[0, known[1] == 0], "config": vars(args)}
-        saved["data"] = data.options(args, data.OPTIONS)
+        saved["swa_snapshots"] = swa.snapshots
         for arm, (name, _, kwargs) in specs.items():
             arms.save(out, arm, averaged[arm], name, kwargs, args.img_size, saved)
         none = "the last weights; no weights averaged: no end of a cycle after --swa-start"

@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 import data
 import pretrain
-from common import arms, cli, collapse, distributed, readers, splits, starts
+from common import arms, cli, collapse, distributed, readers, starts
 from common.run import Run
 
 WARMUP, TEMP_WARMUP, FREEZE = 0.1, 0.3, 0.01  # shares of the run: 10, 30 and 1 of 100 epochs
@@ -226,10 +226,9 @@ def main():
     specs = {"cnn": (args.cnn, args.init_cnn or args.init, args.cnn_kwargs)}
     specs["vit"] = args.vit, args.init_vit or args.init, args.vit_kwargs
     cli.claim(out)
-    first, initial = (state["phase"], state["initial"]) if state else (0, None)
     if state is None:
         cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
-        initial = torch.cat([starts.carried_by(init) for _, init, _ in specs.values()], 1)
+    first = 0 if state is None else state["phase"]
     images, models = readers.read(args.data, **data.options(args)), {}
     todo = list(specs.items())[first:]
     for arm, (name, init, kwargs) in todo:  # a wrong --vit is an error before any training
@@ -237,17 +236,10 @@ def main():
         init = init if state is None or models else "random"  # the weights of last.pt follow
         backbone, dim = make_backbone(f"--{arm}", name, init, size, **kwargs)
         models[arm] = DINO(arm, backbone, dim, args.outputs)
-    with distributed.one_first():
-        images.decode(size, data.cache_dir(args.cache), args.skip_bad, args.dry_run)
-    split = data.split_and_report(images, args.seed, args.dedup, initial)
-    config = {"arguments": vars(args), "device": str(device), "amp": str(amp)}
-    train_index, seen = pretrain.begin(out, images, split, state, config, stale=())
+    config = {"device": str(device), "amp": str(amp)}
+    split, train_index, last, saved = pretrain.begin(args, images, state, config, stale=())
     monitor, log = collapse.Monitor(images, split, args.seed), []
-    metadata = {"script": "tools.dino", "args": vars(args), "processes": processes}
-    metadata |= {"seen": seen, "initial": initial}
-    known, carry = splits.carried(images, split, initial), data.options(args, data.OPTIONS)
-    saved = {"epoch": args.epochs, "swa_snapshots": 0, "seed": args.seed, "config": vars(args)}
-    saved |= {"split": known, "seen": known[0, known[1] == 0], "data": carry}
+    metadata, saved["swa_snapshots"] = {"script": "tools.dino", **last}, 0
     for metadata["phase"], (arm, (name, _, kwargs)) in enumerate(todo, first):
         model = models.pop(arm)
         transform = multi_crop(size, local_size(model.arms[arm], size), args.crops)

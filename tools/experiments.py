@@ -17,7 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
-from itertools import combinations, groupby, product
+from itertools import groupby, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -288,29 +288,6 @@ def scores_section(args, scored):
     return section("scores", lines, metric=args.metric.replace("_", " "), paper=about["metric"])
 
 
-def gain(summary, frac, row, over):
-    """(n,) points that a row gains over another (G.0.3), summed over both arms, of each seed that
-    all have. summary: {row|arm|frac: {seed: score}}."""
-    names = product((row, over), ("cnn", "vit"))
-    scores = [summary.get(f"{name}|{arm}|{frac}", {}) for name, arm in names]
-    seeds = sorted(set.intersection(*map(set, scores)))
-    a, b, c, d = (np.array([s[seed] for seed in seeds]) for s in scores)
-    return 100 * (a + b - c - d)
-
-
-def gains_section(about, summary):
-    """What each row gains over each other one, in the paper and here."""
-    printed = {key: {0: float(text.split("±")[0])} for key, text in about["cells"].items()}
-    lines = []
-    for (row, over), frac in product(combinations(sorted(about["rows"]), 2), about["fracs"]):
-        lines.append([f"{row} over {over}", f"{frac:.0%}"])
-        for points in (gain(x, f"{frac:g}", row, over) for x in (printed, summary)):
-            n, text = len(points), f"{points.mean():+.1f}" if len(points) else "–"
-            error = f" ± {points.std(ddof=1) / n**0.5:.1f} (n = {n})" if n > 1 else ""
-            lines[-1].append(text + error)
-    return section("gains", lines)
-
-
 def record(cell):
     """{column of table.csv: value} of a cell, with all its scores."""
     keys = "row arm frac seed status pretrain_seconds finetune_seconds".split()
@@ -322,8 +299,8 @@ def record(cell):
 
 def write_table(args):
     """table.csv, table.json and table.md from cells/*.json. Returns the text of table.md."""
-    about, metric, scored = PAPER["tables"][args.table], args.metric, {}
-    order, cells = about["rows"], map(read_json, (args.out / "cells").glob("*.json"))
+    metric, scored, order = args.metric, {}, PAPER["tables"][args.table]["rows"]
+    cells = map(read_json, (args.out / "cells").glob("*.json"))
     cells = [cell for cell in cells if cell["row"] in order]
     cells.sort(key=lambda c: (order.index(c["row"]), c["frac"], c["arm"], c["seed"]))
     records = [record(cell) for cell in cells]
@@ -336,8 +313,6 @@ def write_table(args):
     write_json(args.out / "table.json", table | {"means": means, "values": summary})
     main = times_section(cells) if args.table == "1" else scores_section(args, scored)
     parts = [heading(args, cells), main]
-    if {"CASS", "Supervised"} <= {*order}:
-        parts.append(gains_section(about, summary))
     failed = "Failed: {row}, {arm}, {frac:g}, seed {seed}: {error}"
     parts += [failed.format(**r) for r in records if r["status"] == "failed"]
     text = "\n\n".join(parts) + "\n"
