@@ -134,7 +134,7 @@ def too_few(units, labels):
 @np.errstate(invalid="ignore")  # 0 / 0 where a score is undefined: None
 def score(units, labels, probabilities, distribution, multilabel, classes):
     """Scores, as of measures(), of N > 0 images, and, unless units is None, their 95 % intervals,
-    ci95, None where too few. Absent classes count as 0 in macro_f1; macro_f1_present, auroc and
+    ci95, None where too few or all alike. Absent classes count as 0 in macro_f1; macro_f1_present, auroc and
     balanced_accuracy leave them out. confusion: rows true, or [tp, fp, fn, tn] each."""
     what = labels, probabilities, distribution, multilabel
     points, each = measures(*what, np.ones((1, len(labels))))
@@ -151,8 +151,11 @@ def score(units, labels, probabilities, distribution, multilabel, classes):
     (few, few_each), (drawn, drawn_each) = too_few(units, labels), bootstrap(units, *what)
     U = scores["n_units"] = len(np.unique(units))
     of = {k: ece_limits(x, points[k], U) if "ece" in k else limits(x, U) for k, x in drawn.items()}
-    scores["ci95"] = {key: None if few[key] else x.tolist() for key, x in of.items()}
-    of = {key: limits(x, U).T.tolist() for key, x in drawn_each.items()}
+    scores["ci95"] = {
+        key: None if few[key] or x[0] == x[1] else x.tolist() for key, x in of.items()
+    }
+    of = {key: limits(x, U).T for key, x in drawn_each.items()}
+    few_each = {key: few_each[key] | (x[:, 0] == x[:, 1]) for key, x in of.items()}
     for i, row in enumerate(rows):
-        row["ci95"] = {key: None if few_each[key][i] else x[i] for key, x in of.items()}
+        row["ci95"] = {key: None if few_each[key][i] else x[i].tolist() for key, x in of.items()}
     return scores

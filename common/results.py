@@ -146,7 +146,7 @@ def show(title, scores):
     print(f"{title}; 95 % intervals over {scores['n_units']} {units}:")
     for key in (key for key in SHOWN if scores.get(key) is not None):
         limits = scores["ci95"][key]
-        text = f"too few {units} for an interval"
+        text = f"too few {units}, or errors, for an interval"
         text = "{:.4f} to {:.4f}".format(*limits) if limits else text
         print(f"  {key:18} {scores[key]:.4f}  ({text})")
 

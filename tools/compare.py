@@ -58,7 +58,8 @@ def compare(a, b):
             of_a, of_b, mean = (np.mean([x[key] for x in seeds]).item() for seeds in points)
             draws = [np.mean([x[key] for x in seeds], axis=0) for seeds in drawn]
             low, high = metrics.limits(draws[1] - draws[0], U)
-            known, lower = not few[key] and "ece" not in key, key.startswith(("brier", "ece"))
+            known = low < high and not few[key] and "ece" not in key
+            lower = key.startswith(("brier", "ece"))  # is better
             verdict = "better" if (low > 0) != lower else "worse"
             row = {"a": of_a, "b": of_b, "mean": mean, "difference": of_b - of_a}
             row["ci95"] = [low.item(), high.item()] if known else None
@@ -78,7 +79,9 @@ def show(found, names):
         print(f"  {'':18} {'A':>7} {'B':>7} {'mean of both':>13} {'B - A':>8}  95 % interval")
         for key in (key for key in results.SHOWN if key in x["scores"]):
             a, b, mean, difference, limits, verdict = x["scores"][key].values()
-            limits = "{:+.4f} to {:+.4f}".format(*limits) if limits else "too few for one"
+            limits = (
+                "{:+.4f} to {:+.4f}".format(*limits) if limits else "none: too few, or too alike"
+            )
             scores = f"{a:7.4f} {b:7.4f} {mean:13.4f} {difference:+8.4f}"
             print(f"  {key:18} {scores}  {limits}  {verdict}".rstrip())
         for test in x["mcnemar"]:
