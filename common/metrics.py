@@ -108,7 +108,8 @@ def limits(replicates, U):
     z, v = 1.959964, U - 1
     t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)  # its quantile
     tail = NormalDist().cdf(-t * (U / v) ** 0.5)
-    return np.nanquantile(replicates, [tail, 1 - tail], axis=0)
+    known = np.where(np.isnan(replicates).all(0), 0, replicates)  # else a warning
+    return np.nanquantile(known, [tail, 1 - tail], axis=0)
 
 
 def ece_limits(replicates, ece, U):
@@ -133,9 +134,10 @@ def too_few(units, labels):
 
 @np.errstate(invalid="ignore")  # 0 / 0 where a score is undefined: None
 def score(units, labels, probabilities, distribution, multilabel, classes):
-    """Scores, as of measures(), of N > 0 images, and, unless units is None, their 95 % intervals,
-    ci95, None where too few or all alike. Absent classes count as 0 in macro_f1; macro_f1_present, auroc and
-    balanced_accuracy leave them out. confusion: rows true, or [tp, fp, fn, tn] each."""
+    """Scores, as of measures(), of N > 0 images and, unless units is None, their 95 % intervals,
+    ci95: None of too few units or of none but equal resamples. Absent classes count as 0 in
+    macro_f1; macro_f1_present, auroc and balanced_accuracy leave them out. confusion: rows true,
+    or [tp, fp, fn, tn] each."""
     what = labels, probabilities, distribution, multilabel
     points, each = measures(*what, np.ones((1, len(labels))))
     points = {key: None if np.isnan(x[0]) else x[0].item() for key, x in points.items()}

@@ -1,5 +1,7 @@
 """Small images made on the spot, and the scripts run in this process or in their own."""
 
+import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -90,6 +92,22 @@ def run(*command, cwd, timeout=280, **env):
         capture_output=True,
         env={**os.environ, **env},
     )
+
+
+def in_this_process(words, output):
+    """Stands for experiments.run_script: the same, without starting Python anew."""
+    module = importlib.import_module(words[0].removesuffix(".py"))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        patch.setattr(sys, "argv", list(map(str, words)))
+        try:
+            cli.run(module.main)
+        except SystemExit as leave:
+            return leave.code
+    return 0
 
 
 def one_line(err):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARMS, ROOT, draw_classes
+from conftest import ARMS, ROOT, draw_classes, in_this_process
 
 import finetune
 import pretrain
 from common import cli
-from tools import benchmark, demo, dino
+from tools import benchmark, demo, dino, experiments, folds
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 MODULES = [p for folder in ("", "common/", "tools/") for p in ROOT.glob(f"{folder}*.py")]
@@ -32,9 +32,7 @@ def commands():
     found += [path.read_text().split('"""')[1] for path in MODULES if path.stat().st_size]
     lines = [line for text in found for line in re.split(r"\n|&&", text)]
     lines = (re.sub(r"  +\(.*|  +#.*| \[.*\]| \.\.\.", "", line).strip() for line in lines)
-    lines = {x for x in lines if re.match(rf"python {OURS} .", x)} - {
-        "python -m tools.visualize cka"
-    }
+    lines = {x for x in lines if re.match(rf"python {OURS} .", x)}
     alike = {}  # commands that tiny() makes the same are run once
     for line in sorted(lines):
         words = shlex.split(line)
@@ -55,6 +53,9 @@ def tiny(words):
         more = ["--epochs", "1", *(arch if "--arch" in words else ())]
     elif name == "tools.experiments":
         more = ["--scale", "small", "--dry-run", "--seeds", "0"]
+    elif name == "tools.folds":
+        more = [*ARMS, "--cnn-kwargs", "--vit-kwargs", "--epochs", "1", "--folds", "2"]
+        more += ["--finetune", "--epochs 1"]
     elif name == "tools.benchmark":
         more = ["--preset", "small", "--img-size", "32", "--steps", "1", "--rounds", "1"]
         more += ["--images", "8"]
@@ -130,6 +131,8 @@ def test_command(line, workplace, monkeypatch, tmp_path, capsys):
     scripts = {"pretrain.py": pretrain, "finetune.py": finetune}  # which it calls as processes
     call = lambda words: run(scripts[words[1].name], words[2:], monkeypatch)  # noqa: E731
     monkeypatch.setattr(demo.subprocess, "call", call)
+    for module in (experiments, folds):
+        monkeypatch.setattr(module, "run_script", in_this_process)
     draw = benchmark.draw_large
     monkeypatch.setattr(benchmark, "draw_large", lambda folder, n=4, side=64: draw(folder, n, 64))
     for word in ("/path", "brain_mri", "new_images/", "FOLDER", "photos", "PATH"):
@@ -143,6 +146,7 @@ def test_command(line, workplace, monkeypatch, tmp_path, capsys):
     if "all.csv" in line:
         line += f" --images {workplace / 'images'}"
     line = line.replace("RUN_FOLDER", "finetune_cnn_0.1").replace("NAME", "x")
+    line = line.replace("RUN_A", "finetune_cnn_0.1").replace("RUN_B", "finetune_vit_0.1")
     words = shlex.split(line.removeprefix("python ").removeprefix("-m "))
     module = importlib.import_module(words[0].removesuffix(".py"))
     words = tiny(words)

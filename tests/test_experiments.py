@@ -1,9 +1,7 @@
 """experiments.py: its commands run, its tables hold the scores of the runs, it resumes."""
 
-import contextlib
 import csv
 import json
-import math
 import os
 import re
 import shlex
@@ -11,14 +9,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, draw_classes, one_line
+from conftest import ROOT, draw_classes, in_this_process, one_line
 
 import data
-import finetune
-import pretrain
 from common import cli
-from tools import dino, experiments
-from tools.experiments import MODELS, gain, gains_section, rows_of
+from tools import experiments
+from tools.experiments import MODELS, rows_of
 
 TABLES = [str(n) for n in range(1, 22)] + ["objectives"]
 PAPER = experiments.PAPER["tables"]
@@ -38,38 +34,6 @@ def test_every_cell_of_the_paper_has_a_row(table):
         assert 0 < float(value.split("±")[0]) < 1
 
 
-def test_the_papers_own_gains_are_not_its_abstracts():
-    """Row by row from Tables 2 to 5, and the 10.13 points of 100 % labels that do come out."""
-    printed = {
-        n: {key: {0: float(v.split("±")[0])} for key, v in PAPER[n]["cells"].items()}
-        for n in "2345"
-    }
-    got = {
-        frac: np.mean(np.concatenate([gain(printed[n], frac, "CASS", "DINO") for n in "2345"]))
-        for frac in ("0.01", "0.1", "1")
-    }
-    assert got["0.01"] == pytest.approx(-7.5, abs=0.1) and got["0.1"] == pytest.approx(5.2, abs=0.1)
-    assert got["1"] == pytest.approx(10.13, abs=0.05)
-    assert not len(gain(printed["2"], "0.01", "CASS", "DINO"))
-    by_hand = 100 * ((0.8158 - 0.8237) + (0.8717 - 0.8445))
-    assert gain(printed["2"], "0.1", "CASS", "DINO") == pytest.approx([by_hand])
-
-
-def test_gains_are_paired_by_seed():
-    summary = {
-        "A|cnn|0.1": {0: 0.5, 1: 0.6, 2: 0.9},
-        "A|vit|0.1": {0: 0.3, 1: 0.3, 2: 0.1},
-        "B|cnn|0.1": {1: 0.3, 0: 0.4},
-        "B|vit|0.1": {0: 0.2, 1: 0.3},
-    }
-    assert gain(summary, "0.1", "A", "B") == pytest.approx([20, 30])
-    assert not len(gain(summary, "0.1", "A", "C"))
-    about = {"rows": ["B", "A"], "fracs": [0.1], "cells": {}}
-    *_, row = gains_section(about, summary).splitlines()
-    error = np.std([20, 30], ddof=1) / math.sqrt(2)
-    assert row == f"| A over B | 10% | – | +25.0 ± {error:.1f} (n = 2) |"
-
-
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The tests' arms in place of the small ones, 32 px, one epoch."""
@@ -86,22 +50,6 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(experiments, "SMALL_DINO", ["--outputs", "64", "--crops", "2"])
     monkeypatch.chdir(tmp_path)
     return draw_classes(tmp_path / "images", {"a": 14, "b": 10, "c": 6})
-
-
-def in_this_process(words, output):
-    """Stands for experiments.run_script: the same, without starting Python anew."""
-    module = {"pretrain.py": pretrain, "finetune.py": finetune, "tools.dino": dino}[words[0]]
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(output),
-    ):
-        patch.setattr(sys, "argv", list(map(str, words)))
-        try:
-            cli.run(module.main)
-        except SystemExit as leave:
-            return leave.code
-    return 0
 
 
 @pytest.mark.parametrize("table", ["2", "7", "12", "19"])
@@ -304,11 +252,6 @@ def test_table_1_is_the_ratio_of_the_logged_seconds(tiny, tmp_path, script):
         (["--table", "4", "--data", "flat"], "has no labels"),
         (["--table", "4", "--data", "images", "--only", "BYOL"], "--only BYOL"),
         (["--table", "4", "--data", "images", "--fracs", "0.5"], "--fracs 0.5"),
-        (
-            ["--table", "4", "--data", "images", "--warm", "a.pt", "b.pt"],
-            "a.pt: there is no such file",
-        ),
-        (["--table", "18", "--data", "images", "--warm", "a.pt", "b.pt"], "brings its own arms"),
         (
             ["--table", "4", "--data", "images", "--multilabel", "--metric", "accuracy"],
             "--metric accuracy",

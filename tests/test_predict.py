@@ -11,13 +11,14 @@ import timm
 import torch
 from conftest import draw_classes, one_line, picture
 from PIL import Image
+from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 import finetune
 import predict
 from common.decode import normalize
 from common.pixels import decode
-from tools import ensemble
+from tools import compare
 
 RUN = ["--init", "random", "--epochs", 1, "--amp", "off"]
 
@@ -83,7 +84,10 @@ def test_predictions_are_those_of_finetune(tuned, folder, tmp_path, script):
         )
         assert status == 0 and "30 images" in out, err
     table, other = (rows(tmp_path / f"new/{name}.csv") for name in ("labelled", "plain"))
-    assert list(table[0]) == ["path", "predicted", "prob_a", "prob_b", "prob_c"]
+    assert list(table[0]) == [
+        *("path", "predicted", "prob_a", "prob_b", "prob_c"),
+        *("calibrated_a", "calibrated_b", "calibrated_c"),
+    ]
     assert [r["path"] for r in table] == sorted(
         f"{f.parent.name}/{f.name}" for f in folder.glob("*/*")
     )
@@ -314,7 +318,7 @@ def test_predict_refuses(tuned, folder, tmp_path, script, monkeypatch):
     assert len(rows(tmp_path / "there.csv")) == 30
 
 
-# the ensemble
+# both arms in one go, and two runs compared
 
 
 def expected_scores(true, p):
@@ -327,238 +331,154 @@ def expected_scores(true, p):
     }
 
 
-def test_the_ensemble_against_scikit_learn(tmp_path, script):
+def test_both_arms_and_their_mean(pretrained, tmp_path, script, monkeypatch):
+    """As each arm alone, and the mean against scikit-learn; resumed, predicted and compared."""
+    cnn, vit = pretrained / "cnn.pt", pretrained / "vit.pt"
+    both = ["--ckpt", cnn, vit, "--epochs", 2, "--seeds", 0, 1]
+    status, out, err = script(finetune, *both)
+    assert status == 0 and "mean of cnn and vit, seed 1" in out, err
+    folder = pretrained / "finetune_cnn_vit_1"
+    for arm, ckpt in (("cnn", cnn), ("vit", vit)):
+        alone = tmp_path / arm
+        assert (
+            script(finetune, "--ckpt", ckpt, "--epochs", 2, "--seeds", 0, 1, "--out", alone)[0] == 0
+        )
+        for seed in ("seed0", "seed1"):
+            for name in ("predictions.csv", "confusion.csv", "split.csv"):
+                text = (folder / arm / seed / name).read_text()
+                assert text == (alone / seed / name).read_text(), (arm, seed, name)
+        assert (folder / arm / "summary.json").read_text() == (alone / "summary.json").read_text()
+    for seed in (0, 1):
+        tables = [rows(folder / arm / f"seed{seed}/predictions.csv") for arm in ("cnn", "vit")]
+        true = np.array(["abc".index(r["path"][0]) for r in tables[0]])
+        mean = sum(map(probabilities, tables)) / 2
+        written = rows(folder / f"mean/seed{seed}/predictions.csv")
+        np.testing.assert_allclose(probabilities(written), mean, atol=1e-7)
+        metrics = json.loads((folder / f"mean/seed{seed}/metrics.json").read_text())
+        assert metrics["arm"] == "mean of cnn and vit" and metrics["n_labelled"] == 21
+        for key, value in expected_scores(true, mean).items():
+            assert metrics["test"][key] == pytest.approx(value), key
+    scores = json.loads((folder / "mean/summary.json").read_text())["metrics"]["macro_f1"]
+    assert f"{scores['mean']:.4f} ± {scores['std']:.4f}" in out
+    (folder / "vit/seed1/metrics.json").unlink()
+    status, again, err = script(finetune, *both, "--resume")
+    assert status == 0 and again.count("is finished") == 3, err
+    assert (folder / "vit/seed1/metrics.json").exists()
+    files = [folder / arm / "seed1/best.pt" for arm in ("cnn", "vit")]
+    data = ["--data", pretrained.parent / "images", "--amp", "auto"]
+    assert script(predict, "--ckpt", *files, *data, "--out", tmp_path / "p.csv")[0] == 0
+    new = {r["path"]: r for r in rows(tmp_path / "p.csv")}
+    for row in written:
+        for kind in ("prob", "calibrated"):
+            ours = [float(new[row["path"]][f"{kind}_{c}"]) for c in "abc"]
+            assert ours == pytest.approx([float(row[f"{kind}_{c}"]) for c in "abc"], abs=1e-6)
+        assert sum(ours) == pytest.approx(1, abs=1e-5)
+
+
+def test_arms_that_are_not_of_one_pretraining_are_refused(pretrained, tuned, tmp_path, script):
+    cnn, vit = pretrained / "cnn.pt", pretrained / "vit.pt"
+    weights = torch.load(vit, weights_only=True)
+    torch.save({**weights, "seed": 1}, tmp_path / "other.pt")
+    torch.save({**weights, "split": weights["split"][:, 1:]}, tmp_path / "split.pt")
+    for files in ([cnn, cnn], [cnn, tmp_path / "other.pt"], [cnn, tmp_path / "split.pt"]):
+        status, _, err = script(finetune, "--ckpt", *files, "--epochs", 1)
+        assert status == 2 and "are not the arms of one pre-training" in one_line(err)
+    assert not list(pretrained.glob("finetune_cnn_*"))
+
+
+def test_compare_against_scikit_learn(tmp_path, script):
     """A given test split with copies of training images; two seeds; an arm that saw some of it."""
     d = tmp_path / "d"
-    draw_classes(d / "train", {"a": 12, "b": 12, "c": 12})
-    draw_classes(d / "test", {"a": 9, "b": 9, "c": 9}, start=500)
+    alike = {"tints": (0, 9, 18)}  # so that some are wrong
+    draw_classes(d / "train", {"a": 12, "b": 12, "c": 12}, **alike)
+    draw_classes(d / "test", {"a": 12, "b": 12, "c": 12}, start=500, **alike)
     for c in "abc":
         (d / f"test/{c}/copy.png").write_bytes((d / f"train/{c}/0.png").read_bytes())
+    more = ["--data", d, *RUN, "--out"]
     assert (
-        script(
-            finetune,
-            "--arch",
-            "test_vit",
-            "--img-size",
-            32,
-            "--data",
-            d,
-            *RUN,
-            "--out",
-            tmp_path / "start",
-        )[0]
-        == 0
+        script(finetune, "--arch", "test_vit", "--img-size", 32, *more, tmp_path / "start")[0] == 0
     )
     start = torch.load(tmp_path / "start/best.pt", weights_only=True)
     hashes = [decode(str(d / f"test/{c}/1.png"), 32)[1]["hash"] for c in "abc"]
     start["seen"] = torch.from_numpy(np.array(hashes, "u8").view("int64"))
     torch.save(start, tmp_path / "saw.pt")
     runs = [tmp_path / "finetune_cnn", tmp_path / "finetune_vit"]
-    begin = (
-        ["--arch", "test_resnet", "--img-size", 32, "--init", "random"],
-        ["--ckpt", tmp_path / "saw.pt"],
-    )
-    for run, flags in zip(runs, begin):
-        assert (
-            script(
-                finetune,
-                *flags,
-                "--data",
-                d,
-                "--frac",
-                0.6,
-                "--epochs",
-                2,
-                "--seeds",
-                0,
-                1,
-                "--out",
-                run,
-            )[0]
-            == 0
-        )
-    status, out, err = script(ensemble, *runs)
+    arch = ["--arch", "test_resnet", "--img-size", 32, "--init", "random"]
+    for run, flags in zip(runs, (arch, ["--ckpt", tmp_path / "saw.pt"])):
+        words = [*flags, "--data", d, "--frac", 0.6, "--epochs", 9, "--seeds", 0, 1, "--out", run]
+        assert script(finetune, *words)[0] == 0
+    status, out, err = script(compare, *runs, "--out", tmp_path / "c.json")
     assert status == 0, err
-    folder = tmp_path / "ensemble_cnn_vit"
-    result = json.loads((folder / "ensemble.json").read_text())
-    assert (result["n_test"], result["n_test_duplicates"], result["n_test_seen"]) == (30, 3, 3)
-    assert [r["seeds"] for r in result["runs"]] == [[0, 1], [0, 1]]
-
-    macro = []
+    found, seeds = json.loads((tmp_path / "c.json").read_text()), {"a": [], "b": [], "mean": []}
     for s in (0, 1):
         tables = [rows(run / f"seed{s}/predictions.csv") for run in runs]
         copied = np.array(["copy" in r["path"] for r in tables[0]])
         seen = np.array([r["path"].endswith("/1.png") for r in tables[0]])
         true = np.array(["abc".index(r["path"].split("/")[1]) for r in tables[0]])
         each = [probabilities(t) for t in tables]
-        mean = sum(each) / 2
-        written = rows(folder / f"seed{s}/ensemble_predictions.csv")
-        np.testing.assert_allclose(probabilities(written), mean, atol=1e-7)
-        assert [r["predicted"] for r in written] == ["abc"[i] for i in mean.argmax(1)]
-        assert [int(r["duplicate"]) for r in written] == copied.astype(int).tolist()
-        assert [int(r["seen"]) for r in written] == seen.astype(int).tolist()
-        for entry, p in zip([*result["runs"], result["mean"]], [*each, mean]):
-            for part, mask in (
-                ("test", copied | True),
-                ("test_without_duplicates", ~copied),
-                ("test_without_seen", ~seen),
-            ):
-                scores = entry["results"][s][part]
-                assert scores["n"] == mask.sum()
-                for key, value in expected_scores(true[mask], p[mask]).items():
-                    assert scores[key] == pytest.approx(value), (part, key)
-        for run, entry in zip(runs, result["runs"]):  # as finetune.py itself said, to the last bit
-            metrics = json.loads((run / f"seed{s}/metrics.json").read_text())
-            assert entry["results"][s]["test"] == metrics["test"]
-        macro.append(result["mean"]["results"][s]["test"]["macro_f1"])
-    summary = result["mean"]["summary"]["macro_f1"]
-    assert summary["mean"] == pytest.approx(np.mean(macro))
-    assert summary["std"] == pytest.approx(np.std(macro, ddof=1))
-    assert f"{np.mean(macro):.4f} ± {np.std(macro, ddof=1):.4f}" in out
-    assert "27 images without" in out
+        for name, p in zip(seeds, (*each, sum(each) / 2)):
+            seeds[name].append(p)
+    parts = (("test", copied | True), ("test_without_duplicates", ~copied))
+    for part, mask in (*parts, ("test_without_seen", ~seen)):
+        assert found[part]["n"] == found[part]["n_units"] == mask.sum()
+        for name, ps in seeds.items():
+            expected = [expected_scores(true[mask], p[mask]) for p in ps]
+            for key in expected[0]:
+                value = found[part]["scores"][key][name]
+                assert value == pytest.approx(np.mean([x[key] for x in expected])), (part, key)
+        row = found[part]["scores"]["micro_f1"]
+        assert row["difference"] == pytest.approx(row["b"] - row["a"])
+        right = [[p[mask].argmax(1) == true[mask] for p in seeds[name]] for name in "ab"]
+        for test, a, b in zip(found[part]["mcnemar"], *right):
+            assert (test["only_a"], test["only_b"]) == ((a & ~b).sum(), (b & ~a).sum())
+        gains = np.mean([b * 1.0 - a for a, b in zip(*right)], 0)  # of each image
+        draws = np.random.default_rng(1).integers(0, len(gains), (4000, len(gains)))
+        reach = stats.norm.cdf(-stats.t.ppf(0.975, len(gains) - 1) * (1 + 1 / len(gains)) ** 0.5)
+        limits = np.quantile(gains[draws].mean(1), [reach, 1 - reach])
+        assert row["ci95"] == pytest.approx(limits, abs=0.04)
+        verdict = "better" if limits[0] > 0 else "worse" if limits[1] < 0 else ""
+        assert row["verdict"] == verdict or min(abs(limits)) < 0.04
+    assert "36 images" in out and "39 images" in out and "B alone: McNemar's p" in out
 
 
-def test_the_ensemble_of_multilabel_runs(tmp_path, script):
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(40):
-        Image.fromarray(picture(i)).save(tmp_path / f"i{i}.png")
-        lines.append(f"i{i}.png," + ",".join(map(str, rng.integers(0, 2, 3))))
-    (tmp_path / "labels.csv").write_text("image,x,y,z\n" + "\n".join(lines))
-    for arm in ("resnet", "vit"):
-        assert (
-            script(
-                finetune,
-                "--arch",
-                f"test_{arm}",
-                "--img-size",
-                32,
-                "--data",
-                tmp_path / "labels.csv",
-                *RUN,
-                "--out",
-                tmp_path / arm,
-            )[0]
-            == 0
-        )
-    status, out, err = script(
-        ensemble, tmp_path / "resnet", tmp_path / "vit", "--out", tmp_path / "e"
-    )
-    assert status == 0 and "±" not in out, err
-    tables = [rows(tmp_path / arm / "predictions.csv") for arm in ("resnet", "vit")]
-    true = np.array([[c in r["true"] for c in "xyz"] for r in tables[0]])
-    mean = sum(probabilities(t, "xyz") for t in tables) / 2
-    scores = json.loads((tmp_path / "e/ensemble.json").read_text())["mean"]["results"][0]["test"]
-    for average in ("macro", "micro"):
-        assert scores[f"{average}_f1"] == pytest.approx(
-            f1_score(true, mean >= 0.5, average=average, zero_division=0)
-        )
-    assert scores["auroc"] == pytest.approx(roc_auc_score(true, mean))
-    status, _, err = script(
-        predict,
-        "--ckpt",
-        *(tmp_path / f"{arm}/best.pt" for arm in ("resnet", "vit")),
-        "--data",
-        tmp_path / "labels.csv",
-        "--out",
-        tmp_path / "p.csv",
-    )
-    assert status == 0, err
-    new = {r["path"]: r for r in rows(tmp_path / "p.csv")}
-    for row in rows(tmp_path / "e/ensemble_predictions.csv"):
-        assert new[row["path"]]["predicted"] == row["predicted"]
-        np.testing.assert_allclose(
-            probabilities([new[row["path"]]], "xyz"), probabilities([row], "xyz"), atol=1e-6
-        )
-
-
-def test_the_ensemble_refuses(tuned, tmp_path, script):
+def test_compare_refuses(tuned, tmp_path, script):
     cnn, vit = tuned["cnn"], tuned["vit"]
     before = (vit / "predictions.csv").read_text()
     lines = before.splitlines(keepends=True)
     label = lines[1].split(",")[1]
     other = lines[1].replace(f",{label},", f",{'b' if label != 'b' else 'c'},", 1)
+    not_those = "its test images, their labels or groups are not those of"
+    old = [",".join(line.strip().split(",")[:-1]) + "\n" for line in lines]
     for text, message in (
-        (other + "".join(lines[2:]), "its true labels are not those of"),
-        ("x" + "".join(lines[1:]), "its test images are not those of"),
-        ("".join(lines[1:-1]), "does not fit the metrics.json"),
-        ("".join(lines[1:]).replace(",0,0\n", ",0,1\n"), "does not fit"),
+        (lines[0] + other + "".join(lines[2:]), not_those),
+        (lines[0] + "x" + "".join(lines[1:]), not_those),
+        ("".join(lines[:-1]), "does not fit the metrics.json"),
+        (before.replace(",0,0,", ",0,1,"), "does not fit"),
+        ("".join(old), "of an earlier version"),
         (None, "--resume"),
     ):
-        (vit / "predictions.csv").write_text(lines[0] + text) if text else (
-            vit / "predictions.csv"
-        ).unlink()
-        status, _, err = script(ensemble, cnn, vit)
+        (vit / "predictions.csv").write_text(text) if text else (vit / "predictions.csv").unlink()
+        status, _, err = script(compare, cnn, vit)
         assert status == 2 and message in one_line(err), (message, err)
     status, _, err = script(finetune, "--resume", "--out", vit)  # the way out that was named
     assert status == 0 and (vit / "predictions.csv").read_text() == before, err
     shutil.copytree(vit, tmp_path / "several/seed0")
     metrics = json.loads((cnn / "metrics.json").read_text())
     for runs, message in (
-        ([cnn], "two or more"),
-        ([cnn, cnn], "two or more"),
+        ([cnn], "RUN_B"),
         ([cnn, tmp_path / "nothing"], "nothing: holds no finished run"),
-        ([cnn, tmp_path / "several"], "with the same --seeds"),
+        ([cnn, tmp_path / "several"], "its seeds are not those of"),
     ):
-        status, _, err = script(ensemble, *runs)
+        status, _, err = script(compare, *runs)
         assert status == 2 and message in one_line(err), (message, err)
     (cnn / "metrics.json").write_text(json.dumps({**metrics, "multilabel": True}))
-    status, _, err = script(ensemble, cnn, vit)
-    assert status == 2 and "its kinds of labels are not" in one_line(err)
+    status, _, err = script(compare, cnn, vit)
+    assert status == 2 and not_those in one_line(err)
     (cnn / "metrics.json").write_text(json.dumps(metrics))
-    assert not list(cnn.parent.glob("ensemble*"))
-    assert script(ensemble, cnn, vit)[0] == 0
-    status, _, err = script(ensemble, cnn, vit)
+    (tmp_path / "c.json").write_text("mine")
+    status, _, err = script(compare, cnn, vit, "--out", tmp_path / "c.json")
     assert status == 2 and "--overwrite" in one_line(err)
-    assert script(ensemble, cnn, vit, "--overwrite")[0] == 0
-
-
-BROKEN = {
-    "arch": ["hf-hub:evil/repo", "../../x", 3, "no_such_model"],
-    "model_kwargs": [
-        {"pretrained": True},
-        {"pretrained_cfg": {"url": "http://127.0.0.1/x.pth"}},
-        {"checkpoint_path": "x.pt"},
-        {"img_size": "x"},
-        {"global_pool": "nope"},
-        3,
-    ],
-    "num_classes": [-1, "3", True],
-    "img_size": [-5, "32", 10**6, float("nan")],
-    "mean": [[0.1] * 4, [float("nan")] * 3, 0.5],
-    "std": [[0, 0, 0], [float("inf")] * 3],
-    "class_names": [[1, 2, 3], ["a"], "abc"],
-    "seed": [-1, 0.5, "0"],
-    "data": [None, {"evil": 1}],
-    "seen": [3, torch.zeros(2)],
-    "state_dict": [{}, {"a": 1}, 3],
-    "arm": [1],
-}
-
-
-@pytest.mark.parametrize("field", BROKEN)
-def test_every_field_of_a_weights_file_is_checked(field, pretrained, folder, tmp_path, script):
-    """One line, status 2, whatever a field holds; nothing is fetched."""
-    status, _, err = script(finetune, "--ckpt", pretrained / "cnn.pt", "--epochs", 1)
-    assert status == 0, err
-    good = torch.load(pretrained / "finetune_cnn_1/best.pt", weights_only=True)
-    for value in BROKEN[field]:
-        file = tmp_path / "broken.pt"
-        torch.save({**good, field: value}, file)
-        if field not in ("data",):
-            arguments = ("--ckpt", file, "--data", folder, "--out", tmp_path / "p.csv")
-            status, _, err = script(predict, *arguments)
-            assert status == 2 and str(file) in one_line(err), (value, err)
-        status, _, err = script(finetune, "--ckpt", file, "--out", tmp_path / "tuned")
-        assert status == 2 and one_line(err), (value, err)
-
-
-def test_weights_that_are_not_finite_predict_nothing(pretrained, folder, tmp_path, script):
-    file = pretrained / "cnn.pt"
-    weights = torch.load(file, weights_only=True)
-    next(iter(weights["state_dict"].values()))[0] = float("nan")
-    torch.save(weights, file)
-    out = tmp_path / "features.npz"
-    status, _, err = script(predict, "--ckpt", file, "--data", folder, "--embeddings", out)
-    assert status == 2 and "state_dict missing or not valid" in one_line(err)
-    assert not out.exists()
+    assert (tmp_path / "c.json").read_text() == "mine"
+    assert script(compare, cnn, vit, "--out", tmp_path / "c.json", "--overwrite")[0] == 0
+    status, out, _ = script(compare, cnn, cnn)
+    assert status == 0 and "better" not in out and "worse" not in out

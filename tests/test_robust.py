@@ -18,7 +18,7 @@ import data
 import predict
 from common import cli, decode, pixels
 from common.cli import UserError
-from tools import ensemble
+from tools import compare
 
 TINY = [*ARMS, "--epochs", 1, "--bs", 8, "--workers", 0]
 
@@ -161,12 +161,12 @@ def test_seeds_can_be_added_but_not_mixed(pretrained, script):
     assert json.loads((out / "summary.json").read_text())["seeds"] == [0, 1, 2]
     vit = ["--ckpt", pretrained / "vit.pt", *tune[2:], 0, 1, 2]
     assert script(finetune, *vit)[0] == 0
-    both = [out, pretrained / "finetune_vit_0.5", "--out", pretrained / "mean"]
+    both = [out, pretrained / "finetune_vit_0.5", "--out", pretrained / "mean.json"]
     (out / "seed2/metrics.json").unlink()
-    status, _, err = script(ensemble, *both)
+    status, _, err = script(compare, *both)
     assert status == 2 and "unfinished: seed2" in one_line(err)
     assert script(finetune, *tune[:-1], "--resume")[0] == 0
-    assert script(ensemble, *both)[0] == 0
+    assert script(compare, *both)[0] == 0
 
 
 @pytest.mark.parametrize("out", ["file/below", "x" * 300, "/proc/nothing"])

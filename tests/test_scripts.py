@@ -580,7 +580,7 @@ def spoil(folder):
         (["--data", "images", "--cnn-kwargs", "nonsense=7"], "--cnn test_resnet.*nonsense"),
         (["--data", "images", "--init", "imagenet"], "ImageNet.*--init random.*--init-cnn FILE"),
         (["--data", "images", "--init-vit", "nothing.pt"], "nothing.pt"),
-        (["--data", "images", "--epochs", "0"], "--epochs"),
+        (["--data", "images", "--epochs", "-1"], "--epochs"),
         (["--data", "images", "--devise", "cpu"], "--devise"),
         (["--data", "images", "--device", "cuda:77"], "--device cuda:77"),
         (["--data", "images", "--t-max", "0"], "--t-max"),

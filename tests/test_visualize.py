@@ -1,4 +1,4 @@
-"""Maps and similarities against models built by hand and slow loops; the script from end to end."""
+"""Maps against models built by hand and slow loops; the script from end to end."""
 
 import csv
 import itertools
@@ -14,22 +14,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
+from sklearn.calibration import calibration_curve
 from torch import nn
 
 import finetune
 from common.pixels import decode
 from tools import visualize
-from tools.introspect import (
-    attention,
-    attention_map,
-    feature_maps,
-    gram,
-    hsic,
-    layer_grams,
-    layer_names,
-    mean_attention,
-    minibatch_cka,
-)
+from tools.introspect import attention, attention_map, feature_maps, mean_attention
 
 SMALL = dict(img_size=48, patch_size=8, embed_dim=24, depth=2, num_heads=2)  # a grid of 6 x 6
 KINDS = {
@@ -192,81 +183,6 @@ def test_feature_maps_are_the_outputs_of_the_first_convolutions_that_run():
     assert feature_maps(in_place, images)[0][1].min() < 0
 
 
-def test_layer_grams_are_those_of_the_layers():
-    torch.manual_seed(0)
-    images = torch.randn(6, 3, 48, 48)
-    cnn, vit = timm.create_model("resnet18").eval(), KINDS["class token"]().eval()
-    assert layer_names(cnn) == ["act1", *(f"layer{i}.{j}" for i in range(1, 5) for j in range(2))]
-    assert layer_names(vit) == ["blocks.0", "blocks.1"]
-    assert layer_names(swin(48, 4))[-1] == "layers.1.blocks.1"
-    with torch.no_grad():
-        stem = cnn.act1(cnn.bn1(cnn.conv1(images)))
-        block = cnn.layer1[0](cnn.maxpool(stem))
-    for ours, features in zip(layer_grams(cnn, images, ["act1", "layer1.0"]), (stem, block)):
-        x = features.reshape(6, -1).numpy().astype(float)
-        x = x - x.mean(0)
-        np.testing.assert_allclose(ours.numpy(), x @ x.T, rtol=1e-5, atol=1e-6 * abs(x @ x.T).max())
-
-
-def hsic_by_hand(K, L):
-    """The U-statistic: a mean over all ordered fours of different images."""
-    fours = list(itertools.permutations(range(len(K)), 4))
-    return sum(K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q]) for i, j, q, r in fours) / len(fours)
-
-
-def features(n, seed=0):
-    """Two sets of features of n images, with something in common."""
-    rng = torch.Generator().manual_seed(seed)
-    common = torch.randn(n, 8, generator=rng)
-    return (
-        torch.cat([common, torch.randn(n, 6, generator=rng)], 1),
-        torch.cat([2 * common[:, :5], torch.randn(n, 9, generator=rng)], 1),
-    )
-
-
-def cka_of(x, y, size):
-    pairs = zip(x.split(size), y.split(size))
-    return minibatch_cka((gram(a)[None], gram(b)[None]) for a, b in pairs)
-
-
-def test_minibatch_cka_is_the_closed_form_in_one_batch_and_near_it_in_several():
-    x, y = features(7)
-    K, L = x.double() @ x.double().T, y.double() @ y.double().T  # uncentred: it must not matter
-    by_hand = hsic_by_hand(K, L)
-    assert hsic(gram(x)[None], gram(y)[None]).item() == pytest.approx(by_hand.item())
-    closed = by_hand / (hsic_by_hand(K, K) * hsic_by_hand(L, L)).sqrt()
-    assert cka_of(x, y, 7).item() == pytest.approx(closed.item())
-
-    x, y = features(512)
-    whole = cka_of(x, y, 512).item()
-    assert cka_of(x, y, 16).item() == pytest.approx(whole, abs=0.03)
-    assert cka_of(x, y, 64).item() == pytest.approx(whole, abs=0.02)
-    x, y = x - x.mean(0), y - y.mean(0)  # Kornblith et al.'s form, biased by about 1 / n
-    biased = (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
-    assert whole == pytest.approx(biased.item(), abs=0.03)
-
-
-def test_cka_of_several_layers_is_that_of_each_pair():
-    x, y = features(24)
-    stack = torch.stack([gram(x), gram(y), gram(x[:, :3])])
-    values = minibatch_cka([(stack, stack[:2])])
-    assert values.shape == (3, 2)
-    for i, a in enumerate((x, y, x[:, :3])):
-        for j, b in enumerate((x, y)):
-            assert values[i, j].item() == pytest.approx(cka_of(a, b, 24).item())
-
-
-def test_cka_ignores_rotation_scale_and_shift_and_knows_what_is_unrelated_or_constant():
-    x, _ = features(32)
-    rng = torch.Generator().manual_seed(1)
-    rotation = torch.linalg.qr(torch.randn(14, 14, generator=rng))[0]
-    assert cka_of(x, 3 * x @ rotation + 5, 16).item() == pytest.approx(1, abs=1e-5)
-    assert cka_of(features(512)[0], features(512, seed=2)[0], 32).abs().item() < 0.03
-    assert cka_of(x, 1 + 1e-7 * torch.rand(32, 9, generator=rng), 16).isnan().item()
-    with pytest.raises(ValueError, match="at least 4"):
-        cka_of(x[:3], x[:3], 3)
-
-
 # pictures
 
 
@@ -361,21 +277,36 @@ def test_compared_feature_maps_share_a_scale_in_each_layer(drawn):
             np.testing.assert_allclose(np.sort(values), channels.flatten().sort()[0], atol=1e-6)
 
 
-def test_tables_are_coloured_from_0_to_1_and_grey_where_there_is_no_number(texts):
-    values = np.array([[0.0, 1.0, np.nan], [0.5, 0.5, 0.5]])
+def test_confusion_is_coloured_from_0_to_1_and_grey_where_there_is_no_image(texts, tmp_path):
     names = ["W" * 60, "$x_$ and $y$", "b\udcff"]
-    cells = [[0, 1, "nan"], [99999, 12345, 0]]
-    panels, rows = {"before": (values, cells), "after": (values, cells)}, ["name " * 90] * 2
+    cells = [[99999, 0, 0], [12345, 12345, 0], [0, 0, 0]]
+    with open(tmp_path / "confusion.csv", "w", newline="", errors="surrogateescape") as file:
+        rows = [[name, *row] for name, row in zip(names, cells)]
+        csv.writer(file).writerows([["true", *names], *rows])
     with visualize.matplotlib.rc_context(visualize.STYLE):
-        figure = visualize.tables(panels, rows, names, "share")
+        figure, note = visualize.confusion(SimpleNamespace(run=tmp_path))
         picture = rendered(figure)
     words = {text.replace("\n", "") for text, _ in texts()}
-    assert {"before", "after", "share", "W" * 60, "$x_$ and $y$", "b?", "99999", "nan"} <= words
-    for ax in figure.axes[:2]:
-        ends = (68, 1, 84), (253, 231, 37), (211, 211, 211)  # of viridis, and light grey
-        for c, colour in enumerate(ends):
-            x, y = ax.transData.transform((c - 0.4, 0.4)).astype(int)
-            assert np.abs(picture[len(picture) - y, x] - np.array(colour)).max() <= 1
+    assert {"W" * 60, "$x_$ and $y$", "b?", "99999", "12345"} <= words and "124689 test" in note
+    ends = (0, 0, (253, 231, 37)), (1, 0, (68, 1, 84)), (0, 2, (211, 211, 211))
+    for c, r, colour in ends:  # of viridis, and light grey
+        x, y = figure.axes[0].transData.transform((c - 0.4, r + 0.4)).astype(int)
+        assert np.abs(picture[len(picture) - y, x] - np.array(colour)).max() <= 1
+
+
+def test_reliability_shows_means_and_shares_of_each_bin(tmp_path, script, monkeypatch):
+    """Against scikit-learn's calibration curve."""
+    rng = np.random.default_rng(0)
+    labels, p = rng.random((300, 3)) < 0.4, rng.random((300, 3)).astype("f4")
+    test = SimpleNamespace(names=["x"] * 300, arrays=lambda: (None, labels, p, p**2, True))
+    found = {f"{k}{x}": 0.5 for k in ("ece", "brier") for x in ("", "_uncalibrated")}
+    monkeypatch.setattr(visualize, "read_test", lambda run: (test, {"test": found}))
+    figure, _ = visualize.reliability(SimpleNamespace(run=tmp_path))
+    for ax, q in zip(figure.axes[:2], (p, p**2)):
+        share, mean = calibration_curve(labels.ravel(), q.ravel(), n_bins=15)
+        x, y = ax.lines[1].get_data()
+        np.testing.assert_allclose(x, mean, atol=1e-6)
+        np.testing.assert_allclose(y, share, atol=1e-6)
 
 
 def test_text_is_folded_to_its_width():
@@ -492,10 +423,10 @@ def test_every_figure_of_a_run(pretrained, tmp_path, script, monkeypatch, texts)
         ),
         (["features", "--ckpt", pretrained / "cnn.pt", "--compare", pretrained / "cnn.pt"], 1),
         (["features", "--ckpt", pretrained / "cnn.pt", "--layers", 5], 1),
-        (["cka", "--cnn", pretrained / "cnn.pt", "--vit", "fine/best.pt", "--bs", 4], 6),
         (["curves", pretrained], 0),
         (["curves", "fine"], 0),
         (["confusion", "fine"], 0),
+        (["reliability", "fine"], 0),
         (["curves", pretrained, "fine", "--only", "loss", "spread"], 0),
     ):
         status, out, err = script(visualize, *command, "--out", "out/figure.png")
@@ -545,7 +476,6 @@ def test_bad_input_gives_one_line_and_status_2(pretrained, folder, tmp_path, scr
         (tmp_path / name / "log.jsonl").write_text(log)
         (tmp_path / name / "confusion.csv").write_text(confusion)
     cnn, vit = pretrained / "cnn.pt", pretrained / "vit.pt"
-    cka = ["cka", "--cnn", cnn, "--vit", vit]
     for command, said in (
         (["attention", "--ckpt", "none.pt"], "none.pt: there is no such file"),
         (["attention", "--ckpt", vit, "--compare", "none.pt"], "none.pt: there is no such"),
@@ -563,9 +493,6 @@ def test_bad_input_gives_one_line_and_status_2(pretrained, folder, tmp_path, scr
         (["attention", "--ckpt", vit, "--n", 0], "--n: 0 is not at least 1"),
         (["attention"], "--ckpt"),
         (["features", "--ckpt", vit, "--layers", 5], "test_vit has 1 convolutions, not 5"),
-        ([*cka, "--n", 3], "CKA needs 4 images"),
-        ([*cka, "--bs", 3], "CKA needs 4 images"),
-        ([*cka, "--before-cnn", "imagenet"], "--before-cnn FILE, or --before-cnn random"),
         (["curves", "nowhere"], "nowhere/log.jsonl: No such file"),
         (["curves", "mine.png"], "log.jsonl: Not a directory"),
         (["curves", "empty"], "holds no finished epoch"),
@@ -576,6 +503,7 @@ def test_bad_input_gives_one_line_and_status_2(pretrained, folder, tmp_path, scr
         (["confusion", "empty"], "confusion.csv: is not as"),
         (["confusion", "odd"], "confusion.csv: is not as"),
         (["confusion", "list"], "confusion.csv: is not as"),
+        (["reliability", "empty"], "empty/metrics.json"),
         (["pictures"], "invalid choice"),
         ([], "WHAT"),
     ):
@@ -594,22 +522,3 @@ def test_what_cannot_be_laid_over_an_image_is_refused():
     ):
         with pytest.raises(ValueError, match="something else|no attention"):
             attention_map(timm.create_model(name, **kwargs), images)
-
-
-def test_before_training_is_what_training_began_with(pretrained, tmp_path, script, monkeypatch):
-    """Of a fine-tuned file its checkpoint; else what --init said."""
-    assert (
-        script(
-            finetune, "--ckpt", pretrained / "cnn.pt", "--epochs", 1, "--out", tmp_path / "fine"
-        )[0]
-        == 0
-    )
-    monkeypatch.setattr("sys.argv", ["visualize.py", "cka", "--cnn", "a", "--vit", "b"])
-    args = visualize.parse_arguments()
-    for file, expected in (("fine/best.pt", "run/cnn.pt"), ("run/cnn.pt", "random")):
-        start = visualize.load(args, str(tmp_path / file))
-        before, what = visualize.before_training(args, "cnn", start)
-        assert what == expected
-        if expected != "random":
-            kept = torch.load(tmp_path / expected, weights_only=True)["state_dict"]
-            assert all(torch.equal(v.cpu(), kept[k]) for k, v in before.model.state_dict().items())

@@ -90,7 +90,10 @@ def readouts(model, images, some, val):
     for frac in (0.01, 0.1):
         found[frac] = [probe(train, y, queries, frac, draw) for draw in range(5)]
     for name, draws in found.items():
-        scores = [score(images.labels[val], x.numpy(), images.classes, False) for x in draws]
+        scores = [
+            score(None, images.labels[val], x.numpy(), x.numpy(), False, images.classes)
+            for x in draws
+        ]
         row[name] = round(np.mean([x["balanced_accuracy"] for x in scores]).item(), 4)
     return row
 

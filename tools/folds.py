@@ -132,7 +132,8 @@ def main():
     for k, split in enumerate(divided):
         file = out / f"fold{k}/split.csv"
         file.parent.mkdir(exist_ok=True)
-        if file.exists() and any(tables.read_split(file, images.names) != split):
+        begun = file.exists() and any(out.glob("fold*/*/finished"))
+        if begun and any(tables.read_split(file, images.names) != split):
             raise cli.UserError(f"{file}: is of other images or flags; give another --out")
         checkpoint.write_csv(file, ("path", "split"), zip(images.names, split))
         jobs.append({method: commands_of(args, out / f"fold{k}", method) for method in METHODS})
