@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 BINS = 15  # of the expected calibration error
 ROUNDS = 1000  # of the bootstrap
-FEW, FEW_OF_CLASS, FEW_FOR_ECE = 20, 10, 100  # units: below, 95 % is under 90 % (results/intervals)
+FEW, FEW_OF_CLASS = 20, 10  # units: below, fewer than 90 % hold the truth (results/intervals)
+FEW_FOR_ECE = 300  # images
 OF_CLASSES = ("macro_f1", "macro_f1_present", "balanced_accuracy", "auroc")  # means over them
 
 
@@ -128,7 +129,9 @@ def too_few(units, labels):
     few = dict.fromkeys(("precision", "recall", "f1"), (U < FEW) | (has < FEW_OF_CLASS))
     few["auroc"] = (U < FEW) | (both < FEW_OF_CLASS)
     means = {key: (few.get(key, few["f1"]) & (has > 0)).any() for key in OF_CLASSES}
-    means |= {key: U < FEW_FOR_ECE for key in ("ece", "ece_uncalibrated")}
+    means |= {
+        key: min(U / FEW, len(units) / FEW_FOR_ECE) < 1 for key in ("ece", "ece_uncalibrated")
+    }
     return defaultdict(lambda: U < FEW, means), few
 
 

@@ -106,6 +106,17 @@ def pooled(folders, unit):
     return replace(tests[0], names=names, true=true, **arrays)
 
 
+def without_auroc(scores):
+    """Areas that rank images by different models mean little, and their intervals hold the truth
+    too seldom (results/intervals): those of each fold stay."""
+    for part in filter(None, scores.values()):
+        rows = part.get("per_class", [])
+        for row in (part, part.get("ci95", {}), part.get("scores", {}), *rows):
+            row.pop("auroc", None)
+            row.get("ci95", {}).pop("auroc", None)
+    return scores
+
+
 def main():
     parser = cli.Parser(__doc__)
     add = parser.add_argument
@@ -149,12 +160,12 @@ def main():
         rows += [[method, arm, number[line[0]], *line] for line in lines]
         parts = [checkpoint.read_json(folder / "metrics.json")["test"] for folder in folders]
         by_fold = {key: [x[key] for x in parts] for key in results.SHOWN if key in parts[0]}
-        summary[f"{method} {arm}"] = test.scores() | {"folds": by_fold}
+        summary[f"{method} {arm}"] = {**without_auroc(test.scores()), "folds": by_fold}
         results.show(
             f"{method} {arm}, {len(test.names)} images", summary[f"{method} {arm}"]["test"]
         )
     for arm in ARMS:
-        found = compare.compare(*([tests[method, arm]] for method in METHODS))
+        found = without_auroc(compare.compare(*([tests[method, arm]] for method in METHODS)))
         compare.show(found, [f"{method} {arm}" for method in METHODS])
         summary[f"cass {arm} - baseline {arm}"] = found
     checkpoint.write_csv(out / "predictions.csv", ["method", "arm", "fold", *header], rows)
