@@ -142,7 +142,7 @@ def write_test(out, test, settings):
 
 def show(title, scores):
     """Print the scores of a part of the test images, each with its 95 % interval."""
-    units = "images" if scores["n_units"] == scores["n"] else "patients or sets of duplicates"
+    units = "images" if scores["n_units"] == scores["n"] else "patients or different images"
     print(f"{title}; 95 % intervals over {scores['n_units']} {units}:")
     for key in (key for key in SHOWN if scores.get(key) is not None):
         limits = scores["ci95"][key]

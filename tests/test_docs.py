@@ -4,8 +4,8 @@ figures() yields a page, a text with {} for each figure, and the figures recompu
 a decimal point, a sign or a unit that no entry covers fails too, unless SETTINGS names it.
 """
 
-import functools
 import csv
+import functools
 import json
 import re
 import subprocess
@@ -28,7 +28,7 @@ def page(name):
 
 
 @functools.cache
-def table(path):
+def csv_rows(path):
     """Rows of a CSV file in results/."""
     with open(ROOT / "results" / path, newline="") as file:
         return list(csv.DictReader(file))
@@ -228,7 +228,7 @@ def figures():
     # scores
     scene, but = "patients in 5 folds, 2 classes", ("auroc", "ece")
     folds = {n: [] for n in (7, 20, 100)}
-    for row in table("intervals/coverage.csv"):
+    for row in csv_rows("intervals/coverage.csv"):
         if row["scene"] == scene and int(row["units"]) in folds and row["score"] not in but:
             folds[int(row["units"])].append(100 * float(row["coverage"]))
     yield (

@@ -99,7 +99,7 @@ def test_an_experiment_in_folds(patients, tmp_path, script, monkeypatch):
         row = summary[f"cass {arm} - baseline {arm}"]["test"]["scores"]["accuracy"]
         scores = [summary[f"{m} {arm}"]["test"]["accuracy"] for m in ("baseline", "cass")]
         assert (row["a"], row["b"]) == pytest.approx(scores)
-    assert "patients or sets of duplicates" in said and "A: baseline mean\nB: cass mean" in said
+    assert "patients or different images" in said and "A: baseline mean\nB: cass mean" in said
 
     before, calls = (out / "summary.json").read_text(), []
     (out / "summary.json").unlink()

@@ -74,7 +74,7 @@ def show(found, names):
     """Print what compare() found of a run A and a run B."""
     print("A: {}\nB: {}".format(*names))
     for part, x in found.items():
-        units = f", {x['n_units']} patients or sets of duplicates" * (x["n_units"] < x["n"])
+        units = f", {x['n_units']} patients or different images" * (x["n_units"] < x["n"])
         print(f"{part.replace('_', ' ')}, {x['n']} images{units}:")
         print(f"  {'':18} {'A':>7} {'B':>7} {'mean of both':>13} {'B - A':>8}  95 % interval")
         for key in (key for key in results.SHOWN if key in x["scores"]):
