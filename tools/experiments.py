@@ -5,9 +5,9 @@
     python -m tools.experiments --table 4 --data /path --scale small --seeds 0 1 2    (a CPU)
 
 A row is a pre-training (supervised: of no epoch) and, for each label fraction, a fine-tuning of its
-arms, all with one seed. Called again, it skips finished cells, resumes interrupted ones and retries
-failed ones. Writes config.json, cells/*.json and table.csv, .json and .md to --out; weights and
-logs of the runs go to --work, shared by all tables:
+arms. Called again, it skips finished cells, resumes interrupted ones and retries failed ones.
+Writes config.json, cells/*.json and table.csv, .json and .md to --out; weights and logs of the runs
+go to --work, shared by all tables:
 """
 
 import json
@@ -191,24 +191,6 @@ def results_of(row, arm, runs):
     return result
 
 
-def run_cells(args, jobs):
-    """Run the cells that are not done, and record each in cells/*.json."""
-    failed, machine = {}, hardware(args.device)
-    for row, cell, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
-        name = re.sub(r"[^\w.-]+", "_", "{row}_{arm}_{frac:g}_seed{seed}".format(**cell))
-        file = args.out / "cells" / f"{name}.json"
-        cell |= {"status": "done", "commands": [portable(args, shown(*run)) for run in runs]}
-        if file.exists() and cell.items() <= read_json(file).items():
-            continue
-        cell |= {"hardware": machine, "versions": VERSIONS}
-        if error := next(filter(None, (call(*run, failed) for run in runs)), None):
-            cell |= {"status": "failed", "error": portable(args, error)}
-            print(f"failed: {name}: {cell['error']}", file=sys.stderr)
-        else:
-            cell |= results_of(row, cell["arm"], runs)
-        write_json(file, cell)
-
-
 def section(note, rows, **values):
     """A note of paper.json and a table in Markdown. rows: the texts of its cells."""
     text, *header = PAPER["notes"][note]
@@ -254,13 +236,11 @@ def scores_section(args, scored):
         for frac, arm in row.cells:
             name = "mean of both" if arm == "mean" else row.models[arm][0]
             key = f"{row.label}|{arm}|{frac:g}"
-            runs = scored.get(key, ())
+            runs, printed = scored.get(key, ()), about["cells"].get(key, "–")
             scores, *times = ([r[c] for r in runs if r[c] is not None] for c in columns)
-            ours = f"{np.mean(scores):.4f}" if scores else "not run"
-            ours += f" ± {np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
-            ours += f" (n = {len(scores)})" if scores else ""
+            std = f" ± {np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
+            ours = f"{np.mean(scores):.4f}{std} (n = {len(scores)})" if scores else "not run"
             seconds = [f"{np.mean(x):.0f} s" if x else "–" for x in times]
-            printed = about["cells"].get(key, "–")
             lines.append([row.label, name, f"{frac:.0%}", printed, ours, *seconds])
     return section("scores", lines, metric=args.metric.replace("_", " "), paper=about["metric"])
 
@@ -308,21 +288,19 @@ def seconds_per_image(args, name, kwargs):
 def estimate(args, rows, images):
     """Print every command and about how long it still takes, from a timed step of each arm."""
     n_val, n_test = ((images.given == k).sum() or x * len(images) for k, x in splits.SHARES.items())
-    n_train, todo, total = len(images) - n_test - n_val, {}, 0.0
+    n_train, todo = len(images) - n_test - n_val, {}  # {command: seconds}
     models = {str(model): model for row in rows for model in row.models.values()}
     timed = {key: seconds_per_image(args, *model) for key, model in models.items()}
-    for row, cell, runs in jobs_of(args, rows):
-        todo |= {folder: (words, row, cell["frac"]) for words, folder in runs}  # each once
-    for folder, (words, row, frac) in todo.items():
-        if words[0] == "finetune.py":
-            passes = 50 * (max(frac * n_train, 1) + n_val / 3) + n_test / 3
-        else:  # DINO: two large crops, the small ones, the teacher's forward pass
-            passes = n_train * row.epochs * (4 if row.method == "dino" else 1)
-        passes *= not (folder / "finished").exists()
-        seconds = passes * sum(timed[str(row.models[arm])] for arm in row.arms)
-        total += seconds
-        print(f"{shown(words, folder)}    # ~ {seconds / 60:.1f} min")
-    print(f"{len(todo)} runs, about {total / 3600:.1f} hours here if no fine-tuning stops early")
+    for row, cell, runs in jobs_of(args, rows):  # DINO: two large crops, small ones, the teacher's
+        passes = n_train * row.epochs * (4 if row.method == "dino" else 1)
+        tuning = 50 * (max(cell["frac"] * n_train, 1) + n_val / 3) + n_test / 3
+        for (words, folder), n in zip(runs, (passes, tuning)):
+            n *= not (folder / "finished").exists()
+            todo[shown(words, folder)] = n * sum(timed[str(row.models[arm])] for arm in row.arms)
+    for command, seconds in todo.items():
+        print(f"{command}    # ~ {seconds / 60:.1f} min")
+    hours = sum(todo.values()) / 3600
+    print(f"{len(todo)} runs, about {hours:.1f} hours here if no fine-tuning stops early")
 
 
 def main():
@@ -344,8 +322,20 @@ def main():
         raise cli.UserError(f"{file}: is of another configuration; give another folder with --out")
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
     write_json(file, config)
-    jobs = list(jobs_of(args, rows))
-    run_cells(args, jobs)
+    jobs, failed, machine = list(jobs_of(args, rows)), {}, hardware(args.device)
+    for row, cell, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
+        name = re.sub(r"[^\w.-]+", "_", "{row}_{arm}_{frac:g}_seed{seed}".format(**cell))
+        file = args.out / "cells" / f"{name}.json"
+        cell |= {"status": "done", "commands": [portable(args, shown(*run)) for run in runs]}
+        if file.exists() and cell.items() <= read_json(file).items():
+            continue
+        cell |= {"hardware": machine, "versions": VERSIONS}
+        if error := next(filter(None, (call(*run, failed) for run in runs)), None):
+            cell |= {"status": "failed", "error": portable(args, error)}
+            print(f"failed: {name}: {cell['error']}", file=sys.stderr)
+        else:
+            cell |= results_of(row, cell["arm"], runs)
+        write_json(file, cell)
     print(write_table(args))
     if errors := sum(cell["status"] == "failed" for _, cell, _ in jobs):
         raise cli.Stopped(1, f"{errors} of {len(jobs)} cells failed; run it again to retry them")

@@ -78,21 +78,6 @@ def hours_of(words):
     return sum(int(n) * unit for time in times for n, unit in zip(time, units)) / 3600
 
 
-def run_all(args, jobs):
-    """Say how long the jobs, {method: commands_of()} of each fold, take, and do them."""
-    todo = [run for method in METHODS for job in jobs for run in job[method]]
-    for number, (words, folder) in enumerate(cli.progress(todo, "run")):
-        if error := call(words, folder, {}):
-            raise cli.Stopped(1, f"{folder}: {error}; to go on, give the command again")
-        if number == 0:  # the baseline's weights are there: its fine-tuning can be timed
-            train, tune = hours_of(jobs[0]["cass"][0][0]), hours_of(todo[1][0])
-            total = f"{args.folds} folds take at most {args.folds * (train + 2 * tune):.2f} h"
-            each = f"{train:.2f} h of pre-training and twice {tune:.2f} h of fine-tuning"
-            cli.tqdm.write(f"{total}, each with {each}")
-            if args.dry_run:
-                return
-
-
 def pooled(folders, unit):
     """The out-of-fold Predictions of finetune.py in these folders, a fold each, and the scores of
     each. unit: {name: a number}, equal for images of one patient and for exact duplicates."""
@@ -132,9 +117,10 @@ def main():
     images = readers.read(args.data, **data.options(args) | {"split": "none"})
     results.refuse_unlabelled(images)
     images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
-    unit, jobs = splits.indivisible_units(images), []
+    unit = splits.indivisible_units(images)
     fold = draw_folds(images.labels, images.labelled, unit, args.folds, args.seed)
     divided = [split_of(images, fold, k, args.seed) for k in range(args.folds)]
+    jobs = {method: [] for method in METHODS}
     for k, split in enumerate(divided):
         file = out / f"fold{k}/split.csv"
         file.parent.mkdir(exist_ok=True)
@@ -142,15 +128,24 @@ def main():
         if begun and any(tables.read_split(file, images.names) != split):
             raise cli.UserError(f"{file}: is of other images or flags; give another --out")
         checkpoint.write_csv(file, ("path", "split"), zip(images.names, split))
-        jobs.append({method: commands_of(args, out / f"fold{k}", method) for method in METHODS})
-    run_all(args, jobs)
-    if args.dry_run:
-        return
+        for method in METHODS:
+            jobs[method] += commands_of(args, out / f"fold{k}", method)
+    for number, (words, folder) in enumerate(cli.progress(sum(jobs.values(), []), "run")):
+        if error := call(words, folder, {}):
+            raise cli.Stopped(1, f"{folder}: {error}; to go on, give the command again")
+        if number == 0:  # the baseline's weights are there: its fine-tuning can be timed
+            train, tune = hours_of(jobs["cass"][0][0]), hours_of(jobs["baseline"][1][0])
+            total = f"{args.folds} folds take at most {args.folds * (train + 2 * tune):.2f} h"
+            each = f"{train:.2f} h of pre-training and twice {tune:.2f} h of fine-tuning"
+            cli.tqdm.write(f"{total}, each with {each}")
+        if args.dry_run:
+            return
     number, unit = (dict(zip(images.names, x.tolist())) for x in (fold, unit))
     rows, summary, tests = [], {}, {}
     for method, arm in product(METHODS, ARMS):
-        name, folders = f"{method} {arm}", [job[method][1][1] / arm for job in jobs]
-        tests[name], parts = pooled(folders, unit)
+        tuned = [folder / arm for _, folder in jobs[method] if folder.name == "finetune"]
+        name = f"{method} {arm}"
+        tests[name], parts = pooled(tuned, unit)
         header, lines = tests[name].table()
         rows += [[method, arm, number[line[0]], *line] for line in lines]
         by_fold = {key: [x[key] for x in parts] for key in results.SHOWN if key in parts[0]}
