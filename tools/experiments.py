@@ -52,36 +52,6 @@ def rows_of(table, scale="paper", only=None, fracs=None, epochs=None):
     return rows
 
 
-def parse_arguments():
-    parser = cli.Parser(__doc__ + "\n".join(table["title"] for table in PAPER["tables"].values()))
-    add = parser.add_argument
-    add("--table", required=True, choices=[*PAPER["tables"]], metavar="N", help="of the paper")
-    data.add_arguments(parser)
-    scale = "paper: its arms, ImageNet weights, 384 px, 100 epochs; small: 32 px, random, 3 epochs"
-    add("--scale", default="paper", choices=list(SCALES), help=scale)
-    add("--epochs", type=cli.positive, help="of pre-training, instead of the scale's")
-    add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="of runs")
-    add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")
-    add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
-    add("--metric", choices=results.SCORES, help="in table.md (macro_f1; 5: balanced_accuracy)")
-    add("--out", metavar="DIR", help="folder of the table (default: runs/tableN)")
-    add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
-    add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
-    add("--dry-run", action="store_true", help="print every command and an estimate of the time")
-    args = parser.parse_args()
-    about = PAPER["tables"][args.table]
-    if args.data is None:
-        parser.error("--data PATH is missing")
-    for flag, known in (("only", about["rows"]), ("fracs", about["fracs"])):
-        if unknown := set(vars(args)[flag] or ()) - set(known):
-            there = ", ".join(map(str, known)) or "none"
-            parser.error(f"--{flag} {cli.preview(unknown)}: not in the table, which has: {there}")
-    args.metric = args.metric or about.get("ours", "macro_f1")
-    args.out = Path(args.out or f"runs/{'table' * args.table.isdigit()}{args.table}")
-    cli.refuse_overwrite(args.out, (), False)  # it may be no folder
-    return args
-
-
 def data_flags(args):
     """The data flags that were given, as words to hand on."""
     words = []
@@ -147,9 +117,8 @@ def run_script(words, output):
 
 
 def call(words, folder, failed):
-    """Run a script into its folder, unless it is finished. Returns the last line of a failed one,
-    else None. failed: {folder: that line} of this table, which are not tried twice. UserError:
-    another command was finished there."""
+    """Run a script into its folder, unless it is finished, or has failed already: {folder: its last
+    line}. Returns that line, else None. UserError: another command was finished there."""
     mark = folder / "finished"
     if mark.exists() and mark.read_text() != shlex.join(words):
         raise cli.UserError(f"{folder}: was made with other flags; give another --out")
@@ -304,7 +273,32 @@ def estimate(args, rows, images):
 
 
 def main():
-    args = parse_arguments()
+    parser = cli.Parser(__doc__ + "\n".join(table["title"] for table in PAPER["tables"].values()))
+    add = parser.add_argument
+    add("--table", required=True, choices=[*PAPER["tables"]], metavar="N", help="of the paper")
+    data.add_arguments(parser)
+    scale = "paper: its arms, ImageNet weights, 384 px, 100 epochs; small: 32 px, random, 3 epochs"
+    add("--scale", default="paper", choices=list(SCALES), help=scale)
+    add("--epochs", type=cli.positive, help="of pre-training, instead of the scale's")
+    add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="of runs")
+    add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")
+    add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
+    add("--metric", choices=results.SCORES, help="in table.md (macro_f1; 5: balanced_accuracy)")
+    add("--out", metavar="DIR", help="folder of the table (default: runs/tableN)")
+    add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
+    add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
+    add("--dry-run", action="store_true", help="print every command and an estimate of the time")
+    args = parser.parse_args()
+    about = PAPER["tables"][args.table]
+    if args.data is None:
+        parser.error("--data PATH is missing")
+    for flag, known in (("only", about["rows"]), ("fracs", about["fracs"])):
+        if unknown := set(vars(args)[flag] or ()) - set(known):
+            there = ", ".join(map(str, known)) or "none"
+            parser.error(f"--{flag} {cli.preview(unknown)}: not in the table, which has: {there}")
+    args.metric = args.metric or about.get("ours", "macro_f1")
+    args.out = Path(args.out or f"runs/{'table' * args.table.isdigit()}{args.table}")
+    cli.refuse_overwrite(args.out, (), False)  # it may be no folder
     rows = rows_of(args.table, args.scale, args.only, args.fracs, args.epochs)
     images = readers.read(args.data, **data.options(args))
     results.refuse_unlabelled(images)

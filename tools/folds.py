@@ -8,8 +8,8 @@ on what is neither test nor validation, and finetune.py tunes both arms and scor
 the same without pre-training, the baseline. Flags that are not listed here go to pretrain.py, those
 in --finetune, one text, to finetune.py. First says how long all takes; called again, it goes on
 where it was. Writes to --out predictions.csv, of all folds, and summary.json: scores, and what
-pre-training gains. Models of different folds share training images, so the 95 % intervals come from
-resampling the patients, or images, that were tested, not from the scores of the folds.
+pre-training gains, with 95 % intervals over the patients, or images, that were tested, not over the
+folds, whose models share training images.
 """
 
 import re
