@@ -61,30 +61,25 @@ def data_flags(args):
     return words
 
 
-def pretraining(args, row, seed):
-    """The pre-training of a row: its words, and its folder in --work, whose name stands for them.
-    Of two settings of one flag the last counts."""
-    size, _, flags = SCALES[args.scale]
-    words = [PAPER["scripts"].get(row.method, "pretrain.py"), "--epochs", str(row.epochs)]
-    words += SMALL_DINO * (row.method == "dino" and args.scale == "small")
-    words += ["--img-size", str(size), *flags, *row.flags.split()]
-    for arm, (name, kwargs) in row.models.items():
-        pairs = [f"{key}={value}".replace(" ", "") for key, value in kwargs.items()]
-        words += [f"--{arm}", name] + [f"--{arm}-kwargs", *pairs] * bool(pairs)
-    words += [*data_flags(args), "--seed", str(seed), "--device", args.device]
-    name = f"{row.method}_seed{seed}_{decode.digest(shlex.join(words)):016x}"
-    return words, Path(args.work) / name
-
-
 def jobs_of(args, rows):
-    """(row, cell, its runs) of all cells: what its file begins with; commands and their folders."""
+    """(row, cell, its runs) of all cells: what its file begins with; commands and their folders.
+    The name of a pre-training's folder stands for all its words."""
+    size, _, flags = SCALES[args.scale]
     for seed, row in product(args.seeds, rows):
-        words, folder = pretraining(args, row, seed)
+        words = [PAPER["scripts"].get(row.method, "pretrain.py"), "--epochs", str(row.epochs)]
+        words += SMALL_DINO * (row.method == "dino" and args.scale == "small")
+        words += ["--img-size", str(size), *flags, *row.flags.split()]  # the last of a flag counts
+        for arm, (name, kwargs) in row.models.items():
+            pairs = [f"{key}={value}".replace(" ", "") for key, value in kwargs.items()]
+            words += [f"--{arm}", name] + [f"--{arm}-kwargs", *pairs] * bool(pairs)
+        words += [*data_flags(args), "--seed", str(seed), "--device", args.device]
+        digest = decode.digest(shlex.join(words))
+        folder = Path(args.work) / f"{row.method}_seed{seed}_{digest:016x}"
         tuning = ["finetune.py", "--ckpt", *(str(folder / f"{arm}.pt") for arm in row.arms)]
         tuning += ["--device", args.device, "--frac"]
-        out = str(folder / f"finetune_{'_'.join(row.arms)}_")
         for frac, arm in row.cells:
-            runs = [(words, folder), ([*tuning, f"{frac:g}"], Path(f"{out}{frac:g}"))]
+            out = folder / f"finetune_{'_'.join(row.arms)}_{frac:g}"
+            runs = [(words, folder), ([*tuning, f"{frac:g}"], out)]
             cell = {"row": row.label, "arm": arm, "frac": frac, "seed": seed}
             yield row, cell, runs if frac else runs[:1]
 
@@ -277,8 +272,7 @@ def main():
     add = parser.add_argument
     add("--table", required=True, choices=[*PAPER["tables"]], metavar="N", help="of the paper")
     data.add_arguments(parser)
-    scale = "paper: its arms, ImageNet weights, 384 px, 100 epochs; small: 32 px, random, 3 epochs"
-    add("--scale", default="paper", choices=list(SCALES), help=scale)
+    add("--scale", default="paper", choices=list(SCALES), help="small: 32 px, 3 epochs, for a CPU")
     add("--epochs", type=cli.positive, help="of pre-training, instead of the scale's")
     add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="of runs")
     add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")

@@ -73,9 +73,8 @@ def hours_of(words):
         if error := call([*words, "--dry-run"], Path(folder), {}):
             raise cli.UserError(error.removeprefix("error: "))
         said = Path(folder, "output.txt").read_text()
-    times = [re.findall(r"\d+", text)[::-1] for text in re.findall(r": about (.*) on this", said)]
-    units = (1, 60, 3600, 86400)
-    return sum(int(n) * unit for time in times for n, unit in zip(time, units)) / 3600
+    times = re.findall(r": about (?:(\d+) days?, )?(\d+):(\d+):(\d+) on this", said)
+    return sum(np.dot((24, 1, 1 / 60, 1 / 3600), [int(n or 0) for n in time]) for time in times)
 
 
 def pooled(folders, unit):
