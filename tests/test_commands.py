@@ -15,7 +15,7 @@ from conftest import ARMS, ROOT, draw_classes, in_this_process
 import finetune
 import pretrain
 from common import cli
-from tools import benchmark, demo, dino, experiments, folds
+from tools import benchmark, demo, dino, experiments
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 MODULES = [p for folder in ("", "common/", "tools/") for p in ROOT.glob(f"{folder}*.py")]
@@ -131,8 +131,7 @@ def test_command(line, workplace, monkeypatch, tmp_path, capsys):
     scripts = {"pretrain.py": pretrain, "finetune.py": finetune}  # which it calls as processes
     call = lambda words: run(scripts[words[1].name], words[2:], monkeypatch)  # noqa: E731
     monkeypatch.setattr(demo.subprocess, "call", call)
-    for module in (experiments, folds):
-        monkeypatch.setattr(module, "run_script", in_this_process)
+    monkeypatch.setattr(experiments, "run_script", in_this_process)
     draw = benchmark.draw_large
     monkeypatch.setattr(benchmark, "draw_large", lambda folder, n=4, side=64: draw(folder, n, 64))
     for word in ("/path", "brain_mri", "new_images/", "FOLDER", "photos", "PATH"):

@@ -73,12 +73,9 @@ def test_dry_run_prints_commands_with_a_time_and_writes_nothing(tiny, tmp_path, 
     commands = [line for line in lines if line.startswith("python ")]
     assert all(re.search(r"# ~ [\d.]+ min$", line) for line in commands)
     assert f"{len(commands)} runs, about" in lines[-1]
-    cells = sum(arm in row.arms for row in rows_of(table) for _, arm in row.cells)
-    trained = sum(row.method != "supervised" for row in rows_of(table))
-    # runs that two rows share are there once; all arms are two here
-    assert (
-        len(commands) == cells + trained if table in "27" else 0 < len(commands) < cells + trained
-    )
+    # a row's pre-training, and a fine-tuning for each label fraction; runs that two rows share once
+    runs = sum(1 + len({frac for frac, _ in row.cells}) for row in rows_of(table))
+    assert len(commands) == runs if table in "27" else 0 < len(commands) < runs
     assert {shlex.split(line.split("#")[0])[1] for line in commands} <= {
         "pretrain.py",
         "finetune.py",
@@ -144,8 +141,9 @@ def test_a_table_is_run_recorded_and_gone_on_with(tiny, tmp_path, script, monkey
     assert status == 1 and "3 of 12 cells failed" in err
     assert "failed: CASS_vit_1_seed0: error: a disk fell over" in err
     assert "Failed: CASS, vit, 1, seed 0: error: a disk fell over" in said
-    pretrainings = [c for c in calls if c[0] == "pretrain.py"]
-    assert len(pretrainings) == 2  # seed 0 was not tried again for its other arm
+    epochs = [c[c.index("--epochs") + 1] for c in calls if c[0] == "pretrain.py"]
+    # seed 0 was not tried again for its other arm; the supervised row's is of no epoch
+    assert epochs == ["1", "0", "1", "0"]
     assert not (tmp_path / "results").exists()  # its tables are committed
     out = tmp_path / "runs/table2"
     status, said, err = script(experiments, *command)
@@ -153,23 +151,30 @@ def test_a_table_is_run_recorded_and_gone_on_with(tiny, tmp_path, script, monkey
     before = len(calls)
     status, again, _ = script(experiments, *command)
     assert status == 0 and again == said and len(calls) == before  # finished cells are skipped
+    for mark in (tmp_path / "runs").glob("supervised_seed0_*/finished"):
+        mark.unlink()  # as if it had been cut after it wrote its arms
+    (out / "cells/Supervised_cnn_1_seed0.json").unlink()
+    status, again, err = script(experiments, *command)
+    assert status == 0 and again == said and len(calls) == before + 1, err
 
     with open(out / "table.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12 and {row["status"] for row in rows} == {"done"}
     for row in rows:
-        if row["arm"] == "mean":
-            continue
         cell = json.loads(
             (out / f"cells/{row['row']}_{row['arm']}_1_seed{row['seed']}.json").read_text()
         )
         words = shlex.split(cell["commands"][-1])
-        metrics = json.loads(
-            (tmp_path / words[words.index("--out") + 1] / "metrics.json").read_text()
-        )
+        folder = tmp_path / words[words.index("--out") + 1]
+        metrics = json.loads((folder / row["arm"] / "metrics.json").read_text())
         assert float(row["macro_f1"]) == metrics["test"]["macro_f1"]
         assert metrics["seed"] == int(row["seed"])
-        assert str(tmp_path) not in " ".join(cell["commands"])
+        assert str(tmp_path) not in json.dumps(cell)
+        arms = ["cnn", "vit"] if row["arm"] == "mean" else [row["arm"]]
+        files = (folder / arm / "metrics.json" for arm in arms)
+        seconds = sum(json.loads(file.read_text())["seconds"] for file in files)
+        assert cell["finetune_seconds"] == pytest.approx(seconds, abs=0.06)
+        assert bool(row["pretrain_seconds"]) == (row["row"] == "CASS")
     scores = [float(r["macro_f1"]) for r in rows if (r["row"], r["arm"]) == ("CASS", "cnn")]
     line = next(
         line
@@ -185,6 +190,23 @@ def test_a_table_is_run_recorded_and_gone_on_with(tiny, tmp_path, script, monkey
     for changed in (["--epochs", 7], ["--data", other], ["--multilabel"]):
         status, _, err = script(experiments, *command, *changed)
         assert status == 2 and "another configuration" in one_line(err)
+
+
+def test_a_row_of_one_arm_tunes_that_one(tiny, tmp_path, script, monkeypatch):
+    """From the weights that a pre-training of no epoch wrote: the supervised baseline."""
+    monkeypatch.setattr(experiments, "run_script", in_this_process)
+    flags = ["--table", 11, "--data", tiny, "--scale", "small", "--seeds", 3, "--only", "ViT-B/16"]
+    status, said, err = script(experiments, *flags)
+    assert status == 0, err
+    (file,) = (tmp_path / "runs/table11/cells").glob("*.json")
+    cell = json.loads(file.read_text())
+    (run,) = (tmp_path / "runs").glob("supervised_seed3_*")
+    (tuned,) = (path for path in run.iterdir() if path.is_dir())
+    metrics = json.loads((tuned / "metrics.json").read_text())
+    assert cell["metrics"] == {key: x for key, x in metrics.items() if key != "ckpt"}
+    assert (metrics["arm"], metrics["arch"], metrics["seed"]) == ("vit", "test_vit", 3)
+    assert "pretrain_seconds" not in cell and cell["finetune_seconds"] > 0
+    assert "| ViT-B/16 | test_vit | 100% | 0.8420±0.009 |" in said
 
 
 def test_signals_reach_the_run_which_leaves_a_checkpoint(tiny, tmp_path):

@@ -4,12 +4,12 @@
     python -m tools.experiments --table 4 --data /path              (the paper's size: a GPU)
     python -m tools.experiments --table 4 --data /path --scale small --seeds 0 1 2    (a CPU)
 
-Every cell is a pre-training and a fine-tuning with one seed. Called again, it skips finished cells,
-resumes interrupted ones and retries failed ones. Writes config.json, cells/*.json and table.csv,
-.json and .md to --out; weights and logs of the runs go to --work, shared by all tables:
+A row is a pre-training (supervised: of no epoch) and, for each label fraction, a fine-tuning of its
+arms. Called again, it skips finished cells, resumes interrupted ones and retries failed ones.
+Writes config.json, cells/*.json and table.csv, .json and .md to --out; weights and logs of the runs
+go to --work, shared by all tables:
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -37,101 +37,51 @@ SCALES = {"paper": (384, 100, []), "small": (32, 3, ["--init", "random"])}  # px
 SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
 
 
-def rows_of(table, only=None, fracs=None, epochs=100):
-    """The rows of a table, each a pre-training of two arms (supervised: of none) and fine-tunings,
-    as paper.json describes them. only: their labels; fracs: of labels; epochs: of pre-training."""
-    about = PAPER["tables"][table]
+def rows_of(table, scale="paper", only=None, fracs=None, epochs=None):
+    """The rows of a table, each a pre-training of two arms and the cells of its fine-tunings, as
+    paper.json describes them. only: their labels; fracs: of labels; epochs: of pre-training."""
+    about, epochs = PAPER["tables"][table], epochs or SCALES[scale][1]
     fracs = [frac for frac in about["fracs"] if frac in (fracs or about["fracs"])]
     labels = [label for label in about["rows"] if label in (only or about["rows"])]
     rows = [SimpleNamespace(label=x, **PAPER["row"] | PAPER["rows"].get(x, {})) for x in labels]
     for row in rows:
-        row.epochs = max(1, round(epochs * row.epochs))
+        row.epochs = 0 if row.method == "supervised" else max(1, round(epochs * row.epochs))
+        row.models = {arm: MODELS[getattr(row, arm)][scale == "small"] for arm in ("cnn", "vit")}
         arms = [*row.arms, "mean"] if len(row.arms) == 2 else row.arms
         row.cells = list(product(fracs, arms)) or [(0, "both")]
     return rows
-
-
-def parse_arguments():
-    parser = cli.Parser(__doc__ + "\n".join(table["title"] for table in PAPER["tables"].values()))
-    add = parser.add_argument
-    add("--table", required=True, choices=[*PAPER["tables"]], metavar="N", help="of the paper")
-    data.add_arguments(parser)
-    scale = "paper: its arms, ImageNet weights, 384 px, 100 epochs; small: 32 px, random, 3 epochs"
-    add("--scale", default="paper", choices=list(SCALES), help=scale)
-    add("--epochs", type=cli.positive, help="of pre-training, instead of the scale's")
-    add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="of runs")
-    add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")
-    add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
-    add("--metric", choices=results.SCORES, help="in table.md (macro_f1; 5: balanced_accuracy)")
-    add("--out", metavar="DIR", help="folder of the table (default: runs/tableN)")
-    add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
-    add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
-    add("--dry-run", action="store_true", help="print every command and an estimate of the time")
-    args = parser.parse_args()
-    about = PAPER["tables"][args.table]
-    if args.data is None:
-        parser.error("--data PATH is missing")
-    for flag, known in (("only", about["rows"]), ("fracs", about["fracs"])):
-        if unknown := set(vars(args)[flag] or ()) - set(known):
-            there = ", ".join(map(str, known)) or "none"
-            parser.error(f"--{flag} {cli.preview(unknown)}: not in the table, which has: {there}")
-    args.metric = args.metric or about.get("ours", "macro_f1")
-    args.device_flags = ["--device", args.device] if args.device != "auto" else []
-    args.out = Path(args.out or f"runs/{'table' * args.table.isdigit()}{args.table}")
-    cli.refuse_overwrite(args.out, (), False)  # it may be no folder
-    return args
 
 
 def data_flags(args):
     """The data flags that were given, as words to hand on."""
     words = []
     for key, value in data.options(args, data.OPTIONS).items():
-        flag = f"--{key.replace('_', '-')}"
-        if isinstance(value, str):
-            words.append(f"{flag}={value}")
-        elif value:  # True, or several names
-            words += [flag, *(value if isinstance(value, list) else ())]
+        flag, several = f"--{key.replace('_', '-')}", value if isinstance(value, list) else []
+        words += [f"{flag}={value}"] if isinstance(value, str) else [flag, *several] * bool(value)
     return words
 
 
-def model_of(args, row, arm):
-    """Name and arguments of an arm for timm.create_model."""
-    return MODELS[getattr(row, arm)][args.scale == "small"]
-
-
-def on_data(args, row, seed, words, arms):
-    """A run on the data: its words, and its folder in --work, whose name stands for them. arms:
-    {flag: cnn or vit}. Of two settings of one flag the last counts."""
-    size, _, flags = SCALES[args.scale]
-    words = [*words, "--img-size", str(size), *flags, *row.flags.split()]
-    for flag, arm in arms.items():
-        name, kwargs = model_of(args, row, arm)
-        pairs = [f"{key}={value}".replace(" ", "") for key, value in kwargs.items()]
-        words += [flag, name] + [f"{flag}-kwargs", *pairs] * bool(pairs)
-    words += ["--seed", str(seed), *data_flags(args), *args.device_flags]
-    name = hashlib.sha256("\0".join(words).encode()).hexdigest()[:10]
-    return words, Path(args.work) / f"{row.method}_seed{seed}_{name}"
-
-
 def jobs_of(args, rows):
-    """(row, cell, its runs) of all cells: what its file begins with; commands and their folders."""
+    """(row, cell, its runs) of all cells: what its file begins with; commands and their folders.
+    The name of a pre-training's folder stands for all its words."""
+    size, _, flags = SCALES[args.scale]
     for seed, row in product(args.seeds, rows):
-        before = []
-        if script := PAPER["scripts"].get(row.method):  # supervised: none
-            words = [script, "--epochs", str(row.epochs)]
-            words += SMALL_DINO * (row.method == "dino" and args.scale == "small")
-            before = [on_data(args, row, seed, words, {"--cnn": "cnn", "--vit": "vit"})]
+        words = [PAPER["scripts"].get(row.method, "pretrain.py"), "--epochs", str(row.epochs)]
+        words += SMALL_DINO * (row.method == "dino" and args.scale == "small")
+        words += ["--img-size", str(size), *flags, *row.flags.split()]  # the last of a flag counts
+        for arm, (name, kwargs) in row.models.items():
+            pairs = [f"{key}={value}".replace(" ", "") for key, value in kwargs.items()]
+            words += [f"--{arm}", name] + [f"--{arm}-kwargs", *pairs] * bool(pairs)
+        words += [*data_flags(args), "--seed", str(seed), "--device", args.device]
+        digest = decode.digest(shlex.join(words))
+        folder = Path(args.work) / f"{row.method}_seed{seed}_{digest:016x}"
+        tuning = ["finetune.py", "--ckpt", *(str(folder / f"{arm}.pt") for arm in row.arms)]
+        tuning += ["--device", args.device, "--frac"]
         for frac, arm in row.cells:
-            runs = [*before]
-            for x in {"mean": row.arms, "both": []}.get(arm, [arm]):
-                words = ["finetune.py", "--frac", f"{frac:g}"]
-                if before:
-                    folder = before[0][1]
-                    words += ["--ckpt", str(folder / f"{x}.pt"), *args.device_flags]
-                    runs.append((words, folder / f"finetune_{x}_{frac:g}"))
-                else:
-                    runs.append(on_data(args, row, seed, words, {"--arch": x}))
-            yield row, {"row": row.label, "arm": arm, "frac": frac, "seed": seed}, runs
+            out = folder / f"finetune_{'_'.join(row.arms)}_{frac:g}"
+            runs = [(words, folder), ([*tuning, f"{frac:g}"], out)]
+            cell = {"row": row.label, "arm": arm, "frac": frac, "seed": seed}
+            yield row, cell, runs if frac else runs[:1]
 
 
 def shown(words, folder):
@@ -162,19 +112,18 @@ def run_script(words, output):
 
 
 def call(words, folder, failed):
-    """Run a script into its folder, unless it is finished. Returns the last line of a failed one,
-    else None. failed: {folder: that line} of this table, which are not tried twice. UserError:
-    another command was finished there."""
-    mark, words = folder / "finished", list(map(str, words))
-    if mark.exists() and mark.read_text() not in ("", shlex.join(words)):
+    """Run a script into its folder, unless it is finished, or has failed already: {folder: its last
+    line}. Returns that line, else None. UserError: another command was finished there."""
+    mark = folder / "finished"
+    if mark.exists() and mark.read_text() != shlex.join(words):
         raise cli.UserError(f"{folder}: was made with other flags; give another --out")
     if folder not in failed and not mark.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "w") as output:
-            status = run_script([*words, "--out", str(folder), "--resume"], output)
+            status = run_script([*words, "--out", folder, "--resume", "--overwrite"], output)
         if status:
-            said = (folder / "output.txt").read_text(errors="replace").split("\n")
-            failed[folder] = next((x for x in said[::-1] if x.strip()), f"status {status}")
+            said = (folder / "output.txt").read_text(errors="replace").strip()
+            failed[folder] = said.split("\n")[-1] or f"status {status}"
         else:
             mark.write_text(shlex.join(words))
             (folder / "last.pt").unlink(missing_ok=True)
@@ -187,45 +136,23 @@ def hardware(device):
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{[*names, platform.processor()][0]}, {torch.get_num_threads()} threads"
 
 
-def results_of(runs):
-    """Seconds and metrics of finished runs, for the record of a cell."""
-    result, tunings = {}, [folder for words, folder in runs if words[0] == "finetune.py"]
-    if len(runs) > len(tunings):
-        log = [json.loads(row) for row in (runs[0][1] / "log.jsonl").read_text().splitlines()]
-        result["pretrain_seconds"] = round(sum(row["seconds"] for row in log), 1)
-        if not tunings:
-            return result | {"log": log}
-    found = [read_json(folder / "metrics.json") for folder in tunings]
-    result["finetune_seconds"] = round(sum(run["seconds"] for run in found), 1)
-    result["metrics"] = {k: v for k, v in found[0].items() if k != "ckpt"}
-    if len(tunings) == 2:  # the mean of both arms' probabilities
-        tests = {folder: results.read_test(folder)[0] for folder in tunings}
-        results.refuse_unequal(tests)
-        result["metrics"] = results.mean_of([*tests.values()]).scores()
+def results_of(row, arm, runs):
+    """Seconds and metrics of a cell's finished runs, for its record."""
+    result, (_, folder), *tuned = {}, *runs
+    if row.epochs:
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        result["pretrain_seconds"] = round(sum(epoch["seconds"] for epoch in log), 1)
+        result |= {} if tuned else {"log": log}
+    for _, out in tuned:
+        arms = [arm] if arm in row.arms else row.arms  # mean: of both
+        places = [out / x if len(row.arms) > 1 else out for x in (arm, *arms)]
+        found, *each = (read_json(place / "metrics.json") for place in places)
+        result["finetune_seconds"] = round(sum(x["seconds"] for x in each), 1)
+        result["metrics"] = {key: x for key, x in found.items() if key != "ckpt"}
     return result
-
-
-def run_cells(args, jobs):
-    """Run the cells that are not done, and record each in cells/*.json. Returns how many failed."""
-    failed, errors, machine = {}, 0, hardware(args.device)
-    for _, cell, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
-        name = re.sub(r"[^\w.-]+", "_", "{row}_{arm}_{frac:g}_seed{seed}".format(**cell))
-        file = args.out / "cells" / f"{name}.json"
-        cell |= {"status": "done", "commands": [portable(args, shown(*run)) for run in runs]}
-        if file.exists() and cell.items() <= read_json(file).items():
-            continue
-        cell |= {"hardware": machine, "versions": VERSIONS}
-        if error := next(filter(None, (call(*run, failed) for run in runs)), None):
-            errors += 1
-            cell |= {"status": "failed", "error": portable(args, error)}
-            print(f"failed: {name}: {cell['error']}", file=sys.stderr)
-        else:
-            cell |= results_of(runs)
-        write_json(file, cell)
-    return errors
 
 
 def section(note, rows, **values):
@@ -265,25 +192,19 @@ def times_section(cells):
     return section("times", rows)
 
 
-def mean_and_std(values):
-    """As text; with the standard deviation (n - 1) of two or more."""
-    std = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{std}"
-
-
 def scores_section(args, scored):
     """The scores of both arms and of their mean, beside the paper's. scored: as in write_table."""
     about, lines = PAPER["tables"][args.table], []
     columns = args.metric, "pretrain_seconds", "finetune_seconds"
-    for row in rows_of(args.table):
+    for row in rows_of(args.table, args.scale):
         for frac, arm in row.cells:
+            name = "mean of both" if arm == "mean" else row.models[arm][0]
             key = f"{row.label}|{arm}|{frac:g}"
-            name = "mean of both" if arm == "mean" else model_of(args, row, arm)[0]
-            runs = scored.get(key, {}).values()
+            runs, printed = scored.get(key, ()), about["cells"].get(key, "–")
             scores, *times = ([r[c] for r in runs if r[c] is not None] for c in columns)
-            ours = f"{mean_and_std(scores)} (n = {len(scores)})" if scores else "not run"
+            std = f" ± {np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
+            ours = f"{np.mean(scores):.4f}{std} (n = {len(scores)})" if scores else "not run"
             seconds = [f"{np.mean(x):.0f} s" if x else "–" for x in times]
-            printed = about["cells"].get(key, "–")
             lines.append([row.label, name, f"{frac:.0%}", printed, ours, *seconds])
     return section("scores", lines, metric=args.metric.replace("_", " "), paper=about["metric"])
 
@@ -299,23 +220,21 @@ def record(cell):
 
 def write_table(args):
     """table.csv, table.json and table.md from cells/*.json. Returns the text of table.md."""
-    metric, scored, order = args.metric, {}, PAPER["tables"][args.table]["rows"]
-    cells = map(read_json, (args.out / "cells").glob("*.json"))
-    cells = [cell for cell in cells if cell["row"] in order]
+    order, metric, scored = PAPER["tables"][args.table]["rows"], args.metric, {}
+    cells = [read_json(file) for file in (args.out / "cells").glob("*.json")]
     cells.sort(key=lambda c: (order.index(c["row"]), c["frac"], c["arm"], c["seed"]))
     records = [record(cell) for cell in cells]
     write_csv(args.out / "table.csv", records[0], (r.values() for r in records))
-    for r in (r for r in records if r[metric] is not None):  # {row|arm|frac: {seed: record}}
-        scored.setdefault("{row}|{arm}|{frac:g}".format(**r), {})[r["seed"]] = r
-    summary = {k: {seed: r[metric] for seed, r in x.items()} for k, x in scored.items()}
-    means = {key: float(np.mean([*seeds.values()])) for key, seeds in summary.items()}
+    for r in (r for r in records if r[metric] is not None):  # {row|arm|frac: records}
+        scored.setdefault("{row}|{arm}|{frac:g}".format(**r), []).append(r)
+    values = {key: {r["seed"]: r[metric] for r in runs} for key, runs in scored.items()}
+    means = {key: float(np.mean([*seeds.values()])) for key, seeds in values.items()}
     table = {"scale": args.scale, "epochs": args.epochs, "metric": metric}
-    write_json(args.out / "table.json", table | {"means": means, "values": summary})
+    write_json(args.out / "table.json", table | {"means": means, "values": values})
     main = times_section(cells) if args.table == "1" else scores_section(args, scored)
-    parts = [heading(args, cells), main]
     failed = "Failed: {row}, {arm}, {frac:g}, seed {seed}: {error}"
-    parts += [failed.format(**r) for r in records if r["status"] == "failed"]
-    text = "\n\n".join(parts) + "\n"
+    failed = [failed.format(**r) for r in records if r["status"] == "failed"]
+    text = "\n\n".join([heading(args, cells), main, *failed]) + "\n"
     with atomic_open(args.out / "table.md") as file:
         file.write(text)
     return text
@@ -333,28 +252,48 @@ def seconds_per_image(args, name, kwargs):
 def estimate(args, rows, images):
     """Print every command and about how long it still takes, from a timed step of each arm."""
     n_val, n_test = ((images.given == k).sum() or x * len(images) for k, x in splits.SHARES.items())
-    n_train = len(images) - n_test - n_val
-    models = [model_of(args, row, arm) for row in rows for arm in row.arms]
-    timed = {key: seconds_per_image(args, *m) for key, m in {str(m): m for m in models}.items()}
-    seen, total = set(), 0.0
-    for row, cell, runs in jobs_of(args, rows):
-        for words, folder in (run for run in runs if run[1] not in seen):
-            seen.add(folder)
-            if words[0] == "finetune.py":
-                used = max(cell["frac"] * n_train, 1)
-                arms, passes = [cell["arm"]], 50 * (used + n_val / 3) + n_test / 3
-            else:  # DINO: two large crops, the small ones, the teacher's forward pass
-                arms, passes = row.arms, n_train * row.epochs * (4 if row.method == "dino" else 1)
-            passes *= not (folder / "finished").exists()
-            seconds = passes * sum(timed[str(model_of(args, row, arm))] for arm in arms)
-            total += seconds
-            print(f"{shown(words, folder)}    # ~ {seconds / 60:.1f} min")
-    print(f"{len(seen)} runs, about {total / 3600:.1f} hours here if no fine-tuning stops early")
+    n_train, todo = len(images) - n_test - n_val, {}  # {command: seconds}
+    models = {str(model): model for row in rows for model in row.models.values()}
+    timed = {key: seconds_per_image(args, *model) for key, model in models.items()}
+    for row, cell, runs in jobs_of(args, rows):  # DINO: two large crops, small ones, the teacher's
+        passes = n_train * row.epochs * (4 if row.method == "dino" else 1)
+        tuning = 50 * (max(cell["frac"] * n_train, 1) + n_val / 3) + n_test / 3
+        for (words, folder), n in zip(runs, (passes, tuning)):
+            n *= not (folder / "finished").exists()
+            todo[shown(words, folder)] = n * sum(timed[str(row.models[arm])] for arm in row.arms)
+    for command, seconds in todo.items():
+        print(f"{command}    # ~ {seconds / 60:.1f} min")
+    hours = sum(todo.values()) / 3600
+    print(f"{len(todo)} runs, about {hours:.1f} hours here if no fine-tuning stops early")
 
 
 def main():
-    args = parse_arguments()
-    rows = rows_of(args.table, args.only, args.fracs, args.epochs or SCALES[args.scale][1])
+    parser = cli.Parser(__doc__ + "\n".join(table["title"] for table in PAPER["tables"].values()))
+    add = parser.add_argument
+    add("--table", required=True, choices=[*PAPER["tables"]], metavar="N", help="of the paper")
+    data.add_arguments(parser)
+    add("--scale", default="paper", choices=list(SCALES), help="small: 32 px, 3 epochs, for a CPU")
+    add("--epochs", type=cli.positive, help="of pre-training, instead of the scale's")
+    add("--seeds", type=cli.count, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="of runs")
+    add("--fracs", type=cli.fraction, nargs="+", metavar="F", help="only these label fractions")
+    add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
+    add("--metric", choices=results.SCORES, help="in table.md (macro_f1; 5: balanced_accuracy)")
+    add("--out", metavar="DIR", help="folder of the table (default: runs/tableN)")
+    add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
+    add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
+    add("--dry-run", action="store_true", help="print every command and an estimate of the time")
+    args = parser.parse_args()
+    about = PAPER["tables"][args.table]
+    if args.data is None:
+        parser.error("--data PATH is missing")
+    for flag, known in (("only", about["rows"]), ("fracs", about["fracs"])):
+        if unknown := set(vars(args)[flag] or ()) - set(known):
+            there = ", ".join(map(str, known)) or "none"
+            parser.error(f"--{flag} {cli.preview(unknown)}: not in the table, which has: {there}")
+    args.metric = args.metric or about.get("ours", "macro_f1")
+    args.out = Path(args.out or f"runs/{'table' * args.table.isdigit()}{args.table}")
+    cli.refuse_overwrite(args.out, (), False)  # it may be no folder
+    rows = rows_of(args.table, args.scale, args.only, args.fracs, args.epochs)
     images = readers.read(args.data, **data.options(args))
     results.refuse_unlabelled(images)
     if images.multilabel and args.metric in ("balanced_accuracy", "accuracy"):
@@ -371,10 +310,22 @@ def main():
         raise cli.UserError(f"{file}: is of another configuration; give another folder with --out")
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
     write_json(file, config)
-    jobs = list(jobs_of(args, rows))
-    errors = run_cells(args, jobs)
+    jobs, failed, machine = list(jobs_of(args, rows)), {}, hardware(args.device)
+    for row, cell, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
+        name = re.sub(r"[^\w.-]+", "_", "{row}_{arm}_{frac:g}_seed{seed}".format(**cell))
+        file = args.out / "cells" / f"{name}.json"
+        cell |= {"status": "done", "commands": [portable(args, shown(*run)) for run in runs]}
+        if file.exists() and cell.items() <= read_json(file).items():
+            continue
+        cell |= {"hardware": machine, "versions": VERSIONS}
+        if error := next(filter(None, (call(*run, failed) for run in runs)), None):
+            cell |= {"status": "failed", "error": portable(args, error)}
+            print(f"failed: {name}: {cell['error']}", file=sys.stderr)
+        else:
+            cell |= results_of(row, cell["arm"], runs)
+        write_json(file, cell)
     print(write_table(args))
-    if errors:
+    if errors := sum(cell["status"] == "failed" for _, cell, _ in jobs):
         raise cli.Stopped(1, f"{errors} of {len(jobs)} cells failed; run it again to retry them")
 
 

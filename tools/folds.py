@@ -8,15 +8,15 @@ on what is neither test nor validation, and finetune.py tunes both arms and scor
 the same without pre-training, the baseline. Flags that are not listed here go to pretrain.py, those
 in --finetune, one text, to finetune.py. First says how long all takes; called again, it goes on
 where it was. Writes to --out predictions.csv, of all folds, and summary.json: scores, and what
-pre-training gains. Models of different folds share training images, so the 95 % intervals come from
-resampling the patients, or images, that were tested, not from the scores of the folds.
+pre-training gains, with 95 % intervals over the patients, or images, that were tested, not over the
+folds, whose models share training images.
 """
 
 import re
 import shlex
 import tempfile
 from dataclasses import replace
-from itertools import product
+from itertools import compress, product
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy as np
 import data
 from common import checkpoint, cli, readers, results, splits, tables
 from tools import compare
-from tools.experiments import call, data_flags, run_script
+from tools.experiments import call, data_flags
 
 METHODS, ARMS = ("baseline", "cass"), ("cnn", "vit", "mean")
 
@@ -48,9 +48,9 @@ def split_of(images, fold, number, seed):
     """The split, (N,) str, that tests a fold: validation is drawn from the rest. UserError."""
     images.given = np.where(fold == number, "test", "").astype("U5")
     split = splits.make_split(images, seed)
-    has = images.labels[split == "train"].any(0)
-    lacks = [c for c, there in zip(images.classes, has) if not there]
-    if lacks := lacks + [f"{side} image" for side in splits.SIDES if side not in split]:
+    lacks = [f"{side} image" for side in splits.SIDES if side not in split]
+    lacks += compress(images.classes, ~images.labels[split == "train"].any(0))
+    if lacks:
         what = f"too few patients or images: fold {number} is left without {cli.preview(lacks)}"
         raise cli.UserError(f"{images.path}: {what}; --folds")
     return split
@@ -67,54 +67,33 @@ def commands_of(args, out, method):
     return [(words, folder), (tuning, folder / "finetune")]
 
 
-def seconds_of(words, out):
-    """What a run says that it will take. Raises UserError where it refuses its flags."""
-    with tempfile.TemporaryFile("w+") as output:
-        status = run_script([*words, "--dry-run", "--out", out / "dry_run"], output)
-        output.seek(0)
-        said = output.read()
-    if status:
-        raise cli.UserError(said.strip().split("\n")[-1].removeprefix("error: "))
-    times = [re.findall(r"\d+", text)[::-1] for text in re.findall(r": about (.*) on this", said)]
-    return sum(int(n) * unit for time in times for n, unit in zip(time, (1, 60, 3600, 86400)))
-
-
-def run_all(args, out, jobs):
-    """Say how long the jobs, {method: commands_of()} of each fold, take, and do them."""
-    (begin, tuning), (pretraining, _) = (jobs[0][method] for method in METHODS)
-    todo = [begin] + [run for m in METHODS for job in jobs for run in job[m]] * (not args.dry_run)
-    for number, (words, folder) in enumerate(cli.progress(todo, "run")):
-        if error := call(words, folder, {}):
-            raise cli.Stopped(1, f"{folder}: {error}; to go on, give the command again")
-        if number == 0:  # the baseline's weights are there: its fine-tuning can be timed
-            hours = [seconds_of(x, out) / 3600 for x in (pretraining[0], tuning[0])]
-            total = args.folds * (hours[0] + 2 * hours[1])
-            each = "each with {:.2f} h of pre-training and twice {:.2f} h of fine-tuning".format(
-                *hours
-            )
-            cli.tqdm.write(f"{args.folds} folds take at most {total:.2f} h, {each}")
+def hours_of(words):
+    """How long a run says that it will take. Raises UserError where it refuses its flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        if error := call([*words, "--dry-run"], Path(folder), {}):
+            raise cli.UserError(error.removeprefix("error: "))
+        said = Path(folder, "output.txt").read_text()
+    times = re.findall(r": about (?:(\d+) days?, )?(\d+):(\d+):(\d+) on this", said)
+    return sum(np.dot((24, 1, 1 / 60, 1 / 3600), [int(n or 0) for n in time]) for time in times)
 
 
 def pooled(folders, unit):
-    """The out-of-fold Predictions of finetune.py in these folders, a fold each. unit: {name: a
-    number}, equal for images of one patient and for exact duplicates."""
-    tests = [results.read_test(folder)[0] for folder in folders]
+    """The out-of-fold Predictions of finetune.py in these folders, a fold each, and the scores of
+    each. unit: {name: a number}, equal for images of one patient and for exact duplicates."""
+    tests, found = zip(*map(results.read_test, folders))
     names, true = (sum((getattr(x, key) for x in tests), []) for key in ("names", "true"))
-    arrays = {key: [getattr(x, key) for x in tests] for key in ("probabilities", "distribution")}
-    arrays = {key: np.concatenate(x) for key, x in arrays.items()}
+    keys = "probabilities", "distribution"
+    arrays = {key: np.concatenate([getattr(x, key) for x in tests]) for key in keys}
     arrays |= {"flags": np.hstack([x.flags for x in tests]), "units": [str(unit[x]) for x in names]}
-    return replace(tests[0], names=names, true=true, **arrays)
+    return replace(tests[0], names=names, true=true, **arrays), [x["test"] for x in found]
 
 
-def without_auroc(scores):
+def without_auroc(found):
     """Areas that rank images by different models mean little, and their intervals hold the truth
     too seldom (results/intervals): those of each fold stay."""
-    for part in filter(None, scores.values()):
-        rows = part.get("per_class", [])
-        for row in (part, part.get("ci95", {}), part.get("scores", {}), *rows):
-            row.pop("auroc", None)
-            row.get("ci95", {}).pop("auroc", None)
-    return scores
+    if isinstance(found, dict):
+        return {key: without_auroc(x) for key, x in found.items() if key != "auroc"}
+    return [without_auroc(x) for x in found] if isinstance(found, list) else found
 
 
 def main():
@@ -137,9 +116,10 @@ def main():
     images = readers.read(args.data, **data.options(args) | {"split": "none"})
     results.refuse_unlabelled(images)
     images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad)
-    unit, jobs = splits.indivisible_units(images), []
+    unit = splits.indivisible_units(images)
     fold = draw_folds(images.labels, images.labelled, unit, args.folds, args.seed)
     divided = [split_of(images, fold, k, args.seed) for k in range(args.folds)]
+    jobs = {method: [] for method in METHODS}
     for k, split in enumerate(divided):
         file = out / f"fold{k}/split.csv"
         file.parent.mkdir(exist_ok=True)
@@ -147,27 +127,34 @@ def main():
         if begun and any(tables.read_split(file, images.names) != split):
             raise cli.UserError(f"{file}: is of other images or flags; give another --out")
         checkpoint.write_csv(file, ("path", "split"), zip(images.names, split))
-        jobs.append({method: commands_of(args, out / f"fold{k}", method) for method in METHODS})
-    run_all(args, out, jobs)
-    if args.dry_run:
-        return
+        for method in METHODS:
+            jobs[method] += commands_of(args, out / f"fold{k}", method)
+    for number, (words, folder) in enumerate(cli.progress(sum(jobs.values(), []), "run")):
+        if error := call(words, folder, {}):
+            raise cli.Stopped(1, f"{folder}: {error}; to go on, give the command again")
+        if number == 0:  # the baseline's weights are there: its fine-tuning can be timed
+            train, tune = hours_of(jobs["cass"][0][0]), hours_of(jobs["baseline"][1][0])
+            total = f"{args.folds} folds take at most {args.folds * (train + 2 * tune):.2f} h"
+            each = f"{train:.2f} h of pre-training and twice {tune:.2f} h of fine-tuning"
+            cli.tqdm.write(f"{total}, each with {each}")
+        if args.dry_run:
+            return
     number, unit = (dict(zip(images.names, x.tolist())) for x in (fold, unit))
     rows, summary, tests = [], {}, {}
     for method, arm in product(METHODS, ARMS):
-        folders = [job[method][1][1] / arm for job in jobs]
-        tests[method, arm] = test = pooled(folders, unit)
-        header, lines = test.table()
+        tuned = [folder / arm for _, folder in jobs[method] if folder.name == "finetune"]
+        name = f"{method} {arm}"
+        tests[name], parts = pooled(tuned, unit)
+        header, lines = tests[name].table()
         rows += [[method, arm, number[line[0]], *line] for line in lines]
-        parts = [checkpoint.read_json(folder / "metrics.json")["test"] for folder in folders]
         by_fold = {key: [x[key] for x in parts] for key in results.SHOWN if key in parts[0]}
-        summary[f"{method} {arm}"] = {**without_auroc(test.scores()), "folds": by_fold}
-        results.show(
-            f"{method} {arm}, {len(test.names)} images", summary[f"{method} {arm}"]["test"]
-        )
+        summary[name] = {**without_auroc(tests[name].scores()), "folds": by_fold}
+        results.show(f"{name}, {len(tests[name].names)} images", summary[name]["test"])
     for arm in ARMS:
-        found = without_auroc(compare.compare(*([tests[method, arm]] for method in METHODS)))
-        compare.show(found, [f"{method} {arm}" for method in METHODS])
-        summary[f"cass {arm} - baseline {arm}"] = found
+        pair = [f"{method} {arm}" for method in METHODS]
+        found = without_auroc(compare.compare(*([tests[name]] for name in pair)))
+        compare.show(found, pair)
+        summary[" - ".join(pair[::-1])] = found
     checkpoint.write_csv(out / "predictions.csv", ["method", "arm", "fold", *header], rows)
     checkpoint.write_json(out / "summary.json", summary)
     print(f"wrote {out / 'predictions.csv'} and {out / 'summary.json'}")
