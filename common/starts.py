@@ -82,17 +82,23 @@ def resumed(parser, args, script, may_change):
     return parse_again(parser, state["args"], may_change, last), state
 
 
-def parse_again(parser, saved, may_change, path):
-    """Parse {name: value} as saved in a file, then the command line. UserError where they clash."""
-    flags = [k for k in vars(parser.parse_args()) if k not in may_change - {"epochs", "seeds"}]
+def words_of(values):
+    """{name: value} of flags as they were parsed -> the words that give them."""
     words = []
-    for key in [key for key in saved if key in flags]:
-        flag, value = f"--{key.replace('_', '-')}", saved[key]
+    for key, value in values.items():
+        flag = f"--{key.replace('_', '-')}"
         value = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
         if isinstance(value, list):
             words += [flag, *map(str, value)] if value else []
         elif value is not None and value is not False:
             words.append(flag if value is True else f"{flag}={value}")
+    return words
+
+
+def parse_again(parser, saved, may_change, path):
+    """Parse {name: value} as saved in a file, then the command line. UserError where they clash."""
+    flags = [k for k in vars(parser.parse_args()) if k not in may_change - {"epochs", "seeds"}]
+    words = words_of({key: value for key, value in saved.items() if key in flags})
     with refusing(f"{path}:", UserError):
         before = vars(parser.parse_args(words))
     args = parser.parse_args(words + sys.argv[1:])

@@ -26,7 +26,7 @@ import torch
 
 import data
 from cass import build_arm
-from common import cli, decode, readers, results, splits
+from common import cli, decode, readers, results, splits, starts
 from common.checkpoint import atomic_open, read_json, write_csv, write_json
 from common.run import seconds_per_step
 from pretrain import VERSIONS
@@ -54,11 +54,7 @@ def rows_of(table, scale="paper", only=None, fracs=None, epochs=None):
 
 def data_flags(args):
     """The data flags that were given, as words to hand on."""
-    words = []
-    for key, value in data.options(args, data.OPTIONS).items():
-        flag, several = f"--{key.replace('_', '-')}", value if isinstance(value, list) else []
-        words += [f"{flag}={value}"] if isinstance(value, str) else [flag, *several] * bool(value)
-    return words
+    return starts.words_of(data.options(args, data.OPTIONS))
 
 
 def jobs_of(args, rows):
