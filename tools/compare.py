@@ -12,7 +12,6 @@ scores without such images. --out FILE gets all of it as JSON.
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
