@@ -36,8 +36,8 @@ def load(path):
 
     Returns model (timm's, in eval mode, on the CPU), transform (a Pillow image -> (3, S, S)
     float32, normalized: to the bit what validation saw of the file), class_names (None for a cnn.pt
-    or vit.pt of pretrain.py), multilabel, img_size, mean, std, temperature
-    (of metrics.probabilities_of) and path. Raises UserError.
+    or vit.pt of pretrain.py), multilabel, img_size, mean, std, temperature (of
+    metrics.probabilities_of) and path. Raises UserError.
     """
     weights = starts.load_weights(path, way_out="")
     size, mean, std = weights["img_size"], weights["mean"], weights["std"]
