@@ -21,12 +21,11 @@ import numpy as np
 import torch
 
 import data
-from common import checkpoint, cli, collapse, starts
+from common import checkpoint, cli, collapse, readers, starts
 from common.cli import UserError, preview
 from common.decode import default_dir, normalize
 from common.metrics import probabilities_of
 from common.pixels import square, to_rgb
-from common.readers import read
 from common.results import predicted_cells
 from common.run import on_device
 
@@ -149,7 +148,7 @@ def main():
     if args.out:
         refuse_unequal(arms)
     files = {"images": args.images, "image_col": args.image_col, "skip_bad": args.skip_bad}
-    images = read(args.data, label_col=["none"], split="none", **files)
+    images = readers.read(args.data, label_col=["none"], split="none", **files)
     pixels, outputs = {}, []
     for size in dict.fromkeys(arm.img_size for arm in arms):
         images.decode(size, data.cache_dir(args.cache), args.skip_bad)
