@@ -23,14 +23,11 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import data
-from common import arms, checkpoint, cli, collapse, distributed, results, starts
+from common import arms, checkpoint, cli, collapse, distributed, readers, results, splits, starts
 from common.cli import UserError
 from common.decode import digest
 from common.metrics import fit_temperature, probabilities_of, score
-from common.readers import read
 from common.run import Run, half_cycle, on_device
-from common.splits import TOO_FEW, carried, label_fraction
-from common.starts import load_last, parse_again, resumed
 from losses import class_weights, focal_loss
 
 OUTPUTS = ("metrics.json", "predictions.csv", "confusion.csv", "split.csv", "duplicates.csv")
@@ -38,8 +35,10 @@ OUTPUTS += ("config.json", "best.pt", "log.jsonl", "last.pt")  # best.pt, log.js
 MAY_CHANGE = {*cli.MAY_CHANGE, "seeds"}  # when a run is resumed
 
 
-def add_arguments(parser):
-    """The flags of fine-tuning, besides those of the data and of every run."""
+def parse_arguments():
+    """The arguments; where a run is resumed, those that it began with."""
+    parser = cli.Parser(__doc__)
+    data.add_arguments(parser)
     add = parser.add_argument
     files = {"metavar": "FILE", "type": data.path, "nargs": "+"}
     add("--ckpt", **files, help="cnn.pt or vit.pt of pretrain.py; both: each, and their mean")
@@ -59,28 +58,18 @@ def add_arguments(parser):
     seeds = "a run each: its own labels, head, order, augmentation; the same split"
     add("--seeds", type=cli.count, nargs="+", metavar="N", help=seeds)
     add("--out", metavar="DIR", help="output folder (default: finetune_ARM_FRAC by the checkpoint)")
-
-
-def parse_arguments():
-    """The arguments; where a run is resumed, those that it began with."""
-    parser = cli.Parser(__doc__)
-    data.add_arguments(parser)
-    add_arguments(parser)
     cli.add_run_arguments(parser, epochs=50, lr=3e-4)  # F.3.2
     args = parser.parse_args()
     if args.ckpt and (args.img_size or args.arch_kwargs or args.init or args.seed is not None):
         parser.error("--img-size, --arch-kwargs, --init and --seed go with --arch, not with --ckpt")
     if args.resume is True:
-        files = [] if args.out else args.ckpt or []
-        names = [starts.load_weights(path)["arm"] for path in files] or [str(args.arch)]
-        found = output_folder(args, names).glob("**/config.json")
-        newest = max(found, key=os.path.getmtime, default=None)
-        if newest is not None:
+        found = output_folder(args).glob("**/config.json")
+        if newest := max(found, key=os.path.getmtime, default=None):
             saved = checkpoint.read_json(newest, "arguments")
             starts.check(newest, saved, {"arguments": dict})
-            args = parse_again(parser, saved["arguments"], MAY_CHANGE, newest)
+            args = starts.parse_again(parser, saved["arguments"], MAY_CHANGE, newest)
     elif args.resume:
-        args, _ = resumed(parser, args, "finetune.py", MAY_CHANGE)
+        args, _ = starts.resumed(parser, args, "finetune.py", MAY_CHANGE)
     if (args.ckpt is None) == (args.arch is None):
         parser.error("give either --ckpt FILE or --arch NAME")
     if args.arch and not args.data:
@@ -88,12 +77,14 @@ def parse_arguments():
     return args
 
 
-def output_folder(args, names):
-    """--out, or finetune_ARM_FRAC beside the checkpoint, where both arms are fine-tuned
-    finetune_ARM_ARM_FRAC. names: of the arms, or of --arch."""
-    name = f"finetune_{'_'.join(x.split('.')[0] for x in names)}_{args.frac:g}"
+def output_folder(args):
+    """--out, or finetune_ARM_FRAC beside the checkpoint; of both arms finetune_ARM_ARM_FRAC."""
+    if args.out:
+        return Path(args.out)
+    arm_names = [starts.load_weights(path)["arm"] for path in args.ckpt or []] or [str(args.arch)]
+    name = "_".join(["finetune", *(x.split(".")[0] for x in arm_names), f"{args.frac:g}"])
     name += "" if args.mode == "e2e" else f"_{args.mode}"
-    return Path(args.out or (Path(args.ckpt[0]).parent if args.ckpt else Path(".")) / name)
+    return (Path(args.ckpt[0]).parent if args.ckpt else Path()) / name
 
 
 def begin(args):
@@ -119,10 +110,9 @@ def main():
     args = parse_arguments()
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
-    arms = begin(args)
+    out, arms = output_folder(args), begin(args)
+    args.out, seeds = os.path.abspath(out), args.seeds or [args.seed]
     names = [start.metadata["arm"] for start in arms]
-    out, seeds = output_folder(args, names), args.seeds or [args.seed]
-    args.out = os.path.abspath(out)
     parts = [*names, "mean"] if len(arms) > 1 else [""]
     inner = [f"seed{seed}" for seed in seeds] if len(seeds) > 1 else [""]
     folders = {part: [out / part / name for name in inner] for part in parts}
@@ -137,7 +127,7 @@ def main():
     for folder in {out, *every} if not args.resume else ():
         cli.refuse_overwrite(folder, ("metrics.json", "best.pt", "last.pt"), args.overwrite)
 
-    images = read(args.data, **data.options(args))
+    images = readers.read(args.data, **data.options(args))
     results.refuse_unlabelled(images)
     cache = data.cache_dir(args.cache)
     images.decode(arms[0].metadata["img_size"], cache, args.skip_bad, args.dry_run)
@@ -165,14 +155,13 @@ def main():
 
 
 def run_seed(job, args, seed, out):
-    """Fine-tune with a seed and test, unless it is done. Returns what metrics.json holds, or None:
-    a dry run."""
+    """Fine-tune with a seed and test, unless it is done. Returns metrics.json; None: a dry run."""
     images, split, job.seed, job.out = job.images, job.split, seed, out
     name, knn = f"{job.start.metadata['arm']}, seed {seed}", args.mode == "knn"
     if args.resume and all((out / name).exists() for name in OUTPUTS[: -3 if knn else -1]):
         print(f"{name}: {out} is finished")
         return checkpoint.read_json(out / "metrics.json", *results.PARTS)
-    job.used = label_fraction(images, split == "train", args.frac, seed)
+    job.used = splits.label_fraction(images, split == "train", args.frac, seed)
     counts = images.labels[job.used].sum(0)
     job.weights = class_weights(counts, args.class_weights).to(job.device)
     job.digest = digest(job.hashes.tobytes(), images.labels.tobytes(), "".join(split), job.used)
@@ -212,32 +201,31 @@ def save_best(job, args, model, training):
     saved |= {"class_names": images.classes, "multilabel": images.multilabel, "training": training}
     saved |= {"temperature": training["temperature"], "data": data.options(args, data.OPTIONS)}
     saved["seen"] = torch.cat([start.seen, torch.from_numpy(trained)]).unique()
-    saved["split"] = carried(images, job.split, start.carried)
+    saved["split"] = splits.carried(images, job.split, start.carried)
     saved["config"] = vars(args) | {"ckpt": job.ckpt}
     checkpoint.save(job.out / "best.pt", checkpoint.weights_file(model, **saved))
 
 
 def saved_state(folder):
-    """What a run in this folder left to resume from: last.pt, the training that best.pt ended, or
-    None."""
+    """What a run left here to resume from: last.pt, the training that best.pt ended, or None."""
     best, last = folder / "best.pt", folder / "last.pt"
     if best.exists():
         training = starts.load_weights(best).get("training")
         starts.check(best, training, starts.FINISHED)
         return training
     if last.exists():
-        return load_last(last, "finetune.py")
+        return starts.load_last(last, "finetune.py")
     print(f"{folder}: holds no last.pt, so the run starts from the beginning")
     return None
 
 
 def batches_of(job, mask, transform=None):
     """A loader of (images, targets) of the masked images, shuffled where they are augmented."""
-    index, labels, train = mask.nonzero()[0], job.images.labels, transform is not None
-    targets = labels.astype("float32") if job.images.multilabel else labels.argmax(1)
-    targets = torch.from_numpy(targets)[index]
+    index, train = mask.nonzero()[0], transform is not None
+    labels, seed = job.images.labels[index], job.seed if train else None
+    targets = torch.from_numpy(labels.astype("f4") if job.images.multilabel else labels.argmax(1))
     dataset = data.AugmentedImages(job.images.images, index, transform, targets, job.seed)
-    batches = data.EpochBatches(len(index), job.bs, job.seed if train else None, train)
+    batches = data.EpochBatches(len(index), job.bs, seed, drop_single=train)
     return data.loader(dataset, batches, job.device, job.workers)
 
 
@@ -245,23 +233,20 @@ def batches_of(job, mask, transform=None):
 def evaluate(job, model, loader):
     """Mean focal loss, and logits (N, C) on the CPU."""
     model.eval()
-    logits, true = [], []
+    outputs = []
     for images, target in on_device(loader, job.device, *job.normalization):
         with torch.autocast(job.device.type, job.amp, enabled=job.amp is not None):
-            logits.append(model(images).float())
-        true.append(target)
-    logits = torch.cat(logits)
-    loss = focal_loss(logits, torch.cat(true), job.weights)
-    return loss.item(), logits.cpu()
+            outputs.append((model(images).float(), target))
+    logits, true = map(torch.cat, zip(*outputs))
+    return focal_loss(logits, true, job.weights).item(), logits.cpu()
 
 
-def validate(job, model, loader):
-    """Loss, the temperature that fits best, and scores of the validation images."""
-    images, (loss, logits) = job.images, evaluate(job, model, loader)
-    labels, multilabel = images.labels[job.split == "val"], images.multilabel
-    T = fit_temperature(logits, labels, multilabel) if math.isfinite(loss) else 1.0
+def validate(job, logits):
+    """The temperature that fits validation logits (N, C) best, and their scores."""
+    labels, multilabel = job.images.labels[job.split == "val"], job.images.multilabel
+    T = fit_temperature(logits, labels, multilabel)
     both = probabilities_of(logits, T, multilabel)
-    return loss, T, score(None, labels, *both, multilabel, images.classes)
+    return T, score(None, labels, *both, multilabel, job.images.classes)
 
 
 def build(job):
@@ -277,21 +262,20 @@ def build(job):
 
 
 def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
-    """Train on the used labels; the model ends with the weights of the epoch of the lowest
-    validation loss. Returns how training went; None where it is a dry run."""
+    """Train on the used labels; the model ends with the weights of the lowest validation loss.
+    Returns how training went; None where it is a dry run."""
     device, amp, val_mask = job.device, job.amp, job.split == "val"
     train_loader = batches_of(job, job.used, data.augmentation(job.start.metadata["img_size"]))
     val_loader = batches_of(job, val_mask)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, fused=True)
-    t_max = half_cycle(t_max, epochs * len(train_loader))
-    scheduler = CosineAnnealingLR(optimizer, t_max, min_lr)
+    scheduler = CosineAnnealingLR(optimizer, half_cycle(t_max, epochs * len(train_loader)), min_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     run.announce(lambda x: focal_loss(model(x[0]), x[1]), model, train_loader, epochs, val_mask)
     if run.metadata["args"]["dry_run"]:
         return None
     run.track(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     best = run.progress.setdefault("best", {"best_loss": math.inf, "best_epoch": 0})
-    if val_mask.sum() < TOO_FEW:
+    if val_mask.sum() < splits.TOO_FEW:
         print(f"--patience is ignored: {val_mask.sum()} validation images are too few to stop on")
         patience = epochs
     for _ in run.epochs(epochs, train_loader, lambda epoch: epoch >= best["best_epoch"] + patience):
@@ -306,12 +290,12 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
             scaler.update()
             scheduler.step()
             run.note(loss)
-        val_loss, T, val = validate(job, model, val_loader)
+        val_loss, logits = evaluate(job, model, val_loader)
         run.check_finite(val_loss)
+        T, val = validate(job, logits)
         if val_loss < best["best_loss"]:
-            weights = {key: x.detach().clone() for key, x in model.state_dict().items()}
-            best.update(best_loss=val_loss, best_epoch=run.epoch + 1, temperature=T)
-            best.update(best_val=val, best_state=weights)
+            best.update(best_loss=val_loss, best_epoch=run.epoch + 1, temperature=T, best_val=val)
+            best["best_state"] = {key: x.clone() for key, x in model.state_dict().items()}
         f1, lr = val["macro_f1"], scheduler.get_last_lr()[0]
         run.show(f"val loss {val_loss:.3g}, val F1 {f1:.3f}")
         run.end_epoch(train_loss=run.mean_loss(), val_loss=val_loss, val_macro_f1=f1, lr=lr)
@@ -320,8 +304,7 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
 
 
 def tested(job):
-    """The test probabilities, two (N, C) arrays, of best.pt, and what metrics.json says of its
-    training."""
+    """Two (N, C) arrays, the test probabilities of best.pt, and what metrics.json says of it."""
     best = starts.load_weights(job.out / "best.pt")
     model = starts.build(best, job.out / "best.pt").to(job.device)
     _, logits = evaluate(job, model, batches_of(job, job.split == "test"))
@@ -337,21 +320,19 @@ def tested(job):
 def nearest(job):
     """--mode knn: label the test images by the used ones (collapse.knn), whose votes sum to 1.
     Returns as tested()."""
-    began, images = time.perf_counter(), job.images
+    began, images, features = time.perf_counter(), job.images, []
     torch.manual_seed(job.seed)
     model = job.start.make().to(job.device)
-
-    def features(mask):
+    for mask in (job.used, job.split == "val", job.split == "test"):
         loader = on_device(batches_of(job, mask), job.device, *job.normalization)
         with torch.autocast(job.device.type, job.amp, enabled=job.amp is not None):
-            return collapse.embed(model, (batch for batch, _ in loader))[0].cpu()
-
-    known, labels = features(job.used), torch.from_numpy(images.labels[job.used]).float()
-    val, test = (job.split == part for part in ("val", "test"))
-    found, votes = (collapse.knn(known, labels, features(x)).numpy() for x in (val, test))
-    scores = score(None, images.labels[val], found, found, images.multilabel, images.classes)
-    summary = {"neighbours": min(20, len(known)), "val": scores}
-    return (votes, votes), {**summary, "seconds": round(time.perf_counter() - began, 2)}
+            features.append(collapse.embed(model, (batch for batch, _ in loader))[0].cpu())
+    labels = torch.from_numpy(images.labels[job.used]).float()
+    val, test = (collapse.knn(features[0], labels, x).numpy() for x in features[1:])
+    true = images.labels[job.split == "val"]
+    summary = {"neighbours": min(20, len(labels))}
+    summary["val"] = score(None, true, val, val, images.multilabel, images.classes)
+    return (test, test), summary | {"seconds": round(time.perf_counter() - began, 2)}
 
 
 if __name__ == "__main__":

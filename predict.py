@@ -21,15 +21,13 @@ import numpy as np
 import torch
 
 import data
-from common import checkpoint, cli, collapse, starts
+from common import checkpoint, cli, collapse, readers, starts
 from common.cli import UserError, preview
 from common.decode import default_dir, normalize
-from common.metrics import predicted_labels, probabilities_of
+from common.metrics import probabilities_of
 from common.pixels import square, to_rgb
-from common.readers import read
-from common.results import columns
+from common.results import predicted_cells
 from common.run import on_device
-from common.splits import label_text
 
 
 def load(path):
@@ -37,8 +35,8 @@ def load(path):
 
     Returns model (timm's, in eval mode, on the CPU), transform (a Pillow image -> (3, S, S)
     float32, normalized: to the bit what validation saw of the file), class_names (None for a cnn.pt
-    or vit.pt of pretrain.py), multilabel, img_size, mean, std, temperature
-    (of metrics.probabilities_of) and path. Raises UserError.
+    or vit.pt of pretrain.py), multilabel, img_size, mean, std, temperature (of
+    metrics.probabilities_of) and path. Raises UserError.
     """
     weights = starts.load_weights(path, way_out="")
     size, mean, std = weights["img_size"], weights["mean"], weights["std"]
@@ -125,14 +123,6 @@ def outputs_of(arm, pixels, bs, workers, device, amp, with_features):
     return [np.concatenate(parts) for parts in zip(*outputs)]
 
 
-def write_predictions(path, names, probabilities, distributions, classes, multilabel):
-    """A row per image: path, predicted, two probabilities per class, both (N, C)."""
-    labels = predicted_labels(probabilities, multilabel)
-    table = zip(names, labels, np.hstack([probabilities, distributions]))
-    rows = ([name, label_text(classes, has), *map(str, p)] for name, has, p in table)
-    checkpoint.write_csv(path, ["path", "predicted", *columns(classes)], rows)
-
-
 def write_embeddings(path, names, features, files):
     """A .npz file of the features (N, D) that each of the weights files gives."""
     arrays = {f"embeddings_{i}": array for i, array in enumerate(features, 1)}
@@ -158,7 +148,7 @@ def main():
     if args.out:
         refuse_unequal(arms)
     files = {"images": args.images, "image_col": args.image_col, "skip_bad": args.skip_bad}
-    images = read(args.data, label_col=["none"], split="none", **files)
+    images = readers.read(args.data, label_col=["none"], split="none", **files)
     pixels, outputs = {}, []
     for size in dict.fromkeys(arm.img_size for arm in arms):
         images.decode(size, data.cache_dir(args.cache), args.skip_bad)
@@ -173,8 +163,9 @@ def main():
     if args.out:
         rows = range(len(images)) if images.rows is None else images.rows  # repeated ones too
         means = [np.mean(x, axis=0)[rows] for x in zip(*(found[:2] for found in outputs))]
-        names = [images.names[i] for i in rows]
-        write_predictions(args.out, names, *means, arms[0].class_names, arms[0].multilabel)
+        header, cells = predicted_cells(*means, arms[0].class_names, arms[0].multilabel)
+        lines = ([images.names[i], *x] for i, x in zip(rows, cells))
+        checkpoint.write_csv(args.out, ["path", *header], lines)
         print(f"wrote {args.out}")
     if args.embeddings:
         write_embeddings(args.embeddings, images.names, [f for *_, f in outputs], args.ckpt)

@@ -1,6 +1,7 @@
 """Scores of a classifier, their 95 % intervals, and probabilities that mean something."""
 
 from collections import defaultdict
+from itertools import product
 from statistics import NormalDist
 
 import numpy as np
@@ -68,12 +69,9 @@ def calibration_errors(labels, p, multilabel):
 
 def measures(labels, probabilities, distribution, multilabel, weights):
     """Scores of N images that count weights (B, N) times: {name: (B,)}, and {name: (B, C)} of each
-    class; NaN where undefined. labels: (N, C) bool; probabilities,
-    distribution: (N, C), of probabilities_of()."""
+    class; NaN where undefined. labels: (N, C) bool; the two (N, C) of probabilities_of()."""
     predicted, n = predicted_labels(probabilities, multilabel), weights.sum(1)
-    right = (labels == predicted).all(1)
-    counts = labels & predicted, labels, predicted
-    tp, support, found = (weights @ x.astype(float) for x in counts)
+    tp, support, found = (weights @ x for x in (labels & predicted, labels, predicted))
     each = {"precision": tp / np.maximum(found, 1), "recall": tp / np.maximum(support, 1)}
     each["f1"] = 2 * tp / np.maximum(support + found, 1)
     each["auroc"] = np.stack([auroc(*x, weights) for x in zip(labels.T, probabilities.T)], 1)
@@ -82,7 +80,7 @@ def measures(labels, probabilities, distribution, multilabel, weights):
     scores = {"macro_f1": f1 * labels.any(0).mean()}  # absent classes count as 0
     scores["micro_f1"] = 2 * tp.sum(1) / np.maximum((support + found).sum(1), 1)
     scores |= {"macro_f1_present": f1, "auroc": np.nansum(each["auroc"], 1) / known.sum(1)}
-    scores["exact_match" if multilabel else "accuracy"] = weights @ right / n
+    scores["exact_match" if multilabel else "accuracy"] = weights @ (labels == predicted).all(1) / n
     if not multilabel:
         scores["balanced_accuracy"] = (each["recall"] * present).sum(1) / present.sum(1)
     for name, p in (("", distribution), ("_uncalibrated", probabilities)):
@@ -96,10 +94,9 @@ def bootstrap(units, *what):
     """measures(*what) of ROUNDS resamples of units (N,), the number of each image's patient, say.
     Equal units are drawn equally, so that differences between two models are paired."""
     _, unit = np.unique(units, return_inverse=True)
-    rng, parts, U = np.random.default_rng(0), [], unit.max() + 1
-    for _ in range(ROUNDS // 100):
-        draws = rng.multinomial(U, np.full(U, 1 / U), 100)
-        parts.append(measures(*what, draws[:, unit].astype(float)))
+    U = unit.max() + 1
+    draws = np.random.default_rng(0).multinomial(U, np.full(U, 1 / U), (ROUNDS // 100, 100))
+    parts = [measures(*what, some[:, unit].astype(float)) for some in draws]
     return [{k: np.concatenate([x[k] for x in xs]) for k in xs[0]} for xs in zip(*parts)]
 
 
@@ -122,45 +119,44 @@ def ece_limits(replicates, ece, U):
 
 
 def too_few(units, labels):
-    """Which scores have too few units for an interval: {score: bool}, {score: (C,) bool}."""
+    """Which scores have too few units for an interval, {score: bool} and {score: (C,) bool}, and
+    how many units have each label."""
     U = len(np.unique(units))
-    counts = [[len(np.unique(units[x])) for x in y.T] for y in (labels, ~labels)]
-    has, both = np.array(counts[0]), np.min(counts, axis=0)
-    few = dict.fromkeys(("precision", "recall", "f1"), (U < FEW) | (has < FEW_OF_CLASS))
-    few["auroc"] = (U < FEW) | (both < FEW_OF_CLASS)
-    means = {key: (few.get(key, few["f1"]) & (has > 0)).any() for key in OF_CLASSES}
-    means |= {
-        key: min(U / FEW, len(units) / FEW_FOR_ECE) < 1 for key in ("ece", "ece_uncalibrated")
-    }
-    return defaultdict(lambda: U < FEW, means), few
+    counts = np.array([[len(np.unique(units[x])) for x in y.T] for y in (labels, ~labels)])
+    few = (U < FEW) | (counts < FEW_OF_CLASS)  # with the label, without it
+    each = defaultdict(lambda: few[0], auroc=few.any(0))
+    means = {key: (each[key] & (counts[0] > 0)).any() for key in OF_CLASSES}
+    means["ece"] = means["ece_uncalibrated"] = U < FEW or len(units) < FEW_FOR_ECE
+    return defaultdict(lambda: U < FEW, means), each, counts[0].tolist()
+
+
+def interval(few, ends):
+    """95 % limits as [low, high]; None of too few units or of none but equal resamples."""
+    return None if few or ends[0] == ends[1] else ends.tolist()
 
 
 @np.errstate(invalid="ignore")  # 0 / 0 where a score is undefined: None
 def score(units, labels, probabilities, distribution, multilabel, classes):
-    """Scores, as of measures(), of N > 0 images and, unless units is None, their 95 % intervals,
-    ci95: None of too few units or of none but equal resamples. Absent classes count as 0 in
-    macro_f1; macro_f1_present, auroc and balanced_accuracy leave them out. confusion: rows true,
-    or [tp, fp, fn, tn] each."""
+    """Scores, as of measures(), of N > 0 images and, unless units is None, ci95: each's interval().
+    Absent classes count as 0 in macro_f1; macro_f1_present, auroc and balanced_accuracy leave them
+    out. confusion: rows true, or [tp, fp, fn, tn] each."""
     what = labels, probabilities, distribution, multilabel
     points, each = measures(*what, np.ones((1, len(labels))))
-    points = {key: None if np.isnan(x[0]) else x[0].item() for key, x in points.items()}
-    rows = [dict(zip(("class", "support"), row)) for row in zip(classes, labels.sum(0).tolist())]
-    for i, row in enumerate(rows):
-        row |= {k: None if np.isnan(x[0, i]) else x[0, i].item() for k, x in each.items()}
+    points = {key: None if np.isnan(x) else x.item() for key, (x,) in points.items()}
+    rows = {"class": classes, "support": labels.sum(0).tolist()}
+    rows |= {key: np.where(np.isnan(x), None, x).tolist() for key, (x,) in each.items()}
+    scores = {"n": len(labels), **points}
+    if units is not None:
+        U = scores["n_units"] = len(np.unique(units))
+        (few, few_each, rows["n_units"]), drawn = too_few(units, labels), bootstrap(units, *what)
+        scores["ci95"], rows["ci95"] = {}, [{} for _ in classes]
+        for key, x in drawn[0].items():
+            ends = ece_limits(x, points[key], U) if "ece" in key else limits(x, U)
+            scores["ci95"][key] = interval(few[key], ends)
+        for i, key in product(range(len(classes)), drawn[1]):
+            rows["ci95"][i][key] = interval(few_each[key][i], limits(drawn[1][key][:, i], U))
+    scores["per_class"] = [dict(zip(rows, row)) for row in zip(*rows.values())]
     predicted = predicted_labels(probabilities, multilabel)
     cells = [labels & predicted, ~labels & predicted, labels & ~predicted, ~labels & ~predicted]
     confusion = np.stack([x.sum(0) for x in cells], 1) if multilabel else labels.T * 1 @ predicted
-    scores = {"n": len(labels), **points, "per_class": rows, "confusion": confusion.tolist()}
-    if units is None:
-        return scores
-    (few, few_each), (drawn, drawn_each) = too_few(units, labels), bootstrap(units, *what)
-    U = scores["n_units"] = len(np.unique(units))
-    of = {k: ece_limits(x, points[k], U) if "ece" in k else limits(x, U) for k, x in drawn.items()}
-    scores["ci95"] = {
-        key: None if few[key] or x[0] == x[1] else x.tolist() for key, x in of.items()
-    }
-    of = {key: limits(x, U).T for key, x in drawn_each.items()}
-    few_each = {key: few_each[key] | (x[:, 0] == x[:, 1]) for key, x in of.items()}
-    for i, row in enumerate(rows):
-        row["ci95"] = {key: None if few_each[key][i] else x[i].tolist() for key, x in of.items()}
-    return scores
+    return scores | {"confusion": confusion.tolist()}

@@ -2,13 +2,14 @@
 
 import csv
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import compress, product
 
 import numpy as np
 
 from common import metrics
 from common.checkpoint import TEXT, read_json, start_folder, write_csv, write_json
-from common.cli import UserError
+from common.cli import UserError, preview
+from common.metrics import FEW, FEW_FOR_ECE, FEW_OF_CLASS
 from common.splits import SIDES, class_counts, cross_split_duplicates, indivisible_units, label_text
 
 FLAGS = {"duplicate": "exact duplicates", "near": "exact and near-duplicates"}  # of test images
@@ -17,6 +18,7 @@ PARTS = ("test", "test_without_duplicates", "test_without_near", "test_without_s
 COUNTS = ("n_test_duplicates", "n_test_near", "n_test_seen")
 SCORES = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
 SHOWN = (*SCORES, "brier", "ece")
+KINDS = {"probabilities": "prob", "distribution": "calibrated"}  # {attribute: in column names}
 SHARED = ("names", "true", "units", "classes", "multilabel")  # what tests must share
 
 
@@ -55,17 +57,19 @@ class Predictions:
 
     def table(self):
         """Header and rows of predictions.csv, to the last bit of float32."""
-        predicted = metrics.predicted_labels(self.probabilities, self.multilabel)
-        header = ["path", "true", "predicted", *columns(self.classes), *FLAGS, "group"]
-        numbers = np.hstack([self.probabilities, self.distribution])
-        labels = (label_text(self.classes, has) for has in predicted)
-        rows = zip(self.names, self.true, labels, numbers, self.flags.T, self.units)
-        return header, ([*x, *map(str, p), *map(int, f), unit] for *x, p, f, unit in rows)
+        both = self.probabilities, self.distribution
+        header, cells = predicted_cells(*both, self.classes, self.multilabel)
+        rows = zip(self.names, self.true, cells, self.flags.T.astype(int), self.units)
+        header = ["path", "true", *header, *FLAGS, "group"]
+        return header, ([name, true, *x, *flags, unit] for name, true, x, flags, unit in rows)
 
 
-def columns(classes):
-    """Of probabilities in a table: the sigmoids, then the distribution."""
-    return [f"{kind}_{c}" for kind in ("prob", "calibrated") for c in classes]
+def predicted_cells(probabilities, distribution, classes, multilabel):
+    """Header and rows of what is predicted of N images, and of both probabilities, (N, C)."""
+    labels = metrics.predicted_labels(probabilities, multilabel)
+    rows = zip(labels, np.hstack([probabilities, distribution]))
+    header = ["predicted", *(f"{kind}_{c}" for kind in KINDS.values() for c in classes)]
+    return header, [[label_text(classes, has), *map(str, p)] for has, p in rows]
 
 
 def read_test(folder):
@@ -73,14 +77,14 @@ def read_test(folder):
     found = read_json(folder / "metrics.json")
     try:
         with open(folder / "predictions.csv", **TEXT) as file:
-            rows = list(csv.DictReader(file))
-        names, true, units = ([row[key] for row in rows] for key in ("path", "true", "group"))
-        numbers = np.array([[row[c] for c in columns(found["classes"])] for row in rows], "f4")
-        flags = np.array([[row[flag] == "1" for row in rows] for flag in FLAGS])
+            header, *rows = filter(None, csv.reader(file))
+        table, classes = dict(zip(header, map(list, zip(*rows)))), found["classes"]
+        names, true, units, *flags = (table[key] for key in ("path", "true", "group", *FLAGS))
+        columns = ([table[f"{kind}_{c}"] for c in classes] for kind in KINDS.values())
+        both, flags = (np.stack(x, 1).astype("f4") for x in columns), np.array(flags) == "1"
         if [found[n] for n in ("n_test", *COUNTS)] != [len(rows), *flags.sum(1)]:
             raise ValueError("of different runs")
-        what = names, true, units, *np.hsplit(numbers, 2), flags, found["classes"]
-        return Predictions(*what, found["multilabel"]), found
+        return Predictions(names, true, units, *both, flags, classes, found["multilabel"]), found
     except (OSError, KeyError, ValueError, TypeError) as error:
         what = "is missing, of an earlier version, or does not fit the metrics.json beside it"
         fix = f"delete it and metrics.json, and give finetune.py --resume --out {folder}"
@@ -98,9 +102,8 @@ def refuse_unequal(tests):
 
 def mean_of(tests):
     """The mean of Predictions of the same images, with the flags of any of them."""
-    parts = {key: [getattr(x, key) for x in tests] for key in ("probabilities", "distribution")}
-    flags = np.any([test.flags for test in tests], axis=0)
-    return replace(tests[0], flags=flags, **{key: np.mean(x, axis=0) for key, x in parts.items()})
+    means = {key: np.mean([getattr(x, key) for x in tests], axis=0) for key in KINDS}
+    return replace(tests[0], flags=np.any([x.flags for x in tests], axis=0), **means)
 
 
 def report(job, probabilities, distribution, training):
@@ -122,18 +125,17 @@ def write_test(out, test, settings):
     """Print and write what a test gave; metrics.json begins with settings. Returns its dict."""
     scores, classes = test.scores(), test.classes
     counts = dict(zip(COUNTS, test.flags.sum(1).tolist()))
-    notes = [f" without the {n} {what}" for n, what in zip(counts.values(), FLAGS.values())]
-    for part, note in zip(PARTS, ["", *notes]):
-        if scores[part] and (part == "test" or scores[part] is not scores["test"]):
-            show(f"test, {scores[part]['n']} images{note}", scores[part])
+    show(f"test, {len(test.names)} images", scores["test"])
+    for part, n, what in zip(PARTS[1:], counts.values(), FLAGS.values()):
+        if n and scores[part]:
+            show(f"test, {scores[part]['n']} images without the {n} {what}", scores[part])
     predicted = metrics.predicted_labels(test.probabilities, test.multilabel).any(0)
     if predicted.sum() == 1:
         print(f"every prediction is {classes[predicted.argmax()]}: the model tells nothing apart")
     write_csv(out / "predictions.csv", *test.table())
-    header = (
-        ["label", "tp", "fp", "fn", "tn"] if test.multilabel else ["true \\ predicted", *classes]
-    )
     cells = ([c, *row] for c, row in zip(classes, scores["test"]["confusion"]))
+    header = ["true \\ predicted", *classes]
+    header = ["label", "tp", "fp", "fn", "tn"] if test.multilabel else header
     write_csv(out / "confusion.csv", header, cells)
     found = {**settings, "classes": classes, "multilabel": test.multilabel, **counts, **scores}
     write_json(out / "metrics.json", found)  # last: it says that the run is finished
@@ -144,11 +146,15 @@ def show(title, scores):
     """Print the scores of a part of the test images, each with its 95 % interval."""
     units = "images" if scores["n_units"] == scores["n"] else "patients or different images"
     print(f"{title}; 95 % intervals over {scores['n_units']} {units}:")
-    for key in (key for key in SHOWN if scores.get(key) is not None):
-        limits = scores["ci95"][key]
-        text = f"too few {units}, or errors, for an interval"
-        text = "{:.4f} to {:.4f}".format(*limits) if limits else text
+    shown = {key: scores["ci95"][key] for key in SHOWN if scores.get(key) is not None}
+    for key, ends in shown.items():
+        text = "{:.4f} to {:.4f}".format(*ends) if ends else "too few"
         print(f"  {key:18} {scores[key]:.4f}  ({text})")
+    if None in shown.values():
+        has = {x["class"]: x["n_units"] for x in scores["per_class"]}.items()
+        rare = preview(f"{c} has {n}" for c, n in has if 0 < n < FEW_OF_CLASS)
+        what = f"{FEW} {units}, {FEW_OF_CLASS} of each class" + f" ({rare})" * bool(rare)
+        print(f"  an interval takes {what} and, for ece, {FEW_FOR_ECE} images; and some error")
 
 
 def write_mean(out, folders):
@@ -164,18 +170,18 @@ def write_mean(out, folders):
 
 def write_summary(out, seeds, found):
     """Of several seeds: {score: mean, standard deviation (n - 1) and values} in summary.json."""
+    if len(found) == 1:
+        return
     summary = {}
-    for part in PARTS:
-        for key, value in (found[0][part] or {}).items() if len(found) > 1 else ():
-            values = [(x[part] or {}).get(key) for x in found]
-            if isinstance(value, float) and None not in values:
-                mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
-                summary[key + part[len("test") :]] = {"mean": mean, "std": std, "values": values}
-    if summary:
-        write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
-        shown = [(key, summary[key]) for key in SHOWN if key in summary]
-        scores = ", ".join(f"{key} {x['mean']:.4f} ± {x['std']:.4f}" for key, x in shown)
-        print(f"{len(seeds)} seeds: {scores}")
+    for part, key in product(PARTS, found[0]["test"]):
+        values = [(x[part] or {}).get(key) for x in found]
+        if all(isinstance(value, float) for value in values):
+            mean, std = np.mean(values).item(), np.std(values, ddof=1).item()
+            summary[key + part[len("test") :]] = {"mean": mean, "std": std, "values": values}
+    write_json(out / "summary.json", {"seeds": seeds, "metrics": summary})
+    shown = [(key, summary[key]) for key in SHOWN if key in summary]
+    scores = ", ".join(f"{key} {x['mean']:.4f} ± {x['std']:.4f}" for key, x in shown)
+    print(f"{len(seeds)} seeds: {scores}")
 
 
 def refuse_unlabelled(images):  # where there is nothing to tell apart

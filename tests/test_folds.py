@@ -175,4 +175,6 @@ def test_seven_patients_are_too_few_for_an_interval(tmp_path, script, monkeypatc
     assert status == 0, err
     summary = json.loads((tmp_path / "o/summary.json").read_text())["cass mean"]["test"]
     assert summary["n_units"] == 7 and set(summary["ci95"].values()) == {None}
-    assert "(too few patients" in said
+    assert "(too few)" in said and "an interval takes 20 patients" in said
+    assert "10 of each class (x has 7, y has 7) and, for ece, 300 images" in said
+    assert "not given" in said  # the difference in ece

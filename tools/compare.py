@@ -12,7 +12,6 @@ scores without such images. --out FILE gets all of it as JSON.
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,26 +43,24 @@ def mcnemar(labels, predicted_a, predicted_b):
 def compare(a, b):
     """Of lists of Predictions, a pair to a seed: {part: n, n_units, scores: {score: a, b, mean of
     both, difference b - a, ci95, verdict}, mcnemar: of each seed}. Scores: means of the seeds."""
-    flags, found = np.any([test.flags for test in a + b], axis=0), {}
-    three = a, b, [results.mean_of(pair) for pair in zip(a, b)]
-    for part, kept in replace(a[0], flags=flags).parts().items():
-        if part != "test" and kept.all():
+    found, three = {}, (a, b, [results.mean_of(pair) for pair in zip(a, b)])
+    for part, kept in results.mean_of(a + b).parts().items():
+        if found and kept.all():  # as the first, "test"
             continue
         whats = [[test.arrays(kept) for test in tests] for tests in three]
         (units, labels, *_), ones = whats[0][0], np.ones((1, kept.sum()))
         points = [[metrics.measures(*x, ones)[0] for _, *x in seeds] for seeds in whats]
         drawn = [[metrics.bootstrap(*x)[0] for x in seeds] for seeds in whats[:2]]
         rows, few, U = {}, metrics.too_few(units, labels)[0], len(np.unique(units))
-        for key in (key for key in points[0][0] if not np.isnan(points[0][0][key][0])):
+        for key in (key for key, x in points[0][0].items() if not np.isnan(x)):
             of_a, of_b, mean = (np.mean([x[key] for x in seeds]).item() for seeds in points)
             draws = [np.mean([x[key] for x in seeds], axis=0) for seeds in drawn]
-            low, high = metrics.limits(draws[1] - draws[0], U)
-            known = low < high and not few[key] and "ece" not in key
-            lower = key.startswith(("brier", "ece"))  # is better
-            verdict = "better" if (low > 0) != lower else "worse"
+            low, high = ends = metrics.limits(draws[1] - draws[0], U)
+            ci95 = metrics.interval(few[key] or "ece" in key, ends)
+            better = high < 0 if "brier" in key else low > 0
+            verdict = "" if ci95 is None or low <= 0 <= high else "better" if better else "worse"
             row = {"a": of_a, "b": of_b, "mean": mean, "difference": of_b - of_a}
-            row["ci95"] = [low.item(), high.item()] if known else None
-            rows[key] = row | {"verdict": verdict if known and not low <= 0 <= high else ""}
+            rows[key] = row | {"ci95": ci95, "verdict": verdict}
         predicted = [[metrics.predicted_labels(x[2], x[-1]) for x in y] for y in whats[:2]]
         tests = [mcnemar(labels, *pair) for pair in zip(*predicted)]
         found[part] = {"n": int(kept.sum()), "n_units": U, "scores": rows, "mcnemar": tests}
@@ -79,9 +76,8 @@ def show(found, names):
         print(f"  {'':18} {'A':>7} {'B':>7} {'mean of both':>13} {'B - A':>8}  95 % interval")
         for key in (key for key in results.SHOWN if key in x["scores"]):
             a, b, mean, difference, limits, verdict = x["scores"][key].values()
-            limits = (
-                "{:+.4f} to {:+.4f}".format(*limits) if limits else "none: too few, or too alike"
-            )
+            none = "not given" if key == "ece" else "none: too few, or too alike"
+            limits = "{:+.4f} to {:+.4f}".format(*limits) if limits else none
             scores = f"{a:7.4f} {b:7.4f} {mean:13.4f} {difference:+8.4f}"
             print(f"  {key:18} {scores}  {limits}  {verdict}".rstrip())
         for test in x["mcnemar"]:
