@@ -94,8 +94,8 @@ def bootstrap(units, *what):
     """measures(*what) of ROUNDS resamples of units (N,), the number of each image's patient, say.
     Equal units are drawn equally, so that differences between two models are paired."""
     _, unit = np.unique(units, return_inverse=True)
-    U = unit.max() + 1
-    draws = np.random.default_rng(0).multinomial(U, np.full(U, 1 / U), (ROUNDS // 100, 100))
+    rng, U = np.random.default_rng(0), unit.max() + 1
+    draws = (rng.multinomial(U, np.full(U, 1 / U), 100) for _ in range(ROUNDS // 100))
     parts = [measures(*what, some[:, unit].astype(float)) for some in draws]
     return [{k: np.concatenate([x[k] for x in xs]) for k in xs[0]} for xs in zip(*parts)]
 
