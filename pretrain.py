@@ -37,34 +37,17 @@ MAY_CHANGE = {*cli.MAY_CHANGE, "epochs", "fail_on_collapse"}  # when a run is re
 ABLATIONS = ("blur", "solarize", "sgd", "sigmoid", "softmax")
 
 
-def add_arguments(parser):
-    """The flags of CASS, besides those of every pre-training."""
-    add, flag = parser.add_argument, {"action": "store_true"}
-    objectives = {"default": "cosine", "choices": list(losses.OBJECTIVES)}
-    add("--objective", **objectives, help="equation 1, or one that keeps the arms from collapse")
-    add("--fail-on-collapse", **flag, help="stop, status 1, after an epoch of collapsed logits")
-    ablation = "more augmentation (Table 8), SGD for the CNN (9), an activation on the logits (21)"
-    add("--ablation", nargs="+", default=[], choices=ABLATIONS, help=ablation)
-    swa = "share of the run before weight averaging begins; 1: no averaging"
-    add("--swa-start", type=cli.rate, default=0.75, metavar="SHARE", help=swa)
-    add("--compile", **flag, help="torch.compile the step")
-    add("--grad-checkpointing", **flag, help="recompute activations: less memory, more time")
-
-
-def prepare(doc, script, add_own, may_change=cli.MAY_CHANGE, **defaults):
+def prepare(parser, script, may_change=cli.MAY_CHANGE, **defaults):
     """The arguments of a script that pre-trains; its Run, on a device and in the folder --out, for
-    itself alone; and {"cnn" or "vit": (name, init, kwargs)}. doc: its docstring; add_own: adds the
-    flags of its method to a parser; defaults: its own, where they are not those of CASS."""
-    parser, state = cli.Parser(doc), None
+    itself alone; and {"cnn" or "vit": (name, init, kwargs)}. parser: with the flags of its method;
+    defaults: its own, where they are not those of CASS."""
     data.add_arguments(parser)
     arms.add_arguments(parser)
-    add_own(parser)
-    seed = "determines the split and everything after it"
-    parser.add_argument("--seed", type=cli.count, default=0, help=seed)
+    parser.add_argument("--seed", type=cli.count, default=0, help="of the split and all after it")
     parser.add_argument("--out", metavar="DIR", default=".", help="output folder (default: here)")
     cli.add_run_arguments(parser, epochs=100, lr=1e-3, least=cli.count)  # F.2.3
     parser.set_defaults(**defaults)
-    args = parser.parse_args()
+    args, state = parser.parse_args(), None
     if args.resume:
         from common.starts import resumed
 
@@ -172,19 +155,28 @@ def begin(run, args, specs, images, stale=()):
         config |= {"amp": str(run.amp), "processes": processes, "versions": VERSIONS}
         checkpoint.write_json(run.out / "config.json", config)
     if not images.classes and not (split == "test").any():
-        fix = "to hold some out, give their labels: --labels FILE"
-        print(f"without labels all images are for training; none can be tested on later; {fix}")
+        print("without --labels FILE no image is held out: none can be tested on later")
     saved = {"epoch": args.epochs, "seed": args.seed, "data": data.options(args, data.OPTIONS)}
     saved["split"] = known = carried(images, split, initial)
     return index, {**saved, "seen": known[0, known[1] == 0], "config": vars(args)}
 
 
 def main():
-    args, run, specs = prepare(__doc__, "pretrain.py", add_arguments, MAY_CHANGE)
+    parser, flag = cli.Parser(__doc__), {"action": "store_true"}
+    add = parser.add_argument
+    objectives = {"default": "cosine", "choices": list(losses.OBJECTIVES)}
+    add("--objective", **objectives, help="equation 1, or one that keeps the arms from collapse")
+    add("--fail-on-collapse", **flag, help="stop, status 1, after an epoch of collapsed logits")
+    ablation = "more augmentation (Table 8), SGD for the CNN (9), an activation on the logits (21)"
+    add("--ablation", nargs="+", default=[], choices=ABLATIONS, help=ablation)
+    swa = "share of the run before weight averaging begins; 1: no averaging"
+    add("--swa-start", type=cli.rate, default=0.75, metavar="SHARE", help=swa)
+    add("--compile", **flag, help="torch.compile the step")
+    add("--grad-checkpointing", **flag, help="recompute activations: less memory, more time")
+    args, run, specs = prepare(parser, "pretrain.py", MAY_CHANGE)
     device, out, state = run.device, run.out, run.state
     if args.objective != "cosine" and args.bs * distributed.world_size() == 1:
-        batch = "compares the images of a batch: --bs 2 or more"
-        raise UserError(f"--objective {args.objective} {batch}")
+        raise UserError(f"--objective {args.objective} compares images of a batch: --bs 2 or more")
     if {"sigmoid", "softmax"} <= set(args.ablation):
         raise UserError("--ablation takes sigmoid or softmax, not both")
     if state is not None:
@@ -195,6 +187,7 @@ def main():
         if state["epoch"] >= args.epochs and all((out / name).exists() for name in OUTPUTS):
             print(f"{out}: the run is finished")
             return
+        # the weights of last.pt follow
         specs = {arm: (name, "random", kwargs) for arm, (name, _, kwargs) in specs.items()}
     images = read(args.data, **data.options(args))
     torch.manual_seed(args.seed)

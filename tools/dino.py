@@ -160,8 +160,7 @@ def train(model, loader, run, epochs, lr, min_lr):
             scaler.update()
             model.after_step(progress)
             run.note(loss)
-        last_lr = optimizer.param_groups[0]["lr"]
-        run.end_epoch(model.arms, loss=run.mean_loss(), lr=last_lr, swa_snapshots=0)
+        run.end_epoch(model.arms, loss=run.mean_loss(), lr=optimizer.param_groups[0]["lr"])
 
 
 def make_backbone(flag, name, init, img_size, **kwargs):
@@ -190,23 +189,19 @@ def local_size(model, img_size):
     return size
 
 
-def add_arguments(parser):
-    """The flags of DINO, besides those of every pre-training."""
-    add = parser.add_argument
-    add("--outputs", type=cli.positive, default=65536, metavar="K", help="of the head")
-    add("--crops", type=cli.count, default=8, metavar="N", help="local crops")
-
-
 def main():
-    args, run, specs = pretrain.prepare(__doc__, "tools.dino", add_arguments, lr=None, t_max="run")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--outputs", type=cli.positive, default=65536, help="of the head")
+    parser.add_argument("--crops", type=cli.count, default=8, help="local crops")
+    args, run, specs = pretrain.prepare(parser, "tools.dino", lr=None, t_max="run")
     if args.t_max != "run":
         raise cli.UserError("--t-max: DINO's learning rate has one descent; leave the flag out")
     if args.lr is None:
         args.lr = 5e-4 * args.bs * distributed.world_size() / 256
     device, out, state, size = run.device, run.out, run.state, args.img_size
     images = readers.read(args.data, **data.options(args))
-    first, models = 0 if state is None else state["phase"], {}
-    todo = list(specs.items())[first:]
+    first = 0 if state is None else state["phase"]
+    todo, models = list(specs.items())[first:], {}
     for arm, (name, init, kwargs) in todo:  # a wrong --vit is an error before any training
         torch.manual_seed(args.seed)
         init = init if state is None or models else "random"  # the weights of last.pt follow
@@ -225,7 +220,7 @@ def main():
             return
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
         if distributed.rank() == 0:
-            arms.save(out, arm, model.arms[arm], name, kwargs, size, {**saved, "swa_snapshots": 0})
+            arms.save(out, arm, model.arms[arm], name, kwargs, size, saved)
         run = replace(run, state=None, log=run.progress["log"])
     print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: the teachers")
     print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac 0.01")
