@@ -37,53 +37,36 @@ MAY_CHANGE = {*cli.MAY_CHANGE, "epochs", "fail_on_collapse"}  # when a run is re
 ABLATIONS = ("blur", "solarize", "sgd", "sigmoid", "softmax")
 
 
-def add_arguments(parser):
-    """The flags of pre-training, besides those of the data and of every run."""
-    add, flag = parser.add_argument, {"action": "store_true"}
-    objectives = {"default": "cosine", "choices": list(losses.OBJECTIVES)}
-    add("--objective", **objectives, help="equation 1, or one that keeps the arms from collapse")
-    add("--fail-on-collapse", **flag, help="stop, status 1, after an epoch of collapsed logits")
-    ablation = "more augmentation (Table 8), SGD for the CNN (9), an activation on the logits (21)"
-    add("--ablation", nargs="+", default=[], choices=ABLATIONS, help=ablation)
-    swa = "share of the run before weight averaging begins; 1: no averaging"
-    add("--swa-start", type=cli.rate, default=0.75, metavar="SHARE", help=swa)
-    add("--seed", type=cli.count, default=0, help="determines the split and everything after it")
-    add("--out", metavar="DIR", default=".", help="output folder (default: here)")
-    add("--compile", **flag, help="torch.compile the step")
-    add("--grad-checkpointing", **flag, help="recompute activations: less memory, more time")
-
-
-def parse_arguments():
-    """The arguments, and the state to resume from or None."""
-    parser, state = cli.Parser(__doc__), None
+def prepare(parser, script, may_change=cli.MAY_CHANGE, **defaults):
+    """The arguments of a script that pre-trains; its Run, on a device and in the folder --out, for
+    itself alone; and {"cnn" or "vit": (name, init, kwargs)}. parser: with the flags of its method;
+    defaults: its own, where they are not those of CASS."""
     data.add_arguments(parser)
     arms.add_arguments(parser)
-    add_arguments(parser)
+    parser.add_argument("--seed", type=cli.count, default=0, help="of the split and all after it")
+    parser.add_argument("--out", metavar="DIR", default=".", help="output folder (default: here)")
     cli.add_run_arguments(parser, epochs=100, lr=1e-3, least=cli.count)  # F.2.3
-    args = parser.parse_args()
+    parser.set_defaults(**defaults)
+    args, state = parser.parse_args(), None
     if args.resume:
         from common.starts import resumed
 
-        args, state = resumed(parser, args, "pretrain.py", MAY_CHANGE)
-        if state is not None:
-            refuse_other_length(state, args)
-        elif args.data:
+        args, state = resumed(parser, args, script, may_change)
+        if state is None and args.data:
             print(f"{args.out}: holds no last.pt, so the run starts from the beginning")
     if args.data is None:
         parser.error("--data PATH is missing (without images, try python -m tools.demo)")
-    if args.objective != "cosine" and args.bs * distributed.world_size() == 1:
-        parser.error(f"--objective {args.objective} compares the images of a batch: --bs 2 or more")
-    if {"sigmoid", "softmax"} <= set(args.ablation):
-        parser.error("--ablation takes sigmoid or softmax, not both")
-    return args, state
-
-
-def refuse_other_length(state, args):
-    """--epochs may grow on resuming, unless that would change what was already done."""
-    before = state["args"]["epochs"]
-    if args.epochs != before and (args.epochs < before or state["swa"] or args.t_max == "run"):
-        rule = "it may only grow, before a snapshot was averaged, and not with --t-max run"
-        raise UserError(f"{args.out}: its run was made with --epochs {before}; {rule}")
+    device, out = cli.pick_device(args.device), Path(args.out)
+    distributed.start(device)
+    cli.refuse_inputs([out / name for name in OUTPUTS], args.data)
+    cli.claim(out)
+    if state is None:
+        cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
+    amp = cli.pick_amp(args.amp, device)
+    run = Run(out, device, amp, {"script": script}, state, save_every=args.save_every)
+    specs = {"cnn": (args.cnn, args.init_cnn or args.init, args.cnn_kwargs)}
+    specs["vit"] = args.vit, args.init_vit or args.init, args.vit_kwargs
+    return args, run, specs
 
 
 def train(model, loader, run, epochs, lr=1e-3, min_lr=1e-6, t_max=16, swa_start=0.75, sgd=False):
@@ -127,7 +110,7 @@ def train(model, loader, run, epochs, lr=1e-3, min_lr=1e-6, t_max=16, swa_start=
 
 
 def build_model(specs, img_size, objective, head_act, grad_checkpointing):
-    """CASS on two arms. specs: {"cnn" or "vit": (name, init, kwargs)}. Raises UserError."""
+    """CASS on two arms. specs: as of prepare. Raises UserError."""
     models = {}
     for arm, (name, init, kwargs) in specs.items():
         models[arm] = arms.make_arm(f"--{arm}", name, init, img_size, **kwargs)
@@ -140,88 +123,96 @@ def build_model(specs, img_size, objective, head_act, grad_checkpointing):
     return CASS(**models, head_act=head_act, objective=loss)
 
 
-def begin(args, images, state, config, stale=("cnn.pt", "vit.pt")):
+def begin(run, args, specs, images, stale=()):
     """Decode and split the images; clear --out, of `stale` files alone where a run on the same ones
-    is resumed; write split.csv and config.json. Returns the split, the indices of the training
-    images, and the {key: value} of last.pt and of the weights files that come of it."""
-    initial = None if state is None else state["initial"]
+    is resumed; write split.csv and config.json. Returns the indices of the training images and the
+    {key: value} of the weights files that come of them; last.pt's go to the run."""
+    state, processes = run.state, distributed.world_size()
     if state is None:  # what the initial weights saw counts too; read before anything is removed
         from common.starts import carried_by
 
-        inits = dict.fromkeys([args.init_cnn or args.init, args.init_vit or args.init])
-        initial = torch.cat([carried_by(init) for init in inits], 1)
+        inits = dict.fromkeys(init for _, init, _ in specs.values())
+    initial = state["initial"] if state else torch.cat([carried_by(init) for init in inits], 1)
     with distributed.one_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad, args.dry_run)
     split = data.split_and_report(images, args.seed, args.dedup, initial, allow_seen=True)
-    index, processes = (split == "train").nonzero()[0], distributed.world_size()
+    run.monitor = collapse.Monitor(images, split, args.seed)
+    index = (split == "train").nonzero()[0]
     if len(index) < 2 * processes:
         raise UserError(f"{images.path}: {len(index)} training images are too few")
     seen = torch.from_numpy(images.table["hash"][index].view("int64"))
     if state is not None and not torch.equal(state["seen"], seen):
         raise UserError(f"{images.path}: its training images are not those that the run began with")
     begun = -1 if state is None else state["iteration"]
-    if not distributed.agree([seen.sum().item(), begun], config["device"]):
+    if not distributed.agree([seen.sum().item(), begun], run.device):
         way_out = "copy the data and last.pt to every machine"
         raise UserError(f"{images.path}: the processes found other images or states; {way_out}")
-    last = {"args": vars(args), "processes": processes, "seen": seen, "initial": initial}
+    run.metadata |= {"args": vars(args), "processes": processes, "seen": seen, "initial": initial}
     if distributed.rank() == 0 and not args.dry_run:
-        checkpoint.start_folder(Path(args.out), OUTPUTS, OUTPUTS if state is None else stale)
-        data.write_split(Path(args.out), images, split)
-        saved = {"command": sys.argv, "arguments": vars(args), **config, "processes": processes}
-        checkpoint.write_json(Path(args.out, "config.json"), saved | {"versions": VERSIONS})
+        checkpoint.start_folder(run.out, OUTPUTS, OUTPUTS if state is None else stale)
+        data.write_split(run.out, images, split)
+        config = {"command": sys.argv, "arguments": vars(args), "device": str(run.device)}
+        config |= {"amp": str(run.amp), "processes": processes, "versions": VERSIONS}
+        checkpoint.write_json(run.out / "config.json", config)
+    if not images.classes and not (split == "test").any():
+        print("without --labels FILE no image is held out: none can be tested on later")
     saved = {"epoch": args.epochs, "seed": args.seed, "data": data.options(args, data.OPTIONS)}
     saved["split"] = known = carried(images, split, initial)
-    return split, index, last, {**saved, "seen": known[0, known[1] == 0], "config": vars(args)}
+    return index, {**saved, "seen": known[0, known[1] == 0], "config": vars(args)}
 
 
 def main():
-    args, state = parse_arguments()
-    device = cli.pick_device(args.device)
-    distributed.start(device)
-    amp, out = cli.pick_amp(args.amp, device), Path(args.out)
-    rank, world_size = distributed.rank(), distributed.world_size()
-    cli.refuse_inputs([out / name for name in OUTPUTS], args.data)
-    cli.claim(out)
-    if state is None:
-        cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
-    elif state["epoch"] >= args.epochs and all((out / name).exists() for name in OUTPUTS):
-        print(f"{out}: the run is finished")
-        return
+    parser, flag = cli.Parser(__doc__), {"action": "store_true"}
+    add = parser.add_argument
+    objectives = {"default": "cosine", "choices": list(losses.OBJECTIVES)}
+    add("--objective", **objectives, help="equation 1, or one that keeps the arms from collapse")
+    add("--fail-on-collapse", **flag, help="stop, status 1, after an epoch of collapsed logits")
+    ablation = "more augmentation (Table 8), SGD for the CNN (9), an activation on the logits (21)"
+    add("--ablation", nargs="+", default=[], choices=ABLATIONS, help=ablation)
+    swa = "share of the run before weight averaging begins; 1: no averaging"
+    add("--swa-start", type=cli.rate, default=0.75, metavar="SHARE", help=swa)
+    add("--compile", **flag, help="torch.compile the step")
+    add("--grad-checkpointing", **flag, help="recompute activations: less memory, more time")
+    args, run, specs = prepare(parser, "pretrain.py", MAY_CHANGE)
+    device, out, state = run.device, run.out, run.state
+    if args.objective != "cosine" and args.bs * distributed.world_size() == 1:
+        raise UserError(f"--objective {args.objective} compares images of a batch: --bs 2 or more")
+    if {"sigmoid", "softmax"} <= set(args.ablation):
+        raise UserError("--ablation takes sigmoid or softmax, not both")
+    if state is not None:
+        before = state["args"]["epochs"]
+        if args.epochs != before and (args.epochs < before or state["swa"] or args.t_max == "run"):
+            rule = "it may only grow, before a snapshot was averaged, and not with --t-max run"
+            raise UserError(f"{out}: its run was made with --epochs {before}; {rule}")
+        if state["epoch"] >= args.epochs and all((out / name).exists() for name in OUTPUTS):
+            print(f"{out}: the run is finished")
+            return
+        # the weights of last.pt follow
+        specs = {arm: (name, "random", kwargs) for arm, (name, _, kwargs) in specs.items()}
     images = read(args.data, **data.options(args))
     torch.manual_seed(args.seed)
-    start = None if state is None else "random"  # the weights of last.pt follow
-    specs = {"cnn": (args.cnn, start or args.init_cnn or args.init, args.cnn_kwargs)}
-    specs["vit"] = args.vit, start or args.init_vit or args.init, args.vit_kwargs
     head_act = next((x for x in args.ablation if x in ("sigmoid", "softmax")), "none")
     model = build_model(specs, args.img_size, args.objective, head_act, args.grad_checkpointing)
-
-    config = {"device": str(device), "amp": str(amp)}
-    split, train_index, last, saved = begin(args, images, state, config)
-    if not images.classes and not (split == "test").any():
-        fix = "to hold some out, give their labels: --labels FILE"
-        print(f"without labels all images are for training; none can be tested on later; {fix}")
-    model.to(device)
+    train_index, saved = begin(run, args, specs, images, stale=("cnn.pt", "vit.pt"))
     augment = {name: name in args.ablation for name in ("blur", "solarize")}
     transform = data.augmentation(args.img_size, **augment)
     dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
-    batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, rank, world_size)
+    share = distributed.rank(), distributed.world_size()
+    batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, *share)
     loader = data.loader(dataset, batches, device, args.workers)
-    monitor = collapse.Monitor(images, split, args.seed)
-    metadata = {"script": "pretrain.py", **last}
-    react = partial(collapse.react, objective=args.objective, fail=args.fail_on_collapse)
-    run = Run(out, device, amp, metadata, state, [], args.save_every, monitor=monitor, react=react)
-    run.announce(model, model, loader, args.epochs)
+    run.react = partial(collapse.react, objective=args.objective, fail=args.fail_on_collapse)
+    run.announce(model.to(device), model, loader, args.epochs)
     if args.dry_run:
         return
     if args.compile:
         model.compile()
     schedule = (args.lr, args.min_lr, args.t_max, args.swa_start, "sgd" in args.ablation)
     swa = train(model, loader, run, args.epochs, *schedule)
-    if rank == 0:
+    if distributed.rank() == 0:
         batches = data.EpochBatches(len(dataset), args.bs, args.seed)  # all, in this process
         batches.epoch = args.epochs
         loader = data.loader(dataset, batches, device, args.workers)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
+        with torch.autocast(device.type, run.amp, enabled=run.amp is not None):
             averaged = swa.finish(lambda: on_device(loader, device))
         saved["swa_snapshots"] = swa.snapshots
         for arm, (name, _, kwargs) in specs.items():

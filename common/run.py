@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common import checkpoint, cli, collapse, distributed
-from common.cli import Signals, UserError, progress, refusing
+from common.cli import Signals, progress, refusing
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
@@ -83,10 +83,8 @@ class Run:
         batch = loader.collate_fn([dataset[0, i] for i in range(size)])
         loading = 0 if loader.num_workers else time.perf_counter() - began
         (batch,) = on_device([batch], self.device, *self.normalization)
-        try:
+        with refusing(f"a batch of {size} is too small, see --bs and --img-size:", ValueError):
             seconds = seconds_per_step(step, batch, model, self.device, self.amp) + loading
-        except ValueError as error:  # of batch-norm
-            raise UserError(f"a batch of {size} is too small: {error}; --bs, --img-size") from error
         total = seconds / size * (sampler.n / processes + sum(val_mask) / 3) * epochs
         where = f"on this {self.device.type.upper()} ({size / seconds:.3g} images/s)"
         if total > 86400 and self.device.type == "cpu":

@@ -486,7 +486,7 @@ def test_bad_input_gives_one_line_and_status_2(pretrained, folder, tmp_path, scr
         (["attention", "--ckpt", vit, "--image", "text.jpg"], "not an image"),
         (
             ["attention", "--ckpt", vit, "--image", "mine.png", "--out", "mine.png"],
-            "mine.png: is the image to look at",
+            "mine.png: is read, and would be replaced",
         ),
         (["attention", "--ckpt", vit, "--out", "a.jpg"], "a.jpg: is no name for a .png file"),
         (["attention", "--ckpt", vit, "--out", "mine.png/a.png"], "mine.png: is not a folder"),

@@ -13,7 +13,7 @@ ResNet-50 had SGD, less decay and smaller crops), and batch-norm looks at one pr
 import copy
 import math
 from collections import OrderedDict
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 import data
 import pretrain
-from common import arms, cli, collapse, distributed, readers, starts
-from common.run import Run
+from common import arms, cli, distributed, readers
 
 WARMUP, TEMP_WARMUP, FREEZE = 0.1, 0.3, 0.01  # shares of the run: 10, 30 and 1 of 100 epochs
 STUDENT_TEMP, TEACHER_TEMPS = 0.1, (0.04, 0.07)  # the teacher's rises from the first to the second
@@ -38,9 +37,8 @@ def cosine(start, end, share):
 
 def learning_rate(peak, end, progress):
     """Linear from 0 over the first tenth of the run, then a cosine down to `end`."""
-    if progress < WARMUP:
-        return peak * progress / WARMUP
-    return cosine(peak, end, (progress - WARMUP) / (1 - WARMUP))
+    share = max(progress - WARMUP, 0) / (1 - WARMUP)
+    return min(progress / WARMUP, 1) * cosine(peak, end, share)
 
 
 def multi_crop(img_size, local_size, local_crops=8):
@@ -162,8 +160,7 @@ def train(model, loader, run, epochs, lr, min_lr):
             scaler.update()
             model.after_step(progress)
             run.note(loss)
-        last_lr = optimizer.param_groups[0]["lr"]
-        run.end_epoch(model.arms, loss=run.mean_loss(), lr=last_lr, swa_snapshots=0)
+        run.end_epoch(model.arms, loss=run.mean_loss(), lr=optimizer.param_groups[0]["lr"])
 
 
 def make_backbone(flag, name, init, img_size, **kwargs):
@@ -173,9 +170,7 @@ def make_backbone(flag, name, init, img_size, **kwargs):
     extra = {"dynamic_img_size": True, "drop_path_rate": 0.1, **kwargs}
     try:
         model = arms.make_arm(flag, name, init, img_size, **extra)
-    except cli.UserError as error:
-        if not isinstance(error.__cause__, TypeError):
-            raise
+    except cli.UserError:  # of another kind, it comes again
         model = arms.make_arm(flag, name, init, img_size, **kwargs)
     return model, arms.output_shape(model, img_size, f"{flag} {name}")[1]
 
@@ -194,66 +189,39 @@ def local_size(model, img_size):
     return size
 
 
-def parse_arguments():
-    """The arguments, and the state to resume from or None."""
-    parser, state = cli.Parser(__doc__), None
-    add = parser.add_argument
-    data.add_arguments(parser)
-    arms.add_arguments(parser)
-    add("--outputs", type=cli.positive, default=65536, metavar="K", help="of the head")
-    add("--crops", type=cli.count, default=8, metavar="N", help="local crops")
-    add("--seed", type=cli.count, default=0, help="determines the split and everything after it")
-    add("--out", default=".", metavar="DIR", help="output folder")
-    cli.add_run_arguments(parser, epochs=100, lr=None)
-    parser.set_defaults(t_max="run")
-    args = parser.parse_args()
-    if args.resume:
-        args, state = starts.resumed(parser, args, "tools.dino", cli.MAY_CHANGE)
-    if args.data is None:
-        parser.error("--data PATH is missing")
-    if args.t_max != "run":
-        parser.error("--t-max: DINO's learning rate has one descent; leave the flag out")
-    args.lr = 5e-4 * args.bs * distributed.world_size() / 256 if args.lr is None else args.lr
-    return args, state
-
-
 def main():
-    args, state = parse_arguments()
-    device, out, size = cli.pick_device(args.device), Path(args.out), args.img_size
-    distributed.start(device)
-    rank, processes = distributed.rank(), distributed.world_size()
-    amp = cli.pick_amp(args.amp, device)
-    specs = {"cnn": (args.cnn, args.init_cnn or args.init, args.cnn_kwargs)}
-    specs["vit"] = args.vit, args.init_vit or args.init, args.vit_kwargs
-    cli.claim(out)
-    if state is None:
-        cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--outputs", type=cli.positive, default=65536, help="of the head")
+    parser.add_argument("--crops", type=cli.count, default=8, help="local crops")
+    args, run, specs = pretrain.prepare(parser, "tools.dino", lr=None, t_max="run")
+    if args.t_max != "run":
+        raise cli.UserError("--t-max: DINO's learning rate has one descent; leave the flag out")
+    if args.lr is None:
+        args.lr = 5e-4 * args.bs * distributed.world_size() / 256
+    device, out, state, size = run.device, run.out, run.state, args.img_size
+    images = readers.read(args.data, **data.options(args))
     first = 0 if state is None else state["phase"]
-    images, models = readers.read(args.data, **data.options(args)), {}
-    todo = list(specs.items())[first:]
+    todo, models = list(specs.items())[first:], {}
     for arm, (name, init, kwargs) in todo:  # a wrong --vit is an error before any training
         torch.manual_seed(args.seed)
         init = init if state is None or models else "random"  # the weights of last.pt follow
         backbone, dim = make_backbone(f"--{arm}", name, init, size, **kwargs)
         models[arm] = DINO(arm, backbone, dim, args.outputs)
-    config = {"device": str(device), "amp": str(amp)}
-    split, train_index, last, saved = pretrain.begin(args, images, state, config, stale=())
-    monitor, log = collapse.Monitor(images, split, args.seed), []
-    metadata, saved["swa_snapshots"] = {"script": "tools.dino", **last}, 0
-    for metadata["phase"], (arm, (name, _, kwargs)) in enumerate(todo, first):
+    train_index, saved = pretrain.begin(run, args, specs, images)
+    share = distributed.rank(), distributed.world_size()
+    for run.metadata["phase"], (arm, (name, _, kwargs)) in enumerate(todo, first):
         model = models.pop(arm)
         transform = multi_crop(size, local_size(model.arms[arm], size), args.crops)
         dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
-        batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, rank, processes)
+        batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, *share)
         loader = data.loader(dataset, batches, device, args.workers)
-        run = Run(out, device, amp, metadata, state, log, args.save_every, monitor=monitor)
         run.announce(model.to(device), model, loader, args.epochs)
         if args.dry_run:
             return
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
-        state, log = None, run.progress["log"]
-        if rank == 0:
+        if distributed.rank() == 0:
             arms.save(out, arm, model.arms[arm], name, kwargs, size, saved)
+        run = replace(run, state=None, log=run.progress["log"])
     print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: the teachers")
     print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac 0.01")
 

@@ -26,8 +26,7 @@ def _outputs(model, images, names, keep):
 
 def attention_names(model):
     """Names of the attention modules, one to a block, in order."""
-    names = [name for name, _ in model.named_modules() if name.endswith(".attn_drop")]
-    return [name.rpartition(".")[0] for name in names]
+    return [name for name, m in model.named_modules() if "attn_drop" in dict(m.named_children())]
 
 
 def attention(model, images, block=1):

@@ -24,7 +24,7 @@ from torchvision.utils import make_grid
 import data
 from common import cli, metrics, pixels, readers, splits
 from common.checkpoint import TEXT, atomic_open
-from common.cli import UserError
+from common.cli import UserError, refusing
 from common.results import read_test
 from common.run import on_device
 from common.starts import fill_in, from_checkpoint
@@ -36,8 +36,7 @@ try:
 except ImportError:
     matplotlib = None  # main() says so
 
-STYLE = {"image.cmap": "viridis", "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9}
-STYLE |= {"text.parse_math": False, "lines.markersize": 4, "legend.frameon": False}
+STYLE = {"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9, "text.parse_math": False}
 OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 COLOURS = {"train": "#0072b2", "val": "#d55e00", "cnn": "#56b4e9", "vit": "#e69f00", "": "black"}
 
@@ -58,8 +57,8 @@ def parse_arguments():
             add[figure]("--compare", metavar="FILE", help="another, on the same colour scale")
             add[figure]("--image", metavar="FILE", help="this image instead of those of the data")
         else:
-            several = {"nargs": "+"} if figure is curves else {}
-            add[figure]("run", metavar="RUN_FOLDER", help="what a run wrote", **several)
+            nargs = "+" if figure is curves else None
+            add[figure]("run", metavar="RUN_FOLDER", nargs=nargs, help="what a run wrote")
     add[attention]("--n", type=cli.positive, help="images (30; 100 if a class is rare; E.3.4)")
     add[attention]("--block", type=cli.positive, default=1, help="attention block, the first is 1")
     add[features]("--layers", type=cli.positive, default=1, help="convolutions; Figure 6 shows 5")
@@ -72,14 +71,13 @@ def load(args, path, check):
     check(model, images) raises ValueError for what cannot be drawn."""
     start = from_checkpoint(path)
     fill_in(args, start.data)
-    arch, start.path, start.size = start.metadata["arch"], path, start.metadata["img_size"]
-    start.label, start.device = f"{short(path)}: {arch}", cli.pick_device(args.device)
+    start.label = f"{short(path)}: {start.metadata['arch']}"
+    start.size, start.device = start.metadata["img_size"], cli.pick_device(args.device)
     start.model = start.make().to(start.device).eval()
-    zeros = torch.zeros(1, 3, start.size, start.size, device=start.device)
     try:
-        check(start.model, zeros)
+        check(start.model, torch.zeros(1, 3, start.size, start.size, device=start.device))
     except ValueError as error:
-        raise UserError(f"{path}: {arch} {error}") from error
+        raise UserError(f"{start.label} {error}") from error
     return start
 
 
@@ -99,9 +97,7 @@ def choose(args, starts, n):
     n = n or (30 if 30 * rarest >= len(index) else 100)
     index = index[sample(images.labels[index], n, seed)]
     what = images.names[index[0]] if len(index) == 1 else f"{len(index)} images"
-    counts = [f"{c} {k}" for c, k in zip(images.classes, images.labels[index].sum(0)) if k]
-    what = cli.preview([f"{what} of the {part} split", *counts], 9)
-    return [images.sources[i] for i in index], what
+    return [images.sources[i] for i in index], f"{what} of the {part} split"
 
 
 def short(path):
@@ -115,52 +111,44 @@ def sample(labels, n, seed):
     return splits.stratified_order(labels, unit, rng)[0][:n]
 
 
-def batches(start, sources, batch_size=16):
-    """Images as a model wants them: (n, 3, S, S) float, normalized, on its device. UserError."""
-    try:
-        images = np.stack([pixels.decode(source, start.size)[0] for source in sources])
-    except ValueError as error:
-        raise UserError(f"{cli.preview(sources)}: cannot be read ({error})") from error
-    parts = torch.from_numpy(images).tensor_split(max(1, len(sources) // batch_size))
-    return on_device(parts, start.device, start.metadata["mean"], start.metadata["std"])
-
-
 def fold(text, inches):
     """Text in lines of so many inches; ? for the bytes of a file's name that are no UTF-8."""
     lines = text.encode(errors="replace").decode().split("\n")
     return "\n".join(textwrap.fill(line, int(11 * inches)) for line in lines)
 
 
-def beside_images(starts, sources, n):
-    """A figure and its axes, a row to a model: (len(starts), 1 + n), the images' mean in front."""
-    figure = Figure((3 * n + 4, 3.6 * len(starts) + 1), layout="compressed")
+def beside_images(args, check, n, columns):
+    """The models of --ckpt and --compare, each with the `batches` of n images that it wants, (m, 3,
+    S, S) float, normalized; a figure; its axes, a row to a model: (models, 1 + columns), the mean
+    image in front; the images in words. check: as of load. Raises UserError."""
+    starts = [load(args, path, check) for path in (args.ckpt, args.compare) if path]
+    sources, what = choose(args, starts, n)
+    figure = Figure((3 * columns + 4, 3.6 * len(starts) + 1), layout="compressed")
     bare = {"frame_on": False, "xticks": [], "yticks": []}
-    axes = figure.subplots(len(starts), 1 + n, squeeze=False, subplot_kw=bare)
-    decoded = [pixels.decode(source, starts[0].size)[0] for source in sources]
-    image = np.mean(decoded, 0).transpose(1, 2, 0) / 255
+    axes = figure.subplots(len(starts), 1 + columns, squeeze=False, subplot_kw=bare)
     for ax, start in zip(axes[:, 0], starts):
-        ax.imshow(image)
+        with refusing(f"{cli.preview(sources)}: cannot be read:", ValueError):
+            images = np.stack([pixels.decode(source, start.size)[0] for source in sources])
+        ax.imshow(images.mean(0).transpose(1, 2, 0) / 255)
         ax.set_title(fold(start.label, 3))
-    return figure, axes
+        norm = start.metadata["mean"], start.metadata["std"]
+        start.batches = on_device(torch.from_numpy(images).split(16), start.device, *norm)
+    return starts, figure, axes, what
 
 
 def attention(args):
     """Figures 3, 7, 9, 12 and 13: attention of one or two Transformers to an image, or a mean."""
     check = partial(introspect.attention_map, block=args.block)
-    starts = [load(args, path, check) for path in (args.ckpt, args.compare) if path]
-    sources, what = choose(args, starts, args.n)
-    maps = [introspect.mean_attention(s.model, batches(s, sources), args.block) for s in starts]
+    starts, figure, axes, what = beside_images(args, check, args.n, 2)
+    maps = [introspect.mean_attention(s.model, s.batches, args.block) for s in starts]
     maps = [m.numpy() * m.numel() for m in maps]  # 1: an equal share, of however many patches
-    figure, axes = beside_images(starts, sources, 2)
-    image = axes[0, 0].images[0]
     scale = {"vmin": min(m.min() for m in maps), "vmax": max(m.max() for m in maps)}
-    scale |= {"extent": image.get_extent(), "interpolation": "bilinear"}
-    for (_, over, alone), start, values in zip(axes, starts, maps):
+    for (image, over, alone), start, values in zip(axes, starts, maps):
         token = getattr(start.model, "cls_token", None) is not None
         kind = "class token" if token else "no class token: mean attention that each patch receives"
-        blocks = len(introspect.attention_names(start.model))
-        over.set_title(fold(f"block {args.block} of {blocks}, {kind}", 3))
-        over.imshow(image.get_array().mean(-1), cmap="gray")
+        over.set_title(fold(f"block {args.block}, {kind}", 3))
+        over.imshow(image.images[0].get_array().mean(-1), cmap="gray")
+        scale |= {"extent": image.images[0].get_extent(), "interpolation": "bilinear"}
         over.imshow(values, alpha=0.6, **scale)
         drawn = alone.imshow(values, **scale)
     figure.colorbar(drawn, ax=axes, label="attention (1: an equal share)")
@@ -170,10 +158,8 @@ def attention(args):
 def features(args):
     """Figures 4 and 6: channels of the first convolutions of one or two CNNs, for one image."""
     check = partial(introspect.feature_maps, layers=args.layers)
-    starts = [load(args, path, check) for path in (args.ckpt, args.compare) if path]
-    sources, what = choose(args, starts, 1)
-    found = [check(s.model, images) for s in starts for images in batches(s, sources)]
-    figure, axes = beside_images(starts, sources, args.layers)
+    starts, figure, axes, what = beside_images(args, check, 1, args.layers)
+    found = [check(start.model, *start.batches) for start in starts]
     side = 8 if args.layers == 1 else 4
     for column, *layer in zip(axes.T[1:], *found):  # the same convolution of each model
         shown = [maps[0, : side**2, None].float().cpu() for _, maps in layer]
@@ -261,8 +247,7 @@ def reliability(args):
     _, labels, *both, multilabel = test.arrays()
     figure, scores = Figure((8, 5), layout="constrained"), found["test"]
     axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
-    temperature = f" with temperature {found['temperature']:.2g}" if "temperature" in found else ""
-    titles = {"_uncalibrated": "sigmoids, as trained", "": f"calibrated{temperature}"}
+    titles = {"_uncalibrated": "sigmoids, as trained", "": "calibrated"}
     edges = np.linspace(0, 1, metrics.BINS + 1)
     for (above, below), p, (key, title) in zip(axes.T, both, titles.items()):
         confidence, right = (x.ravel() for x in metrics.decisions(labels, p, multilabel))
@@ -281,14 +266,10 @@ def reliability(args):
 @contextlib.contextmanager
 def lines_of(run, name):
     """An open file of a run folder. Missing or of another kind, it gives a one-line error."""
-    file = Path(run) / name
-    try:
-        with open(file, **TEXT) as lines:
+    file, odd = Path(run) / name, (ValueError, AttributeError, csv.Error)
+    with refusing(f"{file}: is not as pretrain.py or finetune.py writes it", odd):
+        with refusing(f"no folder of one run: {file}:", OSError), open(file, **TEXT) as lines:
             yield lines
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; give the folder of one run") from error
-    except (ValueError, AttributeError, csv.Error) as error:
-        raise UserError(f"{file}: is not as pretrain.py or finetune.py writes it") from error
 
 
 def main():
@@ -299,8 +280,7 @@ def main():
     cli.refuse_overwrite(out.parent, (), False)  # it may be no folder
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"{out}: is no name for a .png file (--out)")
-    if args.image and out.exists() and Path(args.image).exists() and out.samefile(args.image):
-        raise UserError(f"{out}: is the image to look at; write elsewhere with --out")
+    cli.refuse_inputs([out], args.image)
     with matplotlib.rc_context(STYLE):
         figure, note = args.figure(args)
         figure.suptitle(fold(note, figure.get_figwidth() - 1), x=0.02, ha="left")
