@@ -7,9 +7,8 @@
 --out gets a row per image, in the order of the folder or file: path, predicted and, for each class,
 prob_CLASS, a sigmoid, so that rows need not sum to one, and calibrated_CLASS, a distribution over
 the classes with the temperature that fits the validation images (several labels: sigmoids, too).
-Several files are averaged: nobody knows beforehand which arm to pick. --embeddings gets the
-features before the head: `embeddings`, (N, D) float32, and `paths`, (N,) str; of several files
-`embeddings_1`, `embeddings_2`, ... in the order of `files`. In Python, load(): docs/outputs.md.
+Several files are averaged. --embeddings gets the features before the head: `embeddings`, (N, D)
+float32, and `paths`, (N,) str; of several files `embeddings_1`, ... in the order of `files`.
 """
 
 import functools

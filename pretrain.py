@@ -171,7 +171,6 @@ def main():
     add("--ablation", nargs="+", default=[], choices=ABLATIONS, help=ablation)
     swa = "share of the run before weight averaging begins; 1: no averaging"
     add("--swa-start", type=cli.rate, default=0.75, metavar="SHARE", help=swa)
-    add("--compile", **flag, help="torch.compile the step")
     add("--grad-checkpointing", **flag, help="recompute activations: less memory, more time")
     args, run, specs = prepare(parser, "pretrain.py", MAY_CHANGE)
     device, out, state = run.device, run.out, run.state
@@ -187,15 +186,14 @@ def main():
         if state["epoch"] >= args.epochs and all((out / name).exists() for name in OUTPUTS):
             print(f"{out}: the run is finished")
             return
-        # the weights of last.pt follow
-        specs = {arm: (name, "random", kwargs) for arm, (name, _, kwargs) in specs.items()}
+        specs = {arm: (x[0], "random", x[2]) for arm, x in specs.items()}  # last.pt follows
     images = read(args.data, **data.options(args))
     torch.manual_seed(args.seed)
     head_act = next((x for x in args.ablation if x in ("sigmoid", "softmax")), "none")
     model = build_model(specs, args.img_size, args.objective, head_act, args.grad_checkpointing)
     train_index, saved = begin(run, args, specs, images, stale=("cnn.pt", "vit.pt"))
-    augment = {name: name in args.ablation for name in ("blur", "solarize")}
-    transform = data.augmentation(args.img_size, **augment)
+    augment = (name in args.ablation for name in ("blur", "solarize"))
+    transform = data.augmentation(args.img_size, *augment)
     dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
     share = distributed.rank(), distributed.world_size()
     batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, *share)
@@ -204,8 +202,6 @@ def main():
     run.announce(model.to(device), model, loader, args.epochs)
     if args.dry_run:
         return
-    if args.compile:
-        model.compile()
     schedule = (args.lr, args.min_lr, args.t_max, args.swa_start, "sgd" in args.ablation)
     swa = train(model, loader, run, args.epochs, *schedule)
     if distributed.rank() == 0:

@@ -75,8 +75,6 @@ def explain(error):
         return 1, "out of memory: try a smaller --bs or --img-size"
     if "DataLoader worker (pid" in text or "unable to write to file </torch" in text:
         return 1, "a loader process lacked (shared) memory: try --workers 0 or docker's --shm-size"
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return 1, f"--compile failed, for want of a C++ compiler? ({' '.join(text.split())[:200]})"
     if isinstance(error, OSError) and error.strerror:
         return 1, f"{error.filename or 'output'}: {error.strerror}; what was written is whole"
     traceback.print_exception(error)

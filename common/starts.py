@@ -145,12 +145,8 @@ def carried_by(init, weights=None):
     """splits.carried() of what our weights files saw; empty for other weights. Raises UserError."""
     weights = weights or ({} if init in ("imagenet", "random") else checkpoint.load(init))
     check(init, weights, HISTORY)
-    if weights.get("split") is not None:
-        return weights["split"]
-    if weights.get("seen") is None:
-        return torch.zeros(2, 0, dtype=torch.int64)
-    print(f"{init}: is of an earlier version and carries no split, which is drawn as before")
-    return torch.stack([weights["seen"], torch.zeros_like(weights["seen"])])
+    split = weights.get("split")
+    return torch.zeros(2, 0, dtype=torch.int64) if split is None else split
 
 
 def from_name(arch, init, img_size, model_kwargs):

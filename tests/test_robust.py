@@ -324,14 +324,6 @@ def test_memory_that_is_not_there(folder, tmp_path):
     assert status == 1 and "out of memory" in one_line(err) and "--bs" in err
 
 
-def test_compile_without_a_compiler(folder, tmp_path):
-    arguments = ["--data", folder, *TINY, "--compile", "--out", tmp_path / "run"]
-    env = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    done = run(ROOT / "pretrain.py", *arguments, cwd=tmp_path, **env)
-    assert done.returncode == 1 and "--compile" in done.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in done.stderr
-
-
 def test_no_home_needs_no_home(folder, tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("HOME", "CASS_CACHE", "XDG_CACHE_HOME")}
     code = "import os, runpy, sys\nos.path.expanduser = lambda p: p\nsys.argv = sys.argv[1:]\n"

@@ -4,11 +4,10 @@
 
 scores two runs of finetune.py on the same test images, and the mean of their probabilities; shows
 B - A with its 95 % interval, paired: by bootstrap over the images, over patients where they are
-known. "better" or "worse" stands where it excludes zero, and without correction for how many are
-looked at. McNemar's exact test compares how many images are right; it takes images as independent.
-Of runs with several --seeds, equal ones are paired and averaged: the interval is about other
-images, not other seeds. An image that one run counts as a duplicate, or as seen, is left out of all
-scores without such images. --out FILE gets all of it as JSON.
+known. "better" or "worse" stands where it excludes zero, uncorrected for how many are looked at.
+McNemar's exact test compares how many images are right; it takes images as independent. Of several
+--seeds, equal ones are paired and averaged: the interval is about other images, not other seeds. An
+image that one run counts as a duplicate, or as seen, is left out of all scores without such images.
 """
 
 import math

@@ -2,9 +2,8 @@
 
     python -m tools.demo
 
-draws four kinds of cells, told apart by outline and texture, to demo/images, runs three commands
-and shows each: both arms without labels, the CNN with 10 % of the labels, and the same CNN without
-pre-training. All is written to --out (default: demo).
+draws four kinds of cells, told apart by outline and texture, to demo/images, runs and shows three
+commands: both arms without labels, the CNN with 10 % of the labels, the same without pre-training.
 """
 
 import shlex

@@ -5,9 +5,8 @@
     python -m tools.experiments --table 4 --data /path --scale small --seeds 0 1 2    (a CPU)
 
 A row is a pre-training (supervised: of no epoch) and, for each label fraction, a fine-tuning of its
-arms. Called again, it skips finished cells, resumes interrupted ones and retries failed ones.
-Writes config.json, cells/*.json and table.csv, .json and .md to --out; weights and logs of the runs
-go to --work, shared by all tables:
+arms. Called again, it skips finished cells and resumes or retries the others. --out: config.json,
+cells/*.json, table.csv, .json and .md; --work: weights and logs of the runs, shared by all tables:
 """
 
 import json

@@ -5,11 +5,10 @@ tested once, by arms that were neither pre-trained nor fine-tuned on it.
 
 draws folds of whole patients (--group-by) and duplicates, stratified. In each, pretrain.py trains
 on what is neither test nor validation, and finetune.py tunes both arms and scores their mean; and
-the same without pre-training, the baseline. Flags that are not listed here go to pretrain.py, those
-in --finetune, one text, to finetune.py. First says how long all takes; called again, it goes on
-where it was. Writes to --out predictions.csv, of all folds, and summary.json: scores, and what
-pre-training gains, with 95 % intervals over the patients, or images, that were tested, not over the
-folds, whose models share training images.
+the same without pre-training, the baseline. Flags that are not listed go to pretrain.py, those in
+--finetune to finetune.py. First says how long all takes; called again, it goes on where it was. To
+--out: predictions.csv, of all folds, and summary.json: scores, and what pre-training gains, with
+95 % intervals over the patients or images tested, not over folds, which share training images.
 """
 
 import re

@@ -7,9 +7,7 @@ import math
 from contextlib import ExitStack
 
 import torch
-from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
-from torch.nn.functional import pad
 
 
 @torch.no_grad()
@@ -30,8 +28,8 @@ def attention_names(model):
 
 
 def attention(model, images, block=1):
-    """The softmax of one block's attention, the first is 1: (N, heads, T, T), or in windows
-    (N * windows, heads, T, T). A row, for the token that looks, sums to one. Raises ValueError."""
+    """The softmax of one block's attention, the first is 1: (N, heads, T, T). A row, for the token
+    that looks, sums to one. Raises ValueError."""
     names = attention_names(model)
     if not 1 <= block <= len(names):
         raise ValueError(f"has no attention block {block}; there are {len(names)} (in a CNN, none)")
@@ -46,12 +44,9 @@ def attention(model, images, block=1):
 def attention_map(model, images, block=1):
     """How one block's attention, mean over its heads, falls on the patches: (N, h, w) float32.
     With a class token, its row, which sums to one less what falls on tokens that are no patches.
-    Without (Swin, pooled ViTs), the mean over the rows of all patches: the attention that each
+    Without (pooled ViTs), the mean over the rows of all patches: the attention that each
     receives. Raises ValueError where the tokens cannot be laid over the square images."""
     attn = attention(model, images, block).mean(1)
-    owner = model.get_submodule(attention_names(model)[block - 1].rpartition(".")[0])
-    if hasattr(owner, "shift_size"):
-        return _put_back(attn, owner).float()
     prefix = getattr(model, "num_prefix_tokens", 0)
     side = math.isqrt(max(attn.shape[-1] - prefix, 0))
     if attn.shape[0] != len(images) or attn.shape[1:] != (prefix + side**2,) * 2:
@@ -59,18 +54,6 @@ def attention_map(model, images, block=1):
     pooled = getattr(model, "cls_token", None) is None
     row = attn[:, prefix:].mean(1) if pooled else attn[:, 0]
     return row[:, prefix:].reshape(-1, side, side).float()
-
-
-def _put_back(attn, block):
-    """Attention in Swin's windows, shifted or not, (N * windows, T, T) -> (N, H, W): row mean."""
-    (h, w), (H, W) = block.window_size, block.input_resolution
-    down, across = math.ceil(H / h), math.ceil(W / w)
-    real = pad(attn.new_ones(1, H, W, 1), (0, 0, 0, across * w - W, 0, down * h - H))
-    real = window_partition(real, (h, w)).reshape(-1, h * w).repeat(len(attn) // (down * across), 1)
-    attn = attn * real[:, None]  # padding is not looked at,
-    attn = attn / attn.sum(2, keepdim=True).clamp_min(1e-12) * real[:, :, None]  # nor does it look
-    maps = window_reverse(attn.sum(1).reshape(-1, h, w, 1), (h, w), down * h, across * w)
-    return maps[:, :H, :W, 0].roll(tuple(block.shift_size), (1, 2)) / (H * W)
 
 
 def mean_attention(model, batches, block=1):

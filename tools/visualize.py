@@ -37,6 +37,7 @@ except ImportError:
     matplotlib = None  # main() says so
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9, "text.parse_math": False}
+STYLE |= {"lines.markersize": 4, "legend.frameon": False}
 OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 COLOURS = {"train": "#0072b2", "val": "#d55e00", "cnn": "#56b4e9", "vit": "#e69f00", "": "black"}
 
@@ -247,7 +248,8 @@ def reliability(args):
     _, labels, *both, multilabel = test.arrays()
     figure, scores = Figure((8, 5), layout="constrained"), found["test"]
     axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
-    titles = {"_uncalibrated": "sigmoids, as trained", "": "calibrated"}
+    T = f", temperature {found['temperature']:.2g}" if "temperature" in found else ""
+    titles = {"_uncalibrated": "sigmoids, as trained", "": f"calibrated{T}"}
     edges = np.linspace(0, 1, metrics.BINS + 1)
     for (above, below), p, (key, title) in zip(axes.T, both, titles.items()):
         confidence, right = (x.ravel() for x in metrics.decisions(labels, p, multilabel))
