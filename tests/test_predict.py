@@ -482,3 +482,21 @@ def test_compare_refuses(tuned, tmp_path, script):
     assert script(compare, cnn, vit, "--out", tmp_path / "c.json", "--overwrite")[0] == 0
     status, out, _ = script(compare, cnn, cnn)
     assert status == 0 and "better" not in out and "worse" not in out
+
+
+def test_images_of_one_patient_are_resampled_together(folder, tmp_path, script):
+    """Five images each; predictions.csv numbers the patients, metrics.json counts them."""
+    files = sorted(str(p.relative_to(folder)) for p in folder.glob("*/*.png"))
+    lines = [f"{name},{name[0]},p{i // 5}" for i, name in enumerate(files)]
+    (tmp_path / "t.csv").write_text("image,label,patient\n" + "\n".join(lines))
+    words = ["--data", tmp_path / "t.csv", "--images", folder, "--group-by", "patient"]
+    arch = ["--arch", "test_resnet", "--img-size", 32, "--init", "random", "--mode", "knn"]
+    whole = {name: f"p{i // 5}" for i, name in enumerate(files)}
+    status, _, err = script(finetune, *arch, *words, "--out", tmp_path / "run")
+    assert status == 0, err
+    table = rows(tmp_path / "run/predictions.csv")
+    pairs = {(whole[r["path"]], r["group"]) for r in table}
+    patients = {patient for patient, _ in pairs}
+    assert len(pairs) == len(patients) == len({group for _, group in pairs}) < len(table)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["test"]["n_units"] == len(patients) and metrics["test"]["n"] == len(table)
