@@ -38,6 +38,10 @@ SCENES = {  # name: (images of a unit, priors of the classes, noise of a patient
     "patients of one class, 2 classes": (-20, (0.5, 0.5), 0.7, (7, 10, 20, 100)),
     "patients in 5 folds, 2 classes": (20, (0.5, 0.5), 0.7, (7, 10, 20, 100)),
 }
+DIFFERENCES = {  # of two classifiers on the same images
+    "difference on images, 2 equal classes": "images, 2 equal classes",
+    "difference on patients, 2 equal classes": "patients, 2 equal classes",
+}
 HEADER = ["scene", "units", "sets", "score", "coverage", "low", "high", "too_few", "percentile"]
 DIM = 8  # of the features that the folds are trained on
 
@@ -83,6 +87,36 @@ def predictions(rng, units, scene):
         weights, offsets = linear(x[fold != f], y[fold != f], len(priors))
         logits[fold == f] = x[fold == f] @ weights + offsets
     return unit, *arrays_of(y, logits)
+
+
+@np.errstate(invalid="ignore")
+def differences(scene, units, sets):
+    """Rows of coverage.csv for the difference of two classifiers, whose errors are related."""
+    size, priors, noise, _ = SCENES[DIFFERENCES[scene]]
+    rng, classes = np.random.default_rng([units, 100 + list(DIFFERENCES).index(scene)]), len(priors)
+    means = 1.4 * np.eye(DIM)[:classes]
+    turned = means + rng.normal(0, 0.5, means.shape)  # the second one's
+
+    def drawn(n):
+        y, unit, x = draw_population(rng, n, size, priors, noise)
+        return unit, [arrays_of(y, x @ m.T - (m**2).sum(1) / 2) for m in (means, turned)]
+
+    _, whats = drawn(200_000 if size == 1 else 20_000)
+    points = [metrics.measures(*x, np.ones((1, len(x[0]))))[0] for x in whats]
+    held, few = defaultdict(list), defaultdict(list)
+    for _ in range(sets):
+        unit, whats = drawn(units)
+        a, b = (metrics.bootstrap(unit, *what)[0] for what in whats)
+        none = metrics.too_few(unit, whats[0][0])[0]
+        for key in set(SCORES) - {"ece"}:
+            low, high = metrics.limits(b[key] - a[key], len(np.unique(unit)))
+            held[key].append(low <= points[1][key][0] - points[0][key][0] <= high)
+            few[key].append(none[key])
+    for key in (key for key in SCORES if key in held):
+        p = np.mean(held[key])
+        error = 1.96 * np.sqrt(p * (1 - p) / sets)
+        numbers = p, max(p - error, 0), min(p + error, 1), np.mean(few[key])
+        yield [scene, units, sets, key, *(f"{x:.3f}" for x in numbers), ""]
 
 
 def truth_of(rng, units, scene):
@@ -137,14 +171,14 @@ def main():
     if file.exists():
         rows = list(csv.reader(file.open()))[1:]
     done = {tuple(row[:3]) for row in rows}
-    for scene, (*_, numbers) in SCENES.items():
-        for units in numbers:
-            if (scene, str(units), str(args.sets)) not in done:
-                rows += coverage(scene, units, args.sets)
-                write_csv(file, HEADER, rows)
-                print(
-                    *(" ".join(map(str, row)) for row in rows[-len(SCORES) :]), sep="\n", flush=True
-                )
+    todo = [(scene, units, coverage) for scene, x in SCENES.items() for units in x[-1]]
+    todo += [(scene, units, differences) for scene in DIFFERENCES for units in (20, 100, 300)]
+    for scene, units, measure in todo:
+        if (scene, str(units), str(args.sets)) not in done:
+            new = list(measure(scene, units, args.sets))
+            rows += new
+            write_csv(file, HEADER, rows)
+            print(*(" ".join(map(str, row)) for row in new), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
