@@ -103,7 +103,7 @@ def bootstrap(units, *what):
 def limits(replicates, U):
     """Lower and upper 95 % limit, (2, ...), of replicates (ROUNDS, ...) from U units: percentiles
     as far out as a t interval reaches (Hesterberg, arXiv 1411.5279)."""
-    z, v = 1.959964, U - 1
+    z, v = 1.959964, max(U - 1, 1)
     t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)  # its quantile
     tail = NormalDist().cdf(-t * (U / v) ** 0.5)
     known = np.where(np.isnan(replicates).all(0), 0, replicates)  # else a warning

@@ -207,6 +207,8 @@ def test_too_few_have_no_interval():
     assert of_a["recall"] and of_a["auroc"] is None and of_b["recall"] is None
     few = score(np.arange(60) % 19, labels, p, q, False, list("abcd"))
     assert set(few["ci95"].values()) == {None} and few["n_units"] == 19
+    one = score(np.zeros(60, int), labels, p, q, False, list("abcd"))  # a single patient
+    assert set(one["ci95"].values()) == {None} and one["n_units"] == 1
     perfect = score(np.arange(60), labels, labels + 0.0, labels + 0.0, False, list("abcd"))
     assert perfect["accuracy"] == 1 and perfect["ci95"]["accuracy"] is None  # nothing varies
 
