@@ -74,7 +74,7 @@ def predicted_cells(probabilities, distribution, classes, multilabel):
 
 def read_test(folder):
     """What finetune.py wrote to a folder: its Predictions, and the dict of metrics.json."""
-    found = read_json(folder / "metrics.json")
+    found = read_json(folder / "metrics.json", "classes")
     try:
         with open(folder / "predictions.csv", **TEXT) as file:
             header, *rows = filter(None, csv.reader(file))

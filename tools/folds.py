@@ -1,7 +1,7 @@
 """A whole experiment in folds, for sets that are too small for one split: every labelled image is
 tested once, by arms that were neither pre-trained nor fine-tuned on it.
 
-    python -m tools.folds --data /path --folds 5 --epochs 100 --bs 16 --finetune "--frac 0.1"
+    python -m tools.folds --data /path --folds 5 --epochs 100 --bs 16 --finetune="--frac 0.1"
 
 draws folds of whole patients (--group-by) and duplicates, stratified. In each, pretrain.py trains
 on what is neither test nor validation, and finetune.py tunes both arms and scores their mean; and
@@ -118,11 +118,10 @@ def main():
     unit = splits.indivisible_units(images)
     fold = draw_folds(images.labels, images.labelled, unit, args.folds, args.seed)
     divided = [split_of(images, fold, k, args.seed) for k in range(args.folds)]
-    jobs = {method: [] for method in METHODS}
+    begun, jobs = any(out.glob("fold*/*/finished")), {method: [] for method in METHODS}
     for k, split in enumerate(divided):
         file = out / f"fold{k}/split.csv"
         file.parent.mkdir(exist_ok=True)
-        begun = file.exists() and any(out.glob("fold*/*/finished"))
         if begun and any(tables.read_split(file, images.names) != split):
             raise cli.UserError(f"{file}: is of other images or flags; give another --out")
         checkpoint.write_csv(file, ("path", "split"), zip(images.names, split))
@@ -130,12 +129,13 @@ def main():
             jobs[method] += commands_of(args, out / f"fold{k}", method)
     for number, (words, folder) in enumerate(cli.progress(sum(jobs.values(), []), "run")):
         if error := call(words, folder, {}):
-            raise cli.Stopped(1, f"{folder}: {error}; to go on, give the command again")
+            what = f"{folder}: {error.removeprefix('error: ')}; to go on, give the command again"
+            raise cli.Stopped(1, what) if number else cli.UserError(what)
         if number == 0:  # the baseline's weights are there: its fine-tuning can be timed
             train, tune = hours_of(jobs["cass"][0][0]), hours_of(jobs["baseline"][1][0])
-            total = f"{args.folds} folds take at most {args.folds * (train + 2 * tune):.2f} h"
+            total = f"{args.folds} folds take at most {args.folds * (train + 2 * tune):.2f} h, each"
             each = f"{train:.2f} h of pre-training and twice {tune:.2f} h of fine-tuning"
-            cli.tqdm.write(f"{total}, each with {each}")
+            cli.tqdm.write(f"{total} with {each}")
         if args.dry_run:
             return
     number, unit = (dict(zip(images.names, x.tolist())) for x in (fold, unit))
