@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 BINS = 15  # of the expected calibration error
 ROUNDS = 1000  # of the bootstrap
-FEW, FEW_OF_CLASS = 20, 10  # units: below, fewer than 90 % hold the truth (results/intervals)
-FEW_FOR_ECE = 300  # images
+FEW, FEW_OF_CLASS, FEW_FOR_ECE = 20, 10, 300  # units, units of a class, images: results/intervals
 OF_CLASSES = ("macro_f1", "macro_f1_present", "balanced_accuracy", "auroc")  # means over them
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from common import metrics
 from common.checkpoint import TEXT, read_json, start_folder, write_csv, write_json
-from common.cli import UserError, preview
+from common.cli import UserError, preview, refusing
 from common.metrics import FEW, FEW_FOR_ECE, FEW_OF_CLASS
 from common.splits import SIDES, class_counts, cross_split_duplicates, indivisible_units, label_text
 
@@ -19,7 +19,7 @@ COUNTS = ("n_test_duplicates", "n_test_near", "n_test_seen")
 SCORES = ("macro_f1", "micro_f1", "balanced_accuracy", "accuracy", "auroc")
 SHOWN = (*SCORES, "brier", "ece")
 KINDS = {"probabilities": "prob", "distribution": "calibrated"}  # {attribute: in column names}
-SHARED = ("names", "true", "units", "classes", "multilabel")  # what tests must share
+SHARED = ("names", "labels", "units", "classes", "multilabel")  # what tests must share
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Predictions:
     """Of N images and C classes."""
 
     names: list
-    true: list  # the labels of each, as text
-    units: list  # as text: the same for images of one patient and for exact duplicates
+    labels: np.ndarray  # (N, C) bool, the true ones
+    units: np.ndarray  # (N,) str, the same for images of one patient and for exact duplicates
     probabilities: np.ndarray  # (N, C) and
     distribution: np.ndarray  # (N, C), of metrics.probabilities_of()
     flags: np.ndarray  # (3, N) bool: FLAGS
@@ -42,9 +42,7 @@ class Predictions:
 
     def arrays(self, kept=slice(None)):
         """What metrics.bootstrap() takes, of the kept images."""
-        has = [text.split("|") if self.multilabel else [text] for text in self.true]
-        labels = np.array([[c in x for c in self.classes] for x in has])
-        arrays = np.array(self.units), labels, self.probabilities, self.distribution
+        arrays = self.units, self.labels, self.probabilities, self.distribution
         return *(x[kept] for x in arrays), self.multilabel
 
     def scores(self):
@@ -59,7 +57,8 @@ class Predictions:
         """Header and rows of predictions.csv, to the last bit of float32."""
         both = self.probabilities, self.distribution
         header, cells = predicted_cells(*both, self.classes, self.multilabel)
-        rows = zip(self.names, self.true, cells, self.flags.T.astype(int), self.units)
+        true = (label_text(self.classes, has) for has in self.labels)
+        rows = zip(self.names, true, cells, self.flags.T.astype(int), self.units)
         header = ["path", "true", *header, *FLAGS, "group"]
         return header, ([name, true, *x, *flags, unit] for name, true, x, flags, unit in rows)
 
@@ -75,27 +74,28 @@ def predicted_cells(probabilities, distribution, classes, multilabel):
 def read_test(folder):
     """What finetune.py wrote to a folder: its Predictions, and the dict of metrics.json."""
     found = read_json(folder / "metrics.json", "classes")
-    try:
+    what = "is missing, of an earlier version, or does not fit the metrics.json beside it"
+    fix = f"delete it and metrics.json, and give finetune.py --resume --out {folder}"
+    damage = OSError, KeyError, ValueError, TypeError
+    with refusing(f"{folder / 'predictions.csv'}: {what}; {fix}", damage):
         with open(folder / "predictions.csv", **TEXT) as file:
             header, *rows = filter(None, csv.reader(file))
         table, classes = dict(zip(header, map(list, zip(*rows)))), found["classes"]
         names, true, units, *flags = (table[key] for key in ("path", "true", "group", *FLAGS))
+        true = [text.split("|") if found["multilabel"] else [text] for text in true]
+        labels, units = np.array([[c in x for c in classes] for x in true]), np.array(units)
         columns = ([table[f"{kind}_{c}"] for c in classes] for kind in KINDS.values())
         both, flags = (np.stack(x, 1).astype("f4") for x in columns), np.array(flags) == "1"
         if [found[n] for n in ("n_test", *COUNTS)] != [len(rows), *flags.sum(1)]:
             raise ValueError("of different runs")
-        return Predictions(names, true, units, *both, flags, classes, found["multilabel"]), found
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        what = "is missing, of an earlier version, or does not fit the metrics.json beside it"
-        fix = f"delete it and metrics.json, and give finetune.py --resume --out {folder}"
-        raise UserError(f"{folder / 'predictions.csv'}: {what}; {fix}") from error
+        return Predictions(names, labels, units, *both, flags, classes, found["multilabel"]), found
 
 
 def refuse_unequal(tests):
     """Raise UserError unless {folder: Predictions} are of the same images and labels."""
     (first, test), *others = tests.items()
     for folder, other in others:
-        if any(getattr(other, key) != getattr(test, key) for key in SHARED):
+        if not all(np.array_equal(getattr(other, key), getattr(test, key)) for key in SHARED):
             what = f"its test images, their labels or groups are not those of {first}"
             raise UserError(f"{folder}: {what}; fine-tune both on the same data and split")
 
@@ -113,11 +113,9 @@ def report(job, probabilities, distribution, training):
     settings |= {f"n_{name}": int((split == name).sum()) for name in SIDES}
     settings |= {"n_labelled": int(job.used.sum()), "labelled": class_counts(images, job.used)}
     copies = (cross_split_duplicates(images, split, near)[test] for near in (False, True))
-    names = list(compress(images.names, test))
-    true = [label_text(images.classes, has) for has in images.labels[test]]
-    units = list(map(str, indivisible_units(images)[test]))
-    arrays = probabilities, distribution, np.stack([*copies, job.seen[test]])
-    found = Predictions(names, true, units, *arrays, images.classes, images.multilabel)
+    arrays = images.labels[test], indivisible_units(images)[test].astype(str)
+    arrays += probabilities, distribution, np.stack([*copies, job.seen[test]])
+    found = Predictions([*compress(images.names, test)], *arrays, images.classes, images.multilabel)
     return write_test(job.out, found, settings | training)
 
 
@@ -134,8 +132,7 @@ def write_test(out, test, settings):
         print(f"every prediction is {classes[predicted.argmax()]}: the model tells nothing apart")
     write_csv(out / "predictions.csv", *test.table())
     cells = ([c, *row] for c, row in zip(classes, scores["test"]["confusion"]))
-    header = ["true \\ predicted", *classes]
-    header = ["label", "tp", "fp", "fn", "tn"] if test.multilabel else header
+    header = "label tp fp fn tn".split() if test.multilabel else ["true \\ predicted", *classes]
     write_csv(out / "confusion.csv", header, cells)
     found = {**settings, "classes": classes, "multilabel": test.multilabel, **counts, **scores}
     write_json(out / "metrics.json", found)  # last: it says that the run is finished

@@ -80,11 +80,11 @@ def pooled(folders, unit):
     """The out-of-fold Predictions of finetune.py in these folders, a fold each, and the scores of
     each. unit: {name: a number}, equal for images of one patient and for exact duplicates."""
     tests, found = zip(*map(results.read_test, folders))
-    names, true = (sum((getattr(x, key) for x in tests), []) for key in ("names", "true"))
-    keys = "probabilities", "distribution"
+    names, keys = sum((x.names for x in tests), []), ("labels", *results.KINDS)
     arrays = {key: np.concatenate([getattr(x, key) for x in tests]) for key in keys}
-    arrays |= {"flags": np.hstack([x.flags for x in tests]), "units": [str(unit[x]) for x in names]}
-    return replace(tests[0], names=names, true=true, **arrays), [x["test"] for x in found]
+    arrays["flags"] = np.hstack([x.flags for x in tests])
+    arrays["units"] = np.array([str(unit[x]) for x in names])
+    return replace(tests[0], names=names, **arrays), [x["test"] for x in found]
 
 
 def without_auroc(found):
