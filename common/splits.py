@@ -154,18 +154,18 @@ def _cut(order, size, drawn, n_train=0):
 def label_fraction(data, train, frac, seed):
     """(N,) bool: the share `frac` of the training images, (N,) bool, whose labels are used, nested,
     stratified, in whole units and with every class. Raises UserError where it is too small."""
-    train = train & data.labelled
-    if absent := list(compress(data.classes, ~data.labels[train].any(0))):
+    used = train & data.labelled
+    if absent := list(compress(data.classes, ~data.labels[used].any(0))):
         raise UserError(f"{data.path}: no training image has the label {preview(absent)}")
-    unit = np.unique(indivisible_units(data)[train], return_inverse=True)[1]
-    order, n_cover = stratified_order(data.labels[train], unit, np.random.default_rng([seed, 1]))
+    unit = np.unique(indivisible_units(data)[used], return_inverse=True)[1]
+    order, n_cover = stratified_order(data.labels[used], unit, np.random.default_rng([seed, 1]))
     end = np.cumsum(np.bincount(unit)[order])
     wanted = np.floor(frac * len(unit) + 0.5)
     if wanted < end[n_cover - 1]:
         smallest = np.ceil((end[n_cover - 1] - 0.5) / len(unit) * 1e5) / 1e5
         raise UserError(f"--frac {frac:g}: the smallest fraction with every class is {smallest:g}")
-    used = np.flatnonzero(train)[np.isin(unit, order[end <= wanted])]
-    return np.isin(np.arange(len(data)), used)
+    used[used] = np.isin(unit, order[end <= wanted])
+    return used
 
 
 def label_text(classes, has):
