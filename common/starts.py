@@ -76,9 +76,9 @@ def resumed(parser, args, script, may_change):
     state = load_last(last, script)
     if (n := state.get("processes", 1)) != distributed.world_size():
         raise UserError(f"{last}: resume with as many processes: torchrun --nproc-per-node {n}")
-    lists = [x for x in map(state["args"].get, ("seeds", "ckpt")) if isinstance(x, list)]
-    deep = sum(len(x) > 1 for x in lists)  # of finetune.py: a folder for each
-    parser.set_defaults(out=str(last.resolve().parents[deep]))
+    values = map(state["args"].get, ("seeds", "ckpt"))  # of finetune.py: of several a folder each
+    deep = sum(isinstance(value, list) and len(value) > 1 for value in values)
+    parser.set_defaults(out=str(last.absolute().parents[deep]))
     return parse_again(parser, state["args"], may_change, last), state
 
 
@@ -145,7 +145,10 @@ def carried_by(init, weights=None):
     """splits.carried() of what our weights files saw; empty for other weights. Raises UserError."""
     weights = weights or ({} if init in ("imagenet", "random") else checkpoint.load(init))
     check(init, weights, HISTORY)
-    split = weights.get("split")
+    split, seen = weights.get("split"), weights.get("seen")
+    if split is None and seen is not None:
+        print(f"{init}: is of an earlier version and carries no split, which is drawn as before")
+        split = torch.stack([seen, torch.zeros_like(seen)])
     return torch.zeros(2, 0, dtype=torch.int64) if split is None else split
 
 

@@ -1,6 +1,7 @@
 """Small images made on the spot, and the scripts run in this process or in their own."""
 
 import contextlib
+import csv
 import importlib
 import os
 import subprocess
@@ -92,6 +93,12 @@ def run(*command, cwd, timeout=280, **env):
         capture_output=True,
         env={**os.environ, **env},
     )
+
+
+def rows(path):
+    """The rows of a CSV file, {column: text} each."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def in_this_process(words, output):

@@ -4,7 +4,6 @@ figures() yields a page, a text with {} for each figure, and the figures recompu
 a decimal point, a sign or a unit that no entry covers fails too, unless SETTINGS names it.
 """
 
-import csv
 import functools
 import json
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 import pytest
+from conftest import rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -28,12 +28,6 @@ def page(name):
 
 
 @functools.cache
-def csv_rows(path):
-    """Rows of a CSV file in results/."""
-    with open(ROOT / "results" / path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def load(path):
     return json.loads((RESULTS / path).read_text())
 
@@ -228,7 +222,7 @@ def figures():
     # scores
     scene, but = "patients in 5 folds, 2 classes", ("auroc", "ece")
     folds = {n: [] for n in (7, 20, 100)}
-    for row in csv_rows("intervals/coverage.csv"):
+    for row in rows(ROOT / "results/intervals/coverage.csv"):
         if row["scene"] == scene and int(row["units"]) in folds and row["score"] not in but:
             folds[int(row["units"])].append(100 * float(row["coverage"]))
     yield (

@@ -1,13 +1,12 @@
 """Folds that part no patient, arms that never saw what they are tested on, one table of it all."""
 
-import csv
 import json
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import ARMS, draw_classes, in_this_process
+from conftest import ARMS, draw_classes, in_this_process, rows
 from PIL import Image
 from sklearn.metrics import f1_score
 
@@ -18,11 +17,6 @@ from tools.folds import draw_folds
 
 PRETRAIN = [*ARMS, "--epochs", 1]
 TUNE = "--epochs 2 --frac 0.5"
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,7 +1,6 @@
 """What the scripts compute, pinned by loops written here: plain timm models, plain optimizers,
 images noted from outside. A change of layout must leave all of it as it is."""
 
-import csv
 import json
 import math
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ARMS, ROOT
+from conftest import ARMS, ROOT, rows
 from PIL import Image
 
 import data
@@ -31,11 +30,6 @@ LAST = torch.channels_last
 
 def weights(path):
     return torch.load(path, weights_only=True)
-
-
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def log_of(folder):

@@ -1,7 +1,6 @@
 """Predictions, features and the mean of two arms, against what finetune.py wrote, timm and
 scikit-learn."""
 
-import csv
 import json
 import shutil
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import draw_classes, one_line, picture
+from conftest import draw_classes, one_line, picture, rows
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
@@ -21,11 +20,6 @@ from common.pixels import decode
 from tools import compare
 
 RUN = ["--init", "random", "--epochs", 1, "--amp", "off"]
-
-
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def probabilities(table, classes="abc"):

@@ -1,6 +1,5 @@
 """The two scripts from end to end, on images and arms that are small enough for a test."""
 
-import csv
 import json
 import os
 
@@ -9,7 +8,7 @@ import pytest
 import timm
 import torch
 import trials
-from conftest import ARMS, ROOT, draw_classes, one_line, picture, run
+from conftest import ARMS, ROOT, draw_classes, one_line, picture, rows, run
 from PIL import Image
 from sklearn.metrics import f1_score
 
@@ -29,11 +28,6 @@ def weights(path):
 def same(a, b):
     a, b = weights(a)["state_dict"], weights(b)["state_dict"]
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def test_pretraining_writes_what_it_promises(pretrained, folder):
@@ -784,6 +778,20 @@ def test_the_owner_s_two_commands(tmp_path, folder, monkeypatch):
     second = run(ROOT / "finetune.py", "--ckpt", "cnn.pt", "--frac", "0.5", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "finetune_cnn_0.5/metrics.json").exists()
+
+
+def test_weights_without_a_split_keep_what_they_saw_in_training(pretrained, script):
+    """As the earliest files are: no image of their training is drawn for testing."""
+    file = pretrained / "cnn.pt"
+    weights = torch.load(file, weights_only=True)
+    del weights["split"]
+    torch.save({**weights, "seed": 5}, file)  # by which alone another split would be drawn
+    status, out, err = script(finetune, "--ckpt", file, "--epochs", 1)
+    assert status == 0 and "of an earlier version and carries no split" in out, err
+    before = {r["path"]: r["split"] for r in rows(pretrained / "split.csv")}
+    after = rows(pretrained / "finetune_cnn_1/split.csv")
+    assert {r["split"] for r in after if before[r["path"]] == "train"} == {"train"}
+    assert {r["split"] for r in after} == {"train", "val", "test"}
 
 
 def test_weights_of_an_earlier_version_load(pretrained, folder, tmp_path, script):
