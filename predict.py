@@ -86,10 +86,9 @@ def prepare_file(path, flag, overwrite):
     if path.is_dir() or path.exists() and not overwrite:
         there = "is a folder" if path.is_dir() else "is there already"
         raise UserError(f"{path}: {there}; name another file with {flag}, or give --overwrite")
-    try:
+    no_folder = FileExistsError, NotADirectoryError
+    with cli.refusing(f"{path.parent}: is not a folder ({flag})", no_folder):
         checkpoint.start_folder(path.parent, (path.name,))
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{path.parent}: is not a folder ({flag})") from error
 
 
 def refuse_unequal(arms):

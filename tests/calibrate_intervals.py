@@ -17,6 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -69,9 +70,8 @@ def linear(x, y, classes):
 
 def arrays_of(y, logits):
     """What metrics.measures() takes."""
-    e = np.exp(logits - logits.max(1, keepdims=True))
     labels = np.eye(logits.shape[1], dtype=bool)[y]
-    return labels, 1 / (1 + np.exp(-logits)), e / e.sum(1, keepdims=True), False
+    return labels, *metrics.probabilities_of(torch.from_numpy(logits), 1.0, False), False
 
 
 def predictions(rng, units, scene):
@@ -87,6 +87,13 @@ def predictions(rng, units, scene):
         weights, offsets = linear(x[fold != f], y[fold != f], len(priors))
         logits[fold == f] = x[fold == f] @ weights + offsets
     return unit, *arrays_of(y, logits)
+
+
+def shares(held, few):
+    """As text: the share of intervals that held the truth, its own 95 % limits, of too few."""
+    p = np.mean(held)
+    error = 1.96 * np.sqrt(p * (1 - p) / len(held))
+    return [f"{x:.3f}" for x in (p, max(p - error, 0), min(p + error, 1), np.mean(few))]
 
 
 @np.errstate(invalid="ignore")
@@ -113,10 +120,7 @@ def differences(scene, units, sets):
             held[key].append(low <= points[1][key][0] - points[0][key][0] <= high)
             few[key].append(none[key])
     for key in (key for key in SCORES if key in held):
-        p = np.mean(held[key])
-        error = 1.96 * np.sqrt(p * (1 - p) / sets)
-        numbers = p, max(p - error, 0), min(p + error, 1), np.mean(few[key])
-        yield [scene, units, sets, key, *(f"{x:.3f}" for x in numbers), ""]
+        yield [scene, units, sets, key, *shares(held[key], few[key]), ""]
 
 
 def truth_of(rng, units, scene):
@@ -155,10 +159,7 @@ def coverage(scene, units, sets):
             plain[key].append(low <= truth[key] <= high)
             few[key].append(none[key])
     for key in SCORES:
-        p = np.mean(held[key])
-        error = 1.96 * np.sqrt(p * (1 - p) / sets)
-        numbers = p, max(p - error, 0), min(p + error, 1), np.mean(few[key]), np.mean(plain[key])
-        yield [scene, units, sets, key, *(f"{x:.3f}" for x in numbers)]
+        yield [scene, units, sets, key, *shares(held[key], few[key]), f"{np.mean(plain[key]):.3f}"]
 
 
 def main():

@@ -88,12 +88,11 @@ def main():
     parser = cli.Parser(__doc__)
     for name in ("RUN_A", "RUN_B"):
         parser.add_argument(name, type=Path, help="output folder of finetune.py")
-    parser.add_argument("--out", metavar="FILE", help="JSON file")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="JSON file")
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     args = parser.parse_args()
     if args.out:
-        out = Path(args.out)
-        cli.refuse_overwrite(out.parent, [out.name], args.overwrite)
+        cli.refuse_overwrite(args.out.parent, [args.out.name], args.overwrite)
     runs = [folders_of(run) for run in (args.RUN_A, args.RUN_B)]
     if runs[0].keys() != runs[1].keys():
         raise cli.UserError(f"{args.RUN_B}: its seeds are not those of {args.RUN_A}")
@@ -102,8 +101,8 @@ def main():
     found = compare(*(list(x.values()) for x in tests))
     show(found, (args.RUN_A, args.RUN_B))
     if args.out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(out, {"a": str(args.RUN_A), "b": str(args.RUN_B), **found})
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(args.out, {"a": str(args.RUN_A), "b": str(args.RUN_B), **found})
         print(f"wrote {args.out}")
 
 

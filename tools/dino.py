@@ -170,7 +170,9 @@ def make_backbone(flag, name, init, img_size, **kwargs):
     extra = {"dynamic_img_size": True, "drop_path_rate": 0.1, **kwargs}
     try:
         model = arms.make_arm(flag, name, init, img_size, **extra)
-    except cli.UserError:  # of another kind, it comes again
+    except cli.UserError as error:
+        if not isinstance(error.__cause__, TypeError):  # no argument that it lacks
+            raise
         model = arms.make_arm(flag, name, init, img_size, **kwargs)
     return model, arms.output_shape(model, img_size, f"{flag} {name}")[1]
 

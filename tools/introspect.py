@@ -11,31 +11,27 @@ from torch import nn
 
 
 @torch.no_grad()
-def _outputs(model, images, names, keep):
-    """One forward pass: [(name, keep(output)), ...] of the named modules, in running order."""
+def _outputs(model, images, names):
+    """One forward pass: [(name, output), ...] of the named modules, in running order."""
     found = []
     with ExitStack() as hooks:
         for name in names:
             hook = model.get_submodule(name).register_forward_hook
-            hooks.enter_context(hook(lambda *x, name=name: found.append((name, keep(x[-1])))))
+            note = lambda *x, name=name: found.append((name, x[-1].clone()))  # noqa: E731
+            hooks.enter_context(hook(note))  # a copy: activations may work in place
         model.eval()(images)
     return found
-
-
-def attention_names(model):
-    """Names of the attention modules, one to a block, in order."""
-    return [name for name, m in model.named_modules() if "attn_drop" in dict(m.named_children())]
 
 
 def attention(model, images, block=1):
     """The softmax of one block's attention, the first is 1: (N, heads, T, T). A row, for the token
     that looks, sums to one. Raises ValueError."""
-    names = attention_names(model)
+    names = [name for name, m in model.named_modules() if "attn_drop" in dict(m.named_children())]
     if not 1 <= block <= len(names):
         raise ValueError(f"has no attention block {block}; there are {len(names)} (in a CNN, none)")
     name = names[block - 1]
     model.get_submodule(name).fused_attn = False  # for good: fused, it never shows its softmax
-    found = _outputs(model, images, [f"{name}.attn_drop"], torch.detach)
+    found = _outputs(model, images, [f"{name}.attn_drop"])
     if not found:
         raise ValueError(f"never shows the softmax of block {block}")
     return found[-1][1]
@@ -64,7 +60,7 @@ def mean_attention(model, batches, block=1):
 def feature_maps(model, images, layers=1):
     """[(name, (N, C, h, w)), ...] of the first convolutions that run. ValueError where fewer do."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    found = _outputs(model, images, names, torch.clone)  # activations may work in place
+    found = _outputs(model, images, names)
     if len(found) < layers:
         raise ValueError(f"has {len(found)} convolutions, not {layers}; is it a Transformer?")
     return found[:layers]

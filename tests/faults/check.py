@@ -36,7 +36,7 @@ def verdict(patch, place):
 
 
 def main():
-    patches = [Path(name) for name in sys.argv[1:]] or sorted(HERE.glob("*.patch"))
+    patches = [HERE / Path(name).name for name in sys.argv[1:]] or sorted(HERE.glob("*.patch"))
     missed = 0
     for patch in patches:
         with tempfile.TemporaryDirectory() as place:
