@@ -225,11 +225,12 @@ def batches_of(job, mask, transform=None):
     labels, seed = job.images.labels[index], job.seed if train else None
     targets = torch.from_numpy(labels.astype("f4") if job.images.multilabel else labels.argmax(1))
     dataset = data.AugmentedImages(job.images.images, index, transform, targets, job.seed)
-    batches = data.EpochBatches(len(index), job.bs, seed, drop_single=train)
+    bs = job.bs if train else 4 * job.bs  # no activations are kept for a backward pass
+    batches = data.EpochBatches(len(index), bs, seed, drop_single=train)
     return data.loader(dataset, batches, job.device, job.workers)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(job, model, loader):
     """Mean focal loss, and logits (N, C) on the CPU."""
     model.eval()

@@ -89,7 +89,7 @@ def train(model, loader, run, epochs, lr=1e-3, min_lr=1e-6, t_max=16, swa_start=
     run.track(optimizer_cnn=optimizer_cnn, scheduler_cnn=scheduler_cnn)
     run.track(optimizer_vit=optimizer_vit, scheduler_vit=scheduler_vit)
     forward = distributed.wrap(model)
-    for _ in run.epochs(epochs, loader):
+    for _ in run.epochs(epochs, loader, models=model.arms):
         model.train()
         for images in run.batches():
             optimizer_cnn.zero_grad()
@@ -105,7 +105,7 @@ def train(model, loader, run, epochs, lr=1e-3, min_lr=1e-6, t_max=16, swa_start=
             swa.after_step(run.iteration)
             run.note(loss)
         lr = scheduler_cnn.get_last_lr()[0]
-        run.end_epoch(model.arms, loss=run.mean_loss(), swa_snapshots=swa.snapshots, lr=lr)
+        run.end_epoch(loss=run.mean_loss(), swa_snapshots=swa.snapshots, lr=lr)
     return swa
 
 

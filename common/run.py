@@ -63,7 +63,9 @@ class Run:
 
     def __post_init__(self):
         self.components, self.status, saved = {}, "", self.state or {}
-        start = dict(epoch=0, batch=0, iteration=0, loss=[0.0], seconds=0.0, log=[*self.log])
+        start = dict(
+            epoch=0, batch=0, iteration=0, loss=[0.0], seconds=0.0, log=[*self.log], start={}
+        )
         self.progress = start | {key: x for key, x in saved.items() if key in {*start, "best"}}
 
     def track(self, **components):
@@ -92,9 +94,10 @@ class Run:
         work = f"{epochs} epochs of {sampler.n} images"
         print(f"{work}: about {timedelta(seconds=round(total))} {where}", flush=True)
 
-    def epochs(self, n, loader, done=lambda epoch: False):
-        """Numbers of the epochs that are left, until done(number of epochs that are complete)."""
-        self.n, self.loader, self.sampler = n, loader, loader.batch_sampler
+    def epochs(self, n, loader, done=lambda epoch: False, models=None):
+        """Numbers of the epochs that are left, until done(number of epochs that are complete).
+        models: {arm: model} for the monitor, which measures them before the first step too."""
+        self.n, self.loader, self.sampler, self.models = n, loader, loader.batch_sampler, models
         self.saved = time.perf_counter()
         if self.state is not None:
             with refusing(f"{self.out}/last.pt: rng damaged"):
@@ -106,6 +109,8 @@ class Run:
                 self.react(self.progress["log"][-1])  # the epoch that the run ended with
         cut = self.epoch * self.sampler.n + self.progress["batch"] * self.sampler.batch_size
         with Signals() as self.signals, progress(total=n * self.sampler.n, initial=cut) as self.bar:
+            if self.state is None and self._monitors() and n:
+                self.progress["start"] = self.monitor(models, self.device)
             while self.epoch < n and not done(self.epoch):
                 self.sampler.epoch, self.sampler.start = self.epoch, self.progress["batch"]
                 loss = self.progress["loss"]
@@ -154,24 +159,30 @@ class Run:
         total = distributed.all_reduce(self.loss.clone()).item()
         return total / (len(self.sampler) * distributed.world_size())
 
-    def end_epoch(self, models=None, **numbers):
-        """Log a row of numbers, and what the monitor measures of {arm: model}; write last.pt."""
+    def end_epoch(self, **numbers):
+        """Log a row of numbers, and what the monitor measures; write last.pt."""
         self.check_finite()
         took = time.perf_counter() - self.began
         row = {"epoch": self.epoch + 1, "iteration": self.iteration, **numbers}
         row["seconds"] = round(took, 3)
-        if models is not None:
-            row |= {"arms": "+".join(models), "images_per_second": round(self.sampler.n / took, 2)}
-        if self.monitor is not None and distributed.rank() == 0:
-            row |= self.monitor(models, self.device)
+        if self.models is not None:
+            speed = round(self.sampler.n / took, 2)
+            row |= {"arms": "+".join(self.models), "images_per_second": speed}
+        if self._monitors():
+            row |= self.monitor(self.models, self.device)
             row["monitor_seconds"] = round(time.perf_counter() - self.began - took, 3)
-            shown = [(name, row[key]) for key, name in collapse.SHOWN.items() if key in row]
-            self.status = "".join(f", {name} {value:.3g}" for name, value in shown)
+            start, shown = self.progress["start"], [x for x in collapse.SHOWN if x in row]
+            said = [(collapse.SHOWN[x], start.get(x, row[x]), row[x]) for x in shown]
+            self.status = "".join(f", {name} {a:.3g} to {b:.3g}" for name, a, b in said)
+            row |= {"start": start} if row["epoch"] == 1 else {}
         self.progress["log"] = [*self.progress["log"], row]
         stop = self.signals.number if distributed.world_size() == 1 else 0  # since the last step
         skip = time.perf_counter() - self.saved < self.seconds_between_saves and not stop
         self.save(stop, skip, epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0)
         self.react(row)
+
+    def _monitors(self):
+        return self.monitor is not None and distributed.rank() == 0
 
     def save(self, stop=0, log_only=False, **progress):
         """Write last.pt and log.jsonl, whole or not at all; then stop by this signal."""

@@ -146,7 +146,7 @@ def train(model, loader, run, epochs, lr, min_lr):
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     run.track(method=model, optimizer=optimizer, scaler=scaler)
     forward = distributed.wrap(model)
-    for _ in run.epochs(epochs, loader):
+    for _ in run.epochs(epochs, loader, models=model.arms):
         model.train()
         for views in run.batches():
             progress = run.iteration / iterations
@@ -160,7 +160,7 @@ def train(model, loader, run, epochs, lr, min_lr):
             scaler.update()
             model.after_step(progress)
             run.note(loss)
-        run.end_epoch(model.arms, loss=run.mean_loss(), lr=optimizer.param_groups[0]["lr"])
+        run.end_epoch(loss=run.mean_loss(), lr=optimizer.param_groups[0]["lr"])
 
 
 def make_backbone(flag, name, init, img_size, **kwargs):
