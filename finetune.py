@@ -220,13 +220,12 @@ def saved_state(folder):
 
 
 def batches_of(job, mask, transform=None):
-    """A loader of (images, targets) of the masked images, shuffled where they are augmented."""
+    """A loader of (images, targets), shuffled to train, in batches of 4 --bs to evaluate."""
     index, train = mask.nonzero()[0], transform is not None
     labels, seed = job.images.labels[index], job.seed if train else None
     targets = torch.from_numpy(labels.astype("f4") if job.images.multilabel else labels.argmax(1))
     dataset = data.AugmentedImages(job.images.images, index, transform, targets, job.seed)
-    bs = job.bs if train else 4 * job.bs  # no activations are kept for a backward pass
-    batches = data.EpochBatches(len(index), bs, seed, drop_single=train)
+    batches = data.EpochBatches(len(index), job.bs * (1 if train else 4), seed, drop_single=train)
     return data.loader(dataset, batches, job.device, job.workers)
 
 

@@ -136,7 +136,7 @@ def begin(run, args, specs, images, stale=()):
     with distributed.one_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad, args.dry_run)
     split = data.split_and_report(images, args.seed, args.dedup, initial, allow_seen=True)
-    run.monitor = collapse.Monitor(images, split, args.seed)
+    run.monitor = None if distributed.rank() else collapse.Monitor(images, split, args.seed)
     index = (split == "train").nonzero()[0]
     if len(index) < 2 * processes:
         raise UserError(f"{images.path}: {len(index)} training images are too few")

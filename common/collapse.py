@@ -17,24 +17,20 @@ SHOWN |= {"cnn_knn_readout": "cnn k-NN", "vit_knn_readout": "vit k-NN", "agreeme
 
 def measures(x):
     """{name: number}. spread: mean std of the L2-normalized rows times sqrt(D), 0 for one vector, 1
-    for random ones; mean_cosine: of different rows; effective_rank: exp of the entropy of singular
-    values, as RankMe (arXiv 2210.02885) but of centred rows: a common offset hides the rest."""
-    unit, n = F.normalize(x, dim=1), len(x)
+    for random ones; effective_rank: exp of the entropy of singular values, as RankMe (arXiv
+    2210.02885) but of centred rows: a common offset hides the rest."""
+    spread = F.normalize(x, dim=1).std(0).mean() * x.shape[1] ** 0.5
     p = F.normalize(torch.linalg.svdvals(x - x.mean(0)), p=1, dim=0)
-    found = {"spread": unit.std(0).mean() * x.shape[1] ** 0.5}
-    found["mean_cosine"] = (unit.sum(0).square().sum() - n) / (n * (n - 1))
-    found["effective_rank"] = torch.special.entr(p).sum().exp()
-    return {name: value.item() for name, value in found.items()}
+    return {"spread": spread.item(), "effective_rank": torch.special.entr(p).sum().exp().item()}
 
 
 def agreement(a, b):
-    """Mean cosines of the rows of both arms, columns standardized, for the same image and different
-    ones; and how often an image's row in `a` is nearest to its own in `b` (chance: 1 / N)."""
+    """Mean cosine of the rows of both arms for the same image, columns standardized; and how often
+    an image's row in `a` is nearest to its own in `b` (chance: 1 / N)."""
     a, b = ((x - x.mean(0)) / x.std(0).clamp(min=1e-12) for x in (a, b))  # constants: 0
-    cosines, n = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T, len(a)
-    others = (cosines.sum() - cosines.trace()) / (n * (n - 1))
-    own = cosines.argmax(1).cpu() == torch.arange(n)
-    return cosines.diagonal().mean().item(), others.item(), own.float().mean().item()
+    cosines = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+    own = cosines.argmax(1).cpu() == torch.arange(len(a))
+    return cosines.diagonal().mean().item(), own.float().mean().item()
 
 
 def knn(features, labels, queries, k=20, temperature=0.07):
@@ -79,7 +75,7 @@ class Monitor:
                 right = (p >= 0.5) == y if self.data.multilabel else p.argmax(1) == y.argmax(1)
                 row[f"{name}_knn_readout"] = right.float().mean().item()
         if len(arms) == 2:
-            row |= zip(("agreement", "agreement_others", "retrieval"), agreement(*logits.values()))
+            row["agreement"], row["retrieval"] = agreement(*logits.values())
             for name, x in logits.items():
                 row |= {f"{name}_logits_{key}": x for key, x in measures(x).items()}
                 narrow = row[f"{name}_logits_spread"] < COLLAPSED_SPREAD
@@ -87,9 +83,14 @@ class Monitor:
         return {key: x if isinstance(x, bool) else round(x, 5) for key, x in row.items()}
 
     def _batches(self, index, device):
-        for part in np.split(index, range(64, len(index), 64)):
-            pixels = np.stack([self.data.images[i] for i in part])
-            yield normalize(torch.from_numpy(pixels).to(device))
+        pixels = torch.from_numpy(np.stack([self.data.images[i] for i in index]))
+        return map(normalize, pixels.to(device).split(64))
+
+
+def change(start, row):
+    """For the progress line: measures before the first step and now."""
+    both = [(name, start.get(x, row[x]), row[x]) for x, name in SHOWN.items() if x in row]
+    return "".join(f", {name} {before:.3g} to {now:.3g}" for name, before, now in both)
 
 
 def react(row, objective, fail):

@@ -63,10 +63,8 @@ class Run:
 
     def __post_init__(self):
         self.components, self.status, saved = {}, "", self.state or {}
-        start = dict(
-            epoch=0, batch=0, iteration=0, loss=[0.0], seconds=0.0, log=[*self.log], start={}
-        )
-        self.progress = start | {key: x for key, x in saved.items() if key in {*start, "best"}}
+        new = dict(epoch=0, batch=0, iteration=0, loss=[0.0], seconds=0, log=[*self.log], start={})
+        self.progress = new | {key: x for key, x in saved.items() if key in {*new, "best"}}
 
     def track(self, **components):
         """{name: module, optimizer, ...}: what last.pt saves; when resuming, restored here."""
@@ -109,7 +107,7 @@ class Run:
                 self.react(self.progress["log"][-1])  # the epoch that the run ended with
         cut = self.epoch * self.sampler.n + self.progress["batch"] * self.sampler.batch_size
         with Signals() as self.signals, progress(total=n * self.sampler.n, initial=cut) as self.bar:
-            if self.state is None and self._monitors() and n:
+            if self.state is None and self.monitor is not None and n:
                 self.progress["start"] = self.monitor(models, self.device)
             while self.epoch < n and not done(self.epoch):
                 self.sampler.epoch, self.sampler.start = self.epoch, self.progress["batch"]
@@ -166,23 +164,18 @@ class Run:
         row = {"epoch": self.epoch + 1, "iteration": self.iteration, **numbers}
         row["seconds"] = round(took, 3)
         if self.models is not None:
-            speed = round(self.sampler.n / took, 2)
-            row |= {"arms": "+".join(self.models), "images_per_second": speed}
-        if self._monitors():
+            row["images_per_second"] = round(self.sampler.n / took, 2)
+            row["arms"] = "+".join(self.models)
+        if self.monitor is not None:
             row |= self.monitor(self.models, self.device)
             row["monitor_seconds"] = round(time.perf_counter() - self.began - took, 3)
-            start, shown = self.progress["start"], [x for x in collapse.SHOWN if x in row]
-            said = [(collapse.SHOWN[x], start.get(x, row[x]), row[x]) for x in shown]
-            self.status = "".join(f", {name} {a:.3g} to {b:.3g}" for name, a, b in said)
-            row |= {"start": start} if row["epoch"] == 1 else {}
+            self.status = collapse.change(self.progress["start"], row)
+            row |= {"start": self.progress["start"]} if row["epoch"] == 1 else {}
         self.progress["log"] = [*self.progress["log"], row]
         stop = self.signals.number if distributed.world_size() == 1 else 0  # since the last step
         skip = time.perf_counter() - self.saved < self.seconds_between_saves and not stop
         self.save(stop, skip, epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0)
         self.react(row)
-
-    def _monitors(self):
-        return self.monitor is not None and distributed.rank() == 0
 
     def save(self, stop=0, log_only=False, **progress):
         """Write last.pt and log.jsonl, whole or not at all; then stop by this signal."""
