@@ -1,12 +1,13 @@
-"""The paper's tables, one command each, its figures beside ours.
+"""Tables of methods, one command each: the paper's, beside ours, and those of results/protocol.md.
 
     python -m tools.experiments --table 4 --data /path --dry-run    (prints commands and time)
     python -m tools.experiments --table 4 --data /path              (the paper's size: a GPU)
     python -m tools.experiments --table 4 --data /path --scale small --seeds 0 1 2    (a CPU)
 
 A row is a pre-training (supervised: of no epoch) and, for each label fraction, a fine-tuning of its
-arms. Called again, it skips finished cells and resumes or retries the others. --out: config.json,
-cells/*.json, table.csv, .json and .md; --work: weights and logs of the runs, shared by all tables:
+arms. Called again, it skips finished cells, a row and a seed each, and resumes or retries others.
+--out: config.json, cells/*.json, table.csv, table.md; --work: weights and logs of the runs, shared
+by all tables. Table 1 takes several data sets, one after the other:
 """
 
 import json
@@ -29,25 +30,33 @@ from common import cli, decode, readers, results, splits, starts
 from common.checkpoint import atomic_open, read_json, write_csv, write_json
 from common.run import seconds_per_step
 from pretrain import VERSIONS
+from tools.readouts import readouts
 
 PAPER = read_json(Path(__file__).with_name("paper.json"))
+for _key, _ours in read_json(Path(__file__).with_name("protocol.json")).items():
+    PAPER[_key] |= _ours
 MODELS = PAPER["models"]  # the paper's name: [timm's, arguments] at its size and at one for a CPU
-SCALES = {"paper": (384, 100, []), "small": (32, 3, ["--init", "random"])}  # px, epochs, flags
+SCALES = {"paper": (384, 100, "imagenet"), "small": (32, 3, "random")}  # px, epochs, --init
 SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
+ROOT = Path(__file__).parents[1]
+# what weights and scores depend on
+TRAINING = sorted([*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), ROOT / "tools/dino.py"])
+CODE = f"{decode.digest(*(file.read_bytes() for file in TRAINING)):016x}"
 
 
 def rows_of(table, scale="paper", only=None, fracs=None, epochs=None):
-    """The rows of a table, each a pre-training of two arms and the cells of its fine-tunings, as
-    paper.json describes them. only: their labels; fracs: of labels; epochs: of pre-training."""
-    about, epochs = PAPER["tables"][table], epochs or SCALES[scale][1]
-    fracs = [frac for frac in about["fracs"] if frac in (fracs or about["fracs"])]
+    """The rows of a table, each a pre-training of two arms and its fine-tunings, as paper.json
+    describes them. only: their labels; fracs: of labels; epochs: of pre-training."""
+    about = PAPER["tables"][table]
+    epochs = epochs or about.get("epochs") or SCALES[scale][1]
     labels = [label for label in about["rows"] if label in (only or about["rows"])]
-    rows = [SimpleNamespace(label=x, **PAPER["row"] | PAPER["rows"].get(x, {})) for x in labels]
+    usual = PAPER["row"] | about.get("row", {})
+    rows = [SimpleNamespace(label=x, **usual | PAPER["rows"].get(x, {})) for x in labels]
     for row in rows:
+        row.fracs = [frac for frac in about["fracs"] if frac in (fracs or about["fracs"])]
         row.epochs = 0 if row.method == "supervised" else max(1, round(epochs * row.epochs))
         row.models = {arm: MODELS[getattr(row, arm)][scale == "small"] for arm in ("cnn", "vit")}
-        arms = [*row.arms, "mean"] if len(row.arms) == 2 else row.arms
-        row.cells = list(product(fracs, arms)) or [(0, "both")]
+        row.parts = [*row.arms, "mean"] if len(row.arms) == 2 else row.arms
     return rows
 
 
@@ -57,26 +66,27 @@ def data_flags(args):
 
 
 def jobs_of(args, rows):
-    """(row, cell, its runs) of all cells: what its file begins with; commands and their folders.
-    The name of a pre-training's folder stands for all its words."""
-    size, _, flags = SCALES[args.scale]
+    """(row, seed, its runs) of all cells; runs: commands and their folders, the pre-training first,
+    the name of whose folder stands for all its words."""
+    size, _, init = SCALES[args.scale]
     for seed, row in product(args.seeds, rows):
-        words = [PAPER["scripts"].get(row.method, "pretrain.py"), "--epochs", str(row.epochs)]
+        words = [PAPER["scripts"].get(row.method, row.method), "--epochs", str(row.epochs)]
         words += SMALL_DINO * (row.method == "dino" and args.scale == "small")
-        words += ["--img-size", str(size), *flags, *row.flags.split()]  # the last of a flag counts
+        words += ["--img-size", str(row.size or size)]
+        words += ["--init", "random"] * ("random" in (row.init or init)) + row.flags.split()
         for arm, (name, kwargs) in row.models.items():
             pairs = [f"{key}={value}".replace(" ", "") for key, value in kwargs.items()]
             words += [f"--{arm}", name] + [f"--{arm}-kwargs", *pairs] * bool(pairs)
+            weights = (row.init or "").format(name)
+            words += [f"--init-{arm}", weights] * weights.endswith(".pt")
         words += [*data_flags(args), "--seed", str(seed), "--device", args.device]
         digest = decode.digest(shlex.join(words))
-        folder = Path(args.work) / f"{row.method}_seed{seed}_{digest:016x}"
+        folder = Path(args.work) / f"{row.method.split('.')[-1]}_seed{seed}_{digest:016x}"
         tuning = ["finetune.py", "--ckpt", *(str(folder / f"{arm}.pt") for arm in row.arms)]
-        tuning += ["--device", args.device, "--frac"]
-        for frac, arm in row.cells:
-            out = folder / f"finetune_{'_'.join(row.arms)}_{frac:g}"
-            runs = [(words, folder), ([*tuning, f"{frac:g}"], out)]
-            cell = {"row": row.label, "arm": arm, "frac": frac, "seed": seed}
-            yield row, cell, runs if frac else runs[:1]
+        tuning += [*row.tuning.split(), "--device", args.device, "--frac"]
+        name = f"finetune_{'_'.join(row.arms)}_"
+        tunings = [([*tuning, f"{frac:g}"], folder / f"{name}{frac:g}") for frac in row.fracs]
+        yield row, seed, [(words, folder), *tunings]
 
 
 def shown(words, folder):
@@ -109,9 +119,10 @@ def run_script(words, output):
 def call(words, folder, failed):
     """Run a script into its folder, unless it is finished, or has failed already: {folder: its last
     line}. Returns that line, else None. UserError: another command was finished there."""
-    mark = folder / "finished"
-    if mark.exists() and mark.read_text() != shlex.join(words):
-        raise cli.UserError(f"{folder}: was made with other flags; give another --out")
+    mark, made = folder / "finished", f"{CODE} {shlex.join(words)}"
+    if mark.exists() and mark.read_text() != made:
+        what = "was made with other flags or by other code"
+        raise cli.UserError(f"{folder}: {what}; give another folder with --out, or --work")
     if folder not in failed and not mark.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "w") as output:
@@ -120,7 +131,7 @@ def call(words, folder, failed):
             said = (folder / "output.txt").read_text(errors="replace").strip()
             failed[folder] = said.split("\n")[-1] or f"status {status}"
         else:
-            mark.write_text(shlex.join(words))
+            mark.write_text(made)
             (folder / "last.pt").unlink(missing_ok=True)
     return failed.get(folder)
 
@@ -134,126 +145,163 @@ def hardware(device):
     return f"{[*names, platform.processor()][0]}, {torch.get_num_threads()} threads"
 
 
-def results_of(row, arm, runs):
-    """Seconds and metrics of a cell's finished runs, for its record."""
-    result, (_, folder), *tuned = {}, *runs
-    if row.epochs:
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        result["pretrain_seconds"] = round(sum(epoch["seconds"] for epoch in log), 1)
-        result |= {} if tuned else {"log": log}
-    for _, out in tuned:
-        arms = [arm] if arm in row.arms else row.arms  # mean: of both
-        places = [out / x if len(row.arms) > 1 else out for x in (arm, *arms)]
-        found, *each = (read_json(place / "metrics.json") for place in places)
-        result["finetune_seconds"] = round(sum(x["seconds"] for x in each), 1)
-        result["metrics"] = {key: x for key, x in found.items() if key != "ckpt"}
-    return result
+def results_of(row, runs):
+    """What the record of a cell holds of its finished runs."""
+    (_, folder), *tunings = runs
+    log = (folder / "log.jsonl").read_text().splitlines() if row.epochs else []
+    found = {"log": [json.loads(line) for line in log], "scores": {}}
+    found["pretrain_seconds"] = round(sum(epoch["seconds"] for epoch in found["log"]), 1)
+    for (_, out), frac, part in [(*x, part) for x in zip(tunings, row.fracs) for part in row.parts]:
+        metrics = read_json((out / part if len(row.arms) > 1 else out) / "metrics.json")
+        keys = [x for x in ("best_epoch", "epochs", "seconds", "n_labelled") if x in metrics]
+        scores = found["scores"][f"{part}|{frac:g}"] = {key: metrics[key] for key in keys}
+        for side in {"val", *results.PARTS} & metrics.keys():
+            if metrics[side] is not None:
+                kept = {"n", *results.SCORES} & metrics[side].keys()
+                scores[side] = {key: metrics[side][key] for key in sorted(kept)}
+                scores[side]["recall"] = [x["recall"] for x in metrics[side]["per_class"]]
+    return found
 
 
-def section(note, rows, **values):
+def section(note, header, rows, **values):
     """A note of paper.json and a table in Markdown. rows: the texts of its cells."""
-    text, *header = PAPER["notes"][note]
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join([text.format(**values), "", *lines])
+    return "\n".join([PAPER["notes"][note].format(**values), "", *lines])
 
 
 def heading(args, cells):
     """Title, command, scale, hardware and versions."""
+    about, (size, epochs, _) = PAPER["tables"][args.table], SCALES[args.scale]
     command = portable(args, shlex.join(["python", "-m", "tools.experiments", *sys.argv[1:]]))
-    size, epochs, _ = SCALES[args.scale]
-    scale = f"**{args.scale}**, {size} px, epochs of pre-training: {args.epochs or epochs}"
+    scale = f"Scale **{args.scale}**, {size} px, epochs of pre-training: {args.epochs or epochs}"
     scale += " for the paper's 100; small arms, not the paper's" * (args.scale == "small")
+    scale = about.get("scale") or scale
     versions = {", ".join(map(" ".join, cell["versions"].items())) for cell in cells}
     machines = "; ".join(sorted({cell["hardware"] for cell in cells} | versions))
-    return f"# {PAPER['tables'][args.table]['title']}\n\n`{command}`\n\nScale: {scale}. {machines}."
+    code = ", ".join(sorted({cell["code"] for cell in cells}))
+    about = f"{scale}. Data: {args.name}. {machines}; training code {code}."
+    return f"# {PAPER['tables'][args.table]['title']}\n\n`{command}`\n\n{about}"
 
 
 def times_section(cells):
     """Table 1: the times of both methods, ours the median over epochs, arms summed; their ratio."""
-    rows, ratios, ours = [], [], {"DINO": {}, "CASS": {}}
+    rows, ratios, ours = [], [], {}
     for name, times in PAPER["tables"]["1"]["times"].items():
-        parts = [re.findall(r"\d+", times[method]) for method in ours]  # 1 Hour 13 Mins
+        parts = [re.findall(r"\d+", times[method]) for method in times]  # 1 Hour 13 Mins
         dino, cass = (60 * sum(map(int, hours)) + int(rest) for *hours, rest in parts)
         ratios.append(cass / dino)
         rows.append([f"paper, {name}", *times.values(), f"{ratios[-1]:.2f}"])
     rows.append(["paper, mean of the ratios", "", "", f"{np.mean(ratios):.2f}"])
-    for c in (cell for cell in cells if "log" in cell):
+    for c in (cell for cell in cells if cell["status"] == "done"):
         arms = groupby(c["log"], lambda row: row["arms"])  # one arm, or both, after the other
-        ours[c["row"]][c["seed"]] = sum(np.median([x["seconds"] for x in log]) for _, log in arms)
-    if both := ours["DINO"].keys() & ours["CASS"]:
-        dino, cass = (np.array([times[seed] for seed in both]) for times in ours.values())
-        figures = f"{dino.mean():.1f}", f"{cass.mean():.1f}", f"{np.mean(cass / dino):.3f}"
-        rows.append([f"**this code**, seconds per epoch, n = {len(both)}", *figures])
-    return section("times", rows)
+        seconds = sum(np.median([x["seconds"] for x in log]) for _, log in arms)
+        ours.setdefault(c["data"], {}).setdefault(c["row"], {})[c["seed"]] = seconds
+    for name, times in ours.items():
+        both = sorted(times.get("DINO", {}).keys() & times.get("CASS", {}).keys())
+        dino, cass = (np.array([times.get(x, {}).get(n) for n in both]) for x in ("DINO", "CASS"))
+        if both:
+            figures = f"{dino.mean():.1f} s", f"{cass.mean():.1f} s", f"{np.mean(cass / dino):.3f}"
+            rows.append([f"**{name}, here**, an epoch, n = {len(both)}", *figures])
+    return section("times", ["data set", "DINO", "CASS", "CASS / DINO"], rows)
 
 
-def scores_section(args, scored):
-    """The scores of both arms and of their mean, beside the paper's. scored: as in write_table."""
-    about, lines = PAPER["tables"][args.table], []
-    columns = args.metric, "pretrain_seconds", "finetune_seconds"
-    for row in rows_of(args.table, args.scale):
-        for frac, arm in row.cells:
-            name = "mean of both" if arm == "mean" else row.models[arm][0]
-            key = f"{row.label}|{arm}|{frac:g}"
-            runs, printed = scored.get(key, ()), about["cells"].get(key, "–")
-            scores, *times = ([r[c] for r in runs if r[c] is not None] for c in columns)
-            std = f" ± {np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
-            ours = f"{np.mean(scores):.4f}{std} (n = {len(scores)})" if scores else "not run"
-            seconds = [f"{np.mean(x):.0f} s" if x else "–" for x in times]
-            lines.append([row.label, name, f"{frac:.0%}", printed, ours, *seconds])
-    return section("scores", lines, metric=args.metric.replace("_", " "), paper=about["metric"])
+def scores_section(args, cells):
+    """The scores, laid out as in the paper, whose own stand above ours; the mean of both arms'
+    probabilities, too, which the paper does not take."""
+    about, rows = PAPER["tables"][args.table], rows_of(args.table, args.scale)
 
+    def two(row, *keys):  # the texts for the keys (arm, frac): the paper's, ours
+        texts = []
+        for arm, frac in keys:
+            found = [
+                c["scores"][f"{arm}|{frac:g}"]
+                for c in cells
+                if c["row"] == row.label and f"{arm}|{frac:g}" in c.get("scores", {})
+            ]
+            x = [scores["test"][args.metric] for scores in found]
+            std = f" ± {np.std(x, ddof=1):.4f}" if len(x) > 1 else ""
+            ours = f"{np.mean(x):.4f}{std} (n = {len(x)})" if x else "not run"
+            texts.append((about["cells"].get(f"{row.label}|{arm}|{frac:g}", "–"), ours))
+        return zip(*texts)
 
-def record(cell):
-    """{column of table.csv: value} of a cell, with all its scores."""
-    keys = "row arm frac seed status pretrain_seconds finetune_seconds".split()
-    values, scores = {key: cell.get(key) for key in keys}, cell.get("metrics", {})
-    for part, key in product(("test", "test_without_duplicates"), results.SCORES):
-        values[key + part.removeprefix("test")] = (scores.get(part) or {}).get(key)
-    return values | {"error": cell.get("error")}
+    arms = {"cnn": "CNN", "vit": "Transformer", "mean": "mean of both"}
+    if len(about["fracs"]) > 1:
+        header = ["", "backbone", "", *(f"{frac:.0%}" for frac in about["fracs"])]
+        lines = [
+            (
+                [row.label, row.models[arm][0] if arm in row.models else arms[arm]],
+                two(row, *((arm, frac) for frac in about["fracs"])),
+            )
+            for arm in arms
+            for row in rows
+            if arm in row.parts
+        ]
+    else:
+        header = (
+            ["", "", *(arms[x] for x in rows[0].parts)]
+            if len(rows[0].arms) > 1
+            else ["", "", "score"]
+        )
+        lines = [
+            ([row.label], two(row, *((arm, about["fracs"][0]) for arm in row.parts)))
+            for row in rows
+        ]
+    lines = [
+        [*names, who, *texts]
+        for names, both in lines
+        for who, texts in zip(("paper", "here"), both)
+        if who == "here" or about["cells"]
+    ]
+    return section(
+        "scores", header, lines, metric=args.metric.replace("_", " "), paper=about["metric"]
+    )
 
 
 def write_table(args):
-    """table.csv, table.json and table.md from cells/*.json. Returns the text of table.md."""
-    order, metric, scored = PAPER["tables"][args.table]["rows"], args.metric, {}
+    """table.csv and table.md from cells/*.json. Returns the text of table.md."""
+    order, lines = PAPER["tables"][args.table]["rows"], []
     cells = [read_json(file) for file in (args.out / "cells").glob("*.json")]
-    cells.sort(key=lambda c: (order.index(c["row"]), c["frac"], c["arm"], c["seed"]))
-    records = [record(cell) for cell in cells]
-    write_csv(args.out / "table.csv", records[0], (r.values() for r in records))
-    for r in (r for r in records if r[metric] is not None):  # {row|arm|frac: records}
-        scored.setdefault("{row}|{arm}|{frac:g}".format(**r), []).append(r)
-    values = {key: {r["seed"]: r[metric] for r in runs} for key, runs in scored.items()}
-    means = {key: float(np.mean([*seeds.values()])) for key, seeds in values.items()}
-    table = {"scale": args.scale, "epochs": args.epochs, "metric": metric}
-    write_json(args.out / "table.json", table | {"means": means, "values": values})
-    main = times_section(cells) if args.table == "1" else scores_section(args, scored)
-    failed = "Failed: {row}, {arm}, {frac:g}, seed {seed}: {error}"
-    failed = [failed.format(**r) for r in records if r["status"] == "failed"]
+    cells.sort(key=lambda c: (c["data"], order.index(c["row"]), c["seed"]))
+    for c in cells:
+        for key, scores in c.get("scores", {}).items():
+            for side in (x for x in ("test", "test_without_duplicates") if x in scores):
+                values = [scores[side].get(x) for x in results.SCORES]
+                lines.append([c["row"], *key.split("|"), c["seed"], side, *values])
+    write_csv(
+        args.out / "table.csv", ["row", "arm", "frac", "seed", "images", *results.SCORES], lines
+    )
+    main = times_section(cells) if args.table == "1" else scores_section(args, cells)
+    failed = "Failed: {row}, seed {seed}: {error}"
+    failed = [failed.format(**c) for c in cells if c["status"] == "failed"]
     text = "\n\n".join([heading(args, cells), main, *failed]) + "\n"
     with atomic_open(args.out / "table.md") as file:
         file.write(text)
     return text
 
 
-def seconds_per_image(args, name, kwargs):
-    """Of a training step of one arm."""
-    size, device = SCALES[args.scale][0], cli.pick_device(args.device)
-    n = 16 if args.scale == "small" or device.type == "cuda" else 2
+def seconds_per_image(args, row, name, kwargs):
+    """Of a training step of one arm, the median of three."""
+    size, device = row.size or SCALES[args.scale][0], cli.pick_device(args.device)
+    n = 16 if size < 100 or device.type == "cuda" else 2
     model, amp = build_arm(name, size, **kwargs).to(device), cli.pick_amp("auto", device)
     x = torch.randn(n, 3, size, size, device=device)
-    return seconds_per_step(lambda x: model(x).float().square().mean(), x, model, device, amp) / n
+    step = lambda x: model(x).float().square().mean()  # noqa: E731
+    return np.median([seconds_per_step(step, x, model, device, amp) for _ in range(3)]) / n
 
 
 def estimate(args, rows, images):
-    """Print every command and about how long it still takes, from a timed step of each arm."""
+    """Print every command and about how long it still takes, from timed steps of each arm."""
     n_val, n_test = ((images.given == k).sum() or x * len(images) for k, x in splits.SHARES.items())
     n_train, todo = len(images) - n_test - n_val, {}  # {command: seconds}
-    models = {str(model): model for row in rows for model in row.models.values()}
-    timed = {key: seconds_per_image(args, *model) for key, model in models.items()}
-    for row, cell, runs in jobs_of(args, rows):  # DINO: two large crops, small ones, the teacher's
-        passes = n_train * row.epochs * (4 if row.method == "dino" else 1)
-        tuning = 50 * (max(cell["frac"] * n_train, 1) + n_val / 3) + n_test / 3
-        for (words, folder), n in zip(runs, (passes, tuning)):
+    timed = {}
+    for row in rows:
+        for model in row.models.values():
+            if str(model) not in timed:
+                timed[str(model)] = seconds_per_image(args, row, *model)
+    for row, _, runs in jobs_of(args, rows):  # DINO: two large crops, small ones, the teacher's
+        images = [n_train * row.epochs * (4 if row.method == "dino" else 1)]
+        images += [50 * (max(x * n_train, 1) + n_val / 3) + n_test / 3 for x in row.fracs]
+        for (words, folder), n in zip(runs, images):
             n *= not (folder / "finished").exists()
             todo[shown(words, folder)] = n * sum(timed[str(row.models[arm])] for arm in row.arms)
     for command, seconds in todo.items():
@@ -287,6 +335,7 @@ def main():
             parser.error(f"--{flag} {cli.preview(unknown)}: not in the table, which has: {there}")
     args.metric = args.metric or about.get("ours", "macro_f1")
     args.out = Path(args.out or f"runs/{'table' * args.table.isdigit()}{args.table}")
+    args.name = Path(args.data).parent.name if os.path.isfile(args.data) else Path(args.data).name
     cli.refuse_overwrite(args.out, (), False)  # it may be no folder
     rows = rows_of(args.table, args.scale, args.only, args.fracs, args.epochs)
     images = readers.read(args.data, **data.options(args))
@@ -296,31 +345,37 @@ def main():
         raise cli.UserError(f"--metric {args.metric}: {images.path} {fix}")
     if args.dry_run:
         return estimate(args, rows, images)
-    config = {"table": args.table, "scale": args.scale, "epochs": args.epochs}
-    config |= {"settings": [*SCALES[args.scale], *SMALL_DINO], "images": len(images)}
-    config |= {"data": portable(args, shlex.join(data_flags(args))), "classes": images.classes}
-    config["digest"] = decode.digest("".join(images.names), np.ascontiguousarray(images.labels))
-    file = args.out / "config.json"
-    if file.exists() and read_json(file) != config:
-        raise cli.UserError(f"{file}: is of another configuration; give another folder with --out")
+    config = {"table": args.table, "scale": args.scale, "epochs": args.epochs, "code": CODE}
+    about_data = {"data": portable(args, shlex.join(data_flags(args))), "images": len(images)}
+    about_data["digest"] = decode.digest("".join(images.names), np.ascontiguousarray(images.labels))
+    file, others = args.out / "config.json", {}
+    if file.exists():
+        before = read_json(file)
+        others = before.pop("sets")
+        same = others.setdefault(args.name, about_data) == about_data
+        if before != config or not same or len(others) > 1 and args.table != "1":
+            raise cli.UserError(f"{file}: of another configuration, or code; give another --out")
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
-    write_json(file, config)
-    jobs, failed, machine = list(jobs_of(args, rows)), {}, hardware(args.device)
-    for row, cell, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
-        name = re.sub(r"[^\w.-]+", "_", "{row}_{arm}_{frac:g}_seed{seed}".format(**cell))
+    write_json(file, config | {"sets": {args.name: about_data, **others}})
+    jobs, failed, machine, errors = list(jobs_of(args, rows)), {}, hardware(args.device), 0
+    for row, seed, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
+        cell = {"data": args.name, "row": row.label, "seed": seed, "status": "done"}
+        cell["commands"] = [portable(args, shown(*run)) for run in runs]
+        name = re.sub(r"[^\w.-]+", "_", f"{args.name}_{row.label}_seed{seed}")
         file = args.out / "cells" / f"{name}.json"
-        cell |= {"status": "done", "commands": [portable(args, shown(*run)) for run in runs]}
         if file.exists() and cell.items() <= read_json(file).items():
             continue
-        cell |= {"hardware": machine, "versions": VERSIONS}
+        cell |= {"hardware": machine, "versions": VERSIONS, "code": CODE}
         if error := next(filter(None, (call(*run, failed) for run in runs)), None):
             cell |= {"status": "failed", "error": portable(args, error)}
+            errors += 1
             print(f"failed: {name}: {cell['error']}", file=sys.stderr)
         else:
-            cell |= results_of(row, cell["arm"], runs)
+            cell |= results_of(row, runs)
+            cell |= {"readouts": readouts(runs[0][1], seed, row.readouts)} if row.readouts else {}
         write_json(file, cell)
     print(write_table(args))
-    if errors := sum(cell["status"] == "failed" for _, cell, _ in jobs):
+    if errors:
         raise cli.Stopped(1, f"{errors} of {len(jobs)} cells failed; run it again to retry them")
 
 

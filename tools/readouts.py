@@ -1,0 +1,83 @@
+"""What the features of a pre-training are good for, before any fine-tuning: k-NN and a linear probe
+from few labels. tools.experiments calls it where a table asks for it."""
+
+from itertools import product
+
+import numpy as np
+import torch
+
+import data
+from common import collapse, readers, splits, starts
+from common.checkpoint import atomic_open, read_json, write_json
+from common.decode import normalize
+from common.metrics import measures
+
+FRACS, ARMS = (0.01, 0.1, 1.0), ("cnn", "vit")
+VIEWED, VIEWS = 200, 10  # training images whose augmented views are kept, too
+
+
+def linear(features, labels, queries):
+    """Scores (M, C) of ridge regression on standardized features (N, D), whose penalty is N.
+    labels: (N, C) float 0/1; queries: (M, D)."""
+    bias = labels.mean(0)
+    penalized = features.T @ features + len(features) * torch.eye(features.shape[1])
+    return queries @ torch.linalg.solve(penalized, features.T @ (labels - bias)) + bias
+
+
+def macro_f1(labels, scores):
+    """Of (N, C) bool labels and float scores."""
+    p = scores.numpy()
+    return measures(labels, p, p, False, np.ones((1, len(p))))[0]["macro_f1"].item()
+
+
+def embed(model, images, index, transform=None, size=64):
+    """Features (N, D) of the images at `index`, augmented by `transform` if there is one."""
+    chosen = data.AugmentedImages(images, index, transform)
+    batches = (range(i, min(i + size, len(index))) for i in range(0, len(index), size))
+    stacked = (torch.stack([chosen[0, i] for i in batch]) for batch in batches)
+    return collapse.embed(model, map(normalize, stacked))[0].flatten(1)
+
+
+def readouts(folder, seed, draws):
+    """{arm: {"knn" or "linear", "|", fraction of the labels: {side: macro F1}}} of the cnn.pt and
+    vit.pt in a folder, the mean over draws of labels (of all of them there is one). Keeps them in
+    readouts.json there, and the features in features.npz, float16: of all images, and
+    augmented ones of VIEWED training images, a row of VIEWS each."""
+    if (folder / "readouts.json").exists():
+        return read_json(folder / "readouts.json")
+    starting, found, arrays = starts.from_checkpoint(folder / "cnn.pt"), {}, {}
+    options, size = dict(starting.data), starting.metadata["img_size"]
+    path, cache, _ = (options.pop(key) for key in ("data", "cache", "dedup"))
+    images = readers.read(path, **options)
+    images.decode(size, data.cache_dir(cache))
+    split = splits.make_split(images, starting.seed)
+    index = {side: np.flatnonzero(split == side) for side in splits.SIDES}
+    used = {}  # (fraction, draw): of the training images
+    for frac, draw in product(FRACS, range(draws)):
+        if frac < 1 or draw == 0:
+            mask = splits.label_fraction(images, split == "train", frac, 1000 * seed + draw)
+            used[frac, draw] = torch.from_numpy(mask[index["train"]])
+    y = torch.from_numpy(images.labels[index["train"]]).float()
+    for arm in ARMS:
+        model = starts.from_checkpoint(folder / f"{arm}.pt").make()
+        features = {side: embed(model, images.images, index[side]) for side in index}
+        viewed = np.repeat(index["train"][:VIEWED], VIEWS)
+        views = embed(model, images.images, viewed, data.augmentation(size))
+        arrays[f"{arm}_views"] = views.unflatten(0, (-1, VIEWS)).half().numpy()
+        arrays |= {f"{arm}_{side}": x.half().numpy() for side, x in features.items()}
+        mean, std = features["train"].mean(0), features["train"].std(0) + 1e-6
+        scaled = {side: (x - mean) / std for side, x in features.items()}
+        scores = {}
+        for side, ((frac, _), mask) in product(("val", "test"), used.items()):
+            true = images.labels[index[side]]
+            votes = collapse.knn(features["train"][mask], y[mask], features[side])
+            probe = linear(scaled["train"][mask], y[mask], scaled[side])
+            for kind, p in (("knn", votes), ("linear", probe)):
+                scores.setdefault((f"{kind}|{frac:g}", side), []).append(macro_f1(true, p))
+        found[arm] = {}
+        for (key, side), x in scores.items():
+            found[arm].setdefault(key, {})[side] = round(float(np.mean(x)), 5)
+    with atomic_open(folder / "features.npz", "wb") as file:
+        np.savez(file, **arrays)
+    write_json(folder / "readouts.json", found)
+    return found
