@@ -2,7 +2,7 @@
 
     python tests/draw_split.py --data /path [data flags] --out results/pretrained/brain_mri
 
-writes brain_mri.csv: 2,000 training and 200 validation images of a 70/10/20 split and all of its
+writes brain_mri.csv: at most 2,000 training and 200 validation images of a 70/10/20 split and all of its
 test images; and brain_mri_trials.csv: the same, where the other validation images stand in for the
 test images. What is chosen is chosen by the second, which names no test image.
 """
@@ -29,12 +29,14 @@ def main():
     images = readers.read(args.data, **data.options(args))
     images.decode(84, data.cache_dir(args.cache), args.skip_bad)
     split = data.split_and_report(images, 0, args.dedup)
-    some = np.zeros(len(images), bool)
+    some, units = np.zeros(len(images), bool), splits.indivisible_units(images)
     for number, (side, size) in enumerate(SIZES.items()):
         index = np.flatnonzero(split == side)
-        unit = np.arange(len(index))
+        unit = np.unique(units[index], return_inverse=True)[1]  # lesions, near-duplicates
         rng = np.random.default_rng([0, number])
-        some[index[splits.stratified_order(images.labels[index], unit, rng)[0][:size]]] = True
+        order, _ = splits.stratified_order(images.labels[index], unit, rng)
+        chosen = order[np.cumsum(np.bincount(unit)[order]) <= size]
+        some[index[np.isin(unit, chosen)]] = True
     for name, others in (("", split == "test"), ("_trials", (split == "val") & ~some)):
         sides = np.where(some, split, np.where(others, "test", ""))
         rows = sorted((n, s) for n, s in zip(images.names, sides.tolist()) if s)
