@@ -53,7 +53,7 @@ def parse_arguments():
     patience = "stop after N epochs without a lower validation loss (F.3.2)"
     add("--patience", type=cli.positive, default=5, metavar="N", help=patience)
     kinds = {"choices": ["minmax", "inverse", "none"], "default": "minmax"}
-    add("--class-weights", **kinds, help="minmax: the paper's, favors the majority")
+    add("--class-weights", **kinds, help="minmax: the paper's, favors the majority; inverse: rare")
     add("--seed", type=cli.count, help="with --arch: of the split (default: 0)")
     seeds = "a run each: its own labels, head, order, augmentation; the same split"
     add("--seeds", type=cli.count, nargs="+", metavar="N", help=seeds)
@@ -83,7 +83,7 @@ def output_folder(args):
         return Path(args.out)
     arm_names = [starts.load_weights(path)["arm"] for path in args.ckpt or []] or [str(args.arch)]
     name = "_".join(["finetune", *(x.split(".")[0] for x in arm_names), f"{args.frac:g}"])
-    name += "" if args.mode == "e2e" else f"_{args.mode}"
+    name += f"_{args.mode}" * (args.mode != "e2e")
     return (Path(args.ckpt[0]).parent if args.ckpt else Path()) / name
 
 
@@ -164,6 +164,8 @@ def run_seed(job, args, seed, out):
     job.used = splits.label_fraction(images, split == "train", args.frac, seed)
     counts = images.labels[job.used].sum(0)
     job.weights = class_weights(counts, args.class_weights).to(job.device)
+    by_image = args.class_weights == "inverse" and not images.multilabel  # a column: of all images
+    job.weigh = lambda target: job.weights[target][:, None] if by_image else job.weights
     job.digest = digest(job.hashes.tobytes(), images.labels.tobytes(), "".join(split), job.used)
     state = saved_state(out) if args.resume else None
     if state is not None and state["digest"] != job.digest:
@@ -238,7 +240,7 @@ def evaluate(job, model, loader):
         with torch.autocast(job.device.type, job.amp, enabled=job.amp is not None):
             outputs.append((model(images).float(), target))
     logits, true = map(torch.cat, zip(*outputs))
-    return focal_loss(logits, true, job.weights).item(), logits.cpu()
+    return focal_loss(logits, true, job.weigh(true)).item(), logits.cpu()
 
 
 def validate(job, logits):
@@ -284,7 +286,7 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
             optimizer.zero_grad()
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 logits = model(batch)
-            loss = focal_loss(logits, target, job.weights)
+            loss = focal_loss(logits, target, job.weigh(target))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()

@@ -17,8 +17,7 @@ def cosine_loss(logits_cnn, logits_vit, eps=1e-12):
 
     logits_cnn, logits_vit: (N, C) float of any precision, unnormalized; computed in float32.
     Returns a float32 scalar from 0 (aligned) to 4 (opposed). Raises ValueError for other shapes.
-    The paper prints a product of two sums; we read it as one dot product per image, as its
-    published code does.
+    The paper prints a product of two sums; we read one dot product per image, as its code does.
     """
     _check(logits_cnn, logits_vit)
     R = F.normalize(logits_cnn.float(), dim=1, eps=eps)
@@ -52,12 +51,11 @@ OBJECTIVES = {"cosine": cosine_loss, "vicreg": vicreg}
 
 def focal_loss(logits, targets, weights=None, alpha=1.0, gamma=2.0):
     """Focal loss (Lin et al., arXiv 1708.02002v2, equation 4): -alpha (1 - p_t)^gamma log(p_t).
-
     One sigmoid per class, also for multi-class targets: each class against all others.
 
     logits: (N, C) float of any precision, unnormalized; computed in float32.
     targets: (N,) int64 class indices, or (N, C) matrix of 0 and 1 (multi-label).
-    weights: (C,) float, multiplies the columns of the classes; None for 1.
+    weights: (C,) float, multiplies the columns of the classes; or (N, 1), the images; None for 1.
     alpha: scales the whole loss (torchvision's alpha would balance positives and negatives).
     gamma: 0 (binary cross-entropy) or at least 1; in between, the gradient has a pole at p_t = 1.
     Returns a float32 scalar, the mean over all N * C terms. Raises ValueError for other shapes.
@@ -80,7 +78,7 @@ def class_weights(counts, kind="minmax"):
     "minmax": the counts themselves, scaled linearly to [0.2, 1], which is what the paper says and
         its code does. It FAVOURS THE MAJORITY: the most frequent class gets 1, the rarest 0.2.
         Equal counts give 1 for every class.
-    "inverse": 1 / count, scaled to mean 1, which favours the rare; an absent class counts as one.
+    "inverse": 1 / count, scaled to mean 1; an absent class counts as one. For images, not columns.
     "none": 1 for every class.
     """
     counts = torch.as_tensor(counts, dtype=torch.float32)

@@ -399,7 +399,7 @@ def test_finetuning_equals_a_plain_loop(pretrained, folder, script, fed, monkeyp
         p = model(images).sigmoid()
         y = F.one_hot(target, 3).float()
         p_t = p * y + (1 - p) * (1 - y)
-        loss = (-((1 - p_t) ** 2) * p_t.log() * w).mean()
+        loss = (-((1 - p_t) ** 2) * p_t.log() * w[target][:, None]).mean()  # of the images
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -418,7 +418,7 @@ def test_finetuning_equals_a_plain_loop(pretrained, folder, script, fed, monkeyp
         p = model.eval()(plain).sigmoid()
     y = F.one_hot(torch.tensor(["abc".index(r["labels"]) for r in validation]), 3).float()
     p_t = p * y + (1 - p) * (1 - y)
-    expected = (-((1 - p_t) ** 2) * p_t.log() * w).mean().item()
+    expected = (-((1 - p_t) ** 2) * p_t.log() * (y @ w)[:, None]).mean().item()
     assert log[0]["val_loss"] == pytest.approx(expected, rel=1e-3)
 
 

@@ -30,7 +30,6 @@ from common import cli, decode, readers, results, splits, starts
 from common.checkpoint import atomic_open, read_json, write_csv, write_json
 from common.run import seconds_per_step
 from pretrain import VERSIONS
-from tools.readouts import readouts
 
 PAPER = read_json(Path(__file__).with_name("paper.json"))
 for _key, _ours in read_json(Path(__file__).with_name("protocol.json")).items():
@@ -338,7 +337,6 @@ def main():
             print(f"failed: {name}: {cell['error']}", file=sys.stderr)
         else:
             cell |= results_of(row, runs)
-            cell |= {"readouts": readouts(runs[0][1], seed, row.readouts)} if row.readouts else {}
         write_json(file, cell)
     print(write_table(args))
     if errors:

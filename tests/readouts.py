@@ -1,14 +1,25 @@
-"""What the features of a pre-training are good for, before any fine-tuning: k-NN and a linear probe
-from few labels. tools.experiments calls it where a table asks for it."""
+"""What the features of pre-trainings are good for, before any fine-tuning: k-NN and a linear probe.
 
+    python tests/readouts.py runs --draws 20
+
+For each folder of pretrain.py below `runs` that is finished and still has its weights, writes
+readouts.json there: {arm: {"knn" or "linear", "|", fraction of the labels: {"val" or "test": macro
+F1}}}, the mean over draws of labels (of all labels there is one); and features.npz, float16: of all
+images, and of augmented ones of VIEWED training images, a row of VIEWS each.
+"""
+
+import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import data
-from common import collapse, readers, splits, starts
-from common.checkpoint import atomic_open, read_json, write_json
+from common import cli, collapse, readers, splits, starts
+from common.checkpoint import atomic_open, write_json
 from common.decode import normalize
 from common.metrics import measures
 
@@ -38,13 +49,8 @@ def embed(model, images, index, transform=None, size=64):
     return collapse.embed(model, map(normalize, stacked))[0].flatten(1)
 
 
-def readouts(folder, seed, draws):
-    """{arm: {"knn" or "linear", "|", fraction of the labels: {side: macro F1}}} of the cnn.pt and
-    vit.pt in a folder, the mean over draws of labels (of all of them there is one). Keeps them in
-    readouts.json there, and the features in features.npz, float16: of all images, and
-    augmented ones of VIEWED training images, a row of VIEWS each."""
-    if (folder / "readouts.json").exists():
-        return read_json(folder / "readouts.json")
+def readouts(folder, draws):
+    """Write the files of one folder."""
     starting, found, arrays = starts.from_checkpoint(folder / "cnn.pt"), {}, {}
     options, size = dict(starting.data), starting.metadata["img_size"]
     path, cache, _ = (options.pop(key) for key in ("data", "cache", "dedup"))
@@ -55,7 +61,9 @@ def readouts(folder, seed, draws):
     used = {}  # (fraction, draw): of the training images
     for frac, draw in product(FRACS, range(draws)):
         if frac < 1 or draw == 0:
-            mask = splits.label_fraction(images, split == "train", frac, 1000 * seed + draw)
+            mask = splits.label_fraction(
+                images, split == "train", frac, 1000 * starting.seed + draw
+            )
             used[frac, draw] = torch.from_numpy(mask[index["train"]])
     y = torch.from_numpy(images.labels[index["train"]]).float()
     for arm in ARMS:
@@ -80,4 +88,19 @@ def readouts(folder, seed, draws):
     with atomic_open(folder / "features.npz", "wb") as file:
         np.savez(file, **arrays)
     write_json(folder / "readouts.json", found)
-    return found
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--draws", type=cli.positive, default=20)
+    args = parser.parse_args()
+    for mark in sorted(args.runs.glob("*/finished")):
+        folder, claimed = mark.parent, mark.parent / "readouts"
+        if (folder / "cnn.pt").exists() and not claimed.exists():
+            claimed.mkdir()  # for this process, where several run
+            readouts(folder, args.draws)
+
+
+if __name__ == "__main__":
+    cli.run(main)
