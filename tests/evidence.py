@@ -1,0 +1,126 @@
+"""What results/pretrained says: its cells with read-outs and measures, its tables, its claims.
+
+    python tests/evidence.py collect CELLS RUNS    (adds to the cells what readouts.py left)
+
+Label-free measures of features (N, D), candidates for a monitor; views (n, V, D): of augmented
+images. Each says what it promises to order, from its source.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.checkpoint import write_json
+
+
+def entropy_rank(values):
+    """exp of the entropy of what sums to one once divided by its sum."""
+    p = values.clamp(min=0) / values.clamp(min=0).sum()
+    return torch.special.entr(p).sum().exp().item()
+
+
+def rankme(x):
+    """Garrido et al., arXiv 2210.02885: more is better."""
+    return entropy_rank(torch.linalg.svdvals(x))
+
+
+def effective_rank(x):
+    """As RankMe, of centred features: more is better."""
+    return entropy_rank(torch.linalg.svdvals(x - x.mean(0)))
+
+
+def alpha_req(x, first=3, last=100):
+    """Agrawal et al., 2022: the exponent of the eigenvalues' decay; minus its distance from 1, so
+    that more is better."""
+    values = torch.linalg.svdvals(x - x.mean(0)).square()[first - 1 : last]
+    slope = stats.linregress(np.log(np.arange(first, first + len(values))), values.log()).slope
+    return -abs(-slope - 1)
+
+
+def lidar(views, delta=1e-4):
+    """Thilak et al., arXiv 2312.04000: the effective rank of what tells images apart, in units of
+    what augmentation changes: more is better."""
+    means = views.mean(1)
+    inner = (views - means[:, None]).flatten(0, 1)
+    within = inner.T @ inner / (len(views) * (views.shape[1] - 1))
+    outer = means - means.mean(0)
+    between = outer.T @ outer / (len(views) - 1)
+    scale = within.diagonal().mean()
+    values, vectors = torch.linalg.eigh(within + delta * scale * torch.eye(len(within)))
+    root = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    return entropy_rank(torch.linalg.eigvalsh(root @ between @ root))
+
+
+def cluster_learnability(x, clusters=50, k=20):
+    """Lu et al., arXiv 2206.01251: how often k nearest neighbours tell an image's cluster of
+    k-means: more is better."""
+    from sklearn.cluster import KMeans
+    from sklearn.neighbors import KNeighborsClassifier
+
+    x = torch.nn.functional.normalize(x, dim=1).numpy()
+    y = KMeans(clusters, n_init=1, random_state=0).fit(x).labels_
+    half = len(x) // 2
+    return float(KNeighborsClassifier(k).fit(x[:half], y[:half]).score(x[half:], y[half:]))
+
+
+def intrinsic_dimension(x):
+    """Facco et al., 2017 (TwoNN): more is better in Lu et al."""
+    distance = torch.cdist(x, x).sort(dim=1).values
+    ratio = (distance[:, 2] / distance[:, 1].clamp(min=1e-12)).clamp(min=1 + 1e-9).log()
+    return 1 / ratio.mean().item()
+
+
+def uniformity(x):
+    """Wang and Isola, arXiv 2005.10242, with the sign turned: more is better."""
+    x = torch.nn.functional.normalize(x - x.mean(0), dim=1)
+    return -torch.pdist(x).square().mul(-2).exp().mean().log().item()
+
+
+def label_free(file):
+    """{arm: {measure: number}} of a features.npz."""
+    found, arrays = {}, np.load(file)
+    for arm in ("cnn", "vit"):
+        x, views = (torch.from_numpy(arrays[f"{arm}_{k}"]).float() for k in ("train", "views"))
+        whole = (rankme, effective_rank, alpha_req, cluster_learnability, intrinsic_dimension)
+        found[arm] = {f.__name__: round(f(x), 5) for f in (*whole, uniformity)}
+        found[arm]["lidar"] = round(lidar(views), 5)
+    return found
+
+
+def collect(cells, runs):
+    """Add to each cell, a file, what readouts.py left in the folder of its pre-training."""
+    for file in sorted(Path(cells).glob("*.json")):
+        cell = json.loads(file.read_text())
+        folder = Path(runs) / Path(re.search(r"--out (\S+)", cell["commands"][0])[1]).name
+        if "readouts" not in cell and (folder / "readouts.json").exists():
+            cell["readouts"] = json.loads((folder / "readouts.json").read_text())
+            cell["label_free"] = label_free(folder / "features.npz")
+            write_json(file, cell)
+            print(file.name)
+
+
+def paired(a, b):
+    """b - a of equal seeds: mean, the ends of its 95 % interval of the t distribution, p."""
+    test = stats.ttest_rel(b, a)
+    low, high = test.confidence_interval(0.95)
+    return float(np.mean(np.subtract(b, a))), float(low), float(high), float(test.pvalue)
+
+
+def holm(p):
+    """Holm's corrected p-values, in the order given."""
+    order, found, largest = np.argsort(p), np.empty(len(p)), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        found[i] = largest
+    return found.tolist()
+
+
+if __name__ == "__main__":
+    {"collect": collect}[sys.argv[1]](*sys.argv[2:])
