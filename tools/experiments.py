@@ -6,7 +6,7 @@
 
 A row is a pre-training (supervised: of no epoch) and, for each label fraction, a fine-tuning of its
 arms. Called again, it skips finished cells, a row and a seed each, and resumes or retries others.
---out: config.json, cells/*.json, table.csv, table.md; --work: weights and logs of the runs, shared
+--out: DATA.json, cells/*.json, table.csv, table.md; --work: weights and logs of the runs, shared
 by all tables. Table 1 takes several data sets, one after the other:
 """
 
@@ -116,24 +116,24 @@ def run_script(words, output):
             raise cli.Stopped(stop.args[0], how) from None
 
 
-def call(words, folder, failed):
-    """Run a script into its folder, unless it is finished, or has failed already: {folder: its last
-    line}. Returns that line, else None. UserError: another command was finished there."""
+def call(words, folder):
+    """Run a script into its folder, unless it is finished. Returns None, or its last line where it
+    failed. UserError: another command was finished there."""
     mark, made = folder / "finished", f"{CODE} {shlex.join(words)}"
     if mark.exists() and mark.read_text() != made:
         what = "was made with other flags or by other code"
         raise cli.UserError(f"{folder}: {what}; give another folder with --out, or --work")
-    if folder not in failed and not mark.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "output.txt", "w") as output:
-            status = run_script([*words, "--out", folder, "--resume", "--overwrite"], output)
-        if status:
-            said = (folder / "output.txt").read_text(errors="replace").strip()
-            failed[folder] = said.split("\n")[-1] or f"status {status}"
-        else:
-            mark.write_text(made)
-            (folder / "last.pt").unlink(missing_ok=True)
-    return failed.get(folder)
+    if mark.exists():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "w") as output:
+        status = run_script([*words, "--out", folder, "--resume", "--overwrite"], output)
+    if status:
+        said = (folder / "output.txt").read_text(errors="replace").strip()
+        return said.split("\n")[-1] or f"status {status}"
+    mark.write_text(made)
+    (folder / "last.pt").unlink(missing_ok=True)
+    return None
 
 
 def hardware(device):
@@ -311,18 +311,15 @@ def main():
     if args.dry_run:
         return estimate(args, rows, images)
     config = {"table": args.table, "scale": args.scale, "epochs": args.epochs, "code": CODE}
-    about_data = {"data": portable(args, shlex.join(data_flags(args))), "images": len(images)}
-    about_data["digest"] = decode.digest("".join(images.names), np.ascontiguousarray(images.labels))
-    file, others = args.out / "config.json", {}
-    if file.exists():
-        before = read_json(file)
-        others = before.pop("sets")
-        same = others.setdefault(args.name, about_data) == about_data
-        if before != config or not same or len(others) > 1 and args.table != "1":
-            raise cli.UserError(f"{file}: of another configuration, or code; give another --out")
+    config |= {"data": portable(args, shlex.join(data_flags(args))), "images": len(images)}
+    config["digest"] = decode.digest("".join(images.names), np.ascontiguousarray(images.labels))
+    file = args.out / f"{args.name}.json"
+    others = {file, *args.out.glob("*.json")} - {file} if args.table != "1" else ()
+    if others or file.exists() and read_json(file) != config:
+        raise cli.UserError(f"{args.out}: is of another configuration, or code; give another --out")
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
-    write_json(file, config | {"sets": {args.name: about_data, **others}})
-    jobs, failed, machine, errors = list(jobs_of(args, rows)), {}, hardware(args.device), 0
+    write_json(file, config)
+    jobs, machine, errors = list(jobs_of(args, rows)), hardware(args.device), 0
     for row, seed, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
         cell = {"data": args.name, "row": row.label, "seed": seed, "status": "done"}
         cell["commands"] = [portable(args, shown(*run)) for run in runs]
@@ -331,7 +328,7 @@ def main():
         if file.exists() and cell.items() <= read_json(file).items():
             continue
         cell |= {"hardware": machine, "versions": VERSIONS, "code": CODE}
-        if error := next(filter(None, (call(*run, failed) for run in runs)), None):
+        if error := next(filter(None, (call(*run) for run in runs)), None):
             cell |= {"status": "failed", "error": portable(args, error)}
             errors += 1
             print(f"failed: {name}: {cell['error']}", file=sys.stderr)

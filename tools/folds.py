@@ -69,7 +69,7 @@ def commands_of(args, out, method):
 def hours_of(words):
     """How long a run says that it will take. Raises UserError where it refuses its flags."""
     with tempfile.TemporaryDirectory() as folder:
-        if error := call([*words, "--dry-run"], Path(folder), {}):
+        if error := call([*words, "--dry-run"], Path(folder)):
             raise cli.UserError(error.removeprefix("error: "))
         said = Path(folder, "output.txt").read_text()
     times = re.findall(r": about (?:(\d+) days?, )?(\d+):(\d+):(\d+) on this", said)
@@ -128,7 +128,7 @@ def main():
         for method in METHODS:
             jobs[method] += commands_of(args, out / f"fold{k}", method)
     for number, (words, folder) in enumerate(cli.progress(sum(jobs.values(), []), "run")):
-        if error := call(words, folder, {}):
+        if error := call(words, folder):
             what = f"{folder}: {error.removeprefix('error: ')}; to go on, give the command again"
             raise cli.Stopped(1, what) if number else cli.UserError(what)
         if number == 0:  # the baseline's weights are there: its fine-tuning can be timed
