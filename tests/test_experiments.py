@@ -280,6 +280,20 @@ def test_signals_reach_the_run_which_leaves_a_checkpoint(tiny, tmp_path):
     assert "stopped by SIGTERM" in output
 
 
+def test_the_ratios_of_the_papers_times():
+    *sets, (name, (*_, mean)) = PAPER["1"]["times"].items()
+    minutes = [
+        [
+            60 * sum(map(int, hours)) + int(rest)
+            for *hours, rest in (re.findall(r"\d+", x) for x in y)
+        ]
+        for _, (*y, _) in sets
+    ]
+    ratios = [cass / dino for dino, cass in minutes]
+    assert [f"{x:.2f}" for x in ratios] == [printed for _, (*_, printed) in sets]
+    assert name == "mean of the ratios" and f"{np.mean(ratios):.2f}" == mean
+
+
 def test_table_1_is_the_ratio_of_the_logged_seconds(tiny, tmp_path, script, monkeypatch):
     monkeypatch.setattr(experiments, "run_script", in_this_process)
     command = ["--table", 1, "--scale", "small", "--seeds", 0]

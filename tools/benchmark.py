@@ -5,9 +5,8 @@ python -m tools.benchmark data --data FOLDER --out data.json
     notebooks; (b) ours, decoded once; at 64, 224, 384 px, on FOLDER and 200 1024x1024 JPEGs.
 
 python -m tools.benchmark step --preset small --out step.json
-    images per second and peak memory of (a) a loop with the operations of the published notebook,
-    (b) ours, (c) ours on decoded images as they are, the ceiling; each in a process of its own.
-    FLOPs an image, and the share of a large matrix product's speed.
+    images per second and peak memory of (a) a loop with the operations of the published notebook
+    and (b) ours, each in a process of its own; their shares of a large matrix product's speed.
 """
 
 import platform
@@ -37,7 +36,6 @@ from common.run import Run, on_device
 
 SMALL = dict(cnn="resnet18", vit="vit_tiny_patch16_224", patch_size=8, img_size=64, steps=20)
 PAPER = dict(cnn="resnet50", vit="vit_base_patch16_384", patch_size=16, img_size=384, steps=2)
-PRESETS = {"small": SMALL, "paper": PAPER}
 CPU = torch.device("cpu")
 
 
@@ -49,11 +47,10 @@ def from_disk(paths, size, batch_size, workers):
     return DataLoader(paths, batch_size, shuffle=True, num_workers=workers, collate_fn=collate)
 
 
-def from_decoded(paths, size, batch_size, workers, folder, device=CPU, augmented=True):
+def from_decoded(paths, size, batch_size, workers, folder, device=CPU):
     """Our loader, of uint8 images (3, size, size) that are decoded to a map in the folder."""
     _, images, _ = decode.decode_all(paths, size, "benchmark", folder)
-    transform = data.augmentation(size) if augmented else None
-    dataset = data.AugmentedImages(images, range(len(images)), transform)
+    dataset = data.AugmentedImages(images, range(len(images)), data.augmentation(size))
     return data.loader(dataset, data.EpochBatches(len(images), batch_size, 0), device, workers)
 
 
@@ -79,7 +76,7 @@ def timed(function, *arguments):
 def benchmark_data(args, folder):
     """Both loaders in turn, three sizes, on the folder and large JPEGs: images/s, median ratio."""
     order = np.random.default_rng(0).permutation(folders.read_folder(args.data).sources)
-    files = {"/".join(Path(args.data).parts[-2:]): sorted(order[: args.images].tolist())}
+    files = {"/".join(Path(args.data).parts[-2:]): sorted(order[:1000].tolist())}
     files["1024x1024 JPEG"], rows = draw_large(folder), []
     for (name, paths), size in product(files.items(), (64, 224, 384)):
         ours = from_decoded(paths, size, 16, args.workers, folder)
@@ -118,9 +115,9 @@ def notebook_loop(setup, device, paths, folder):
     return {"seconds": timed(epoch)[0] / len(loader)}
 
 
-def our_loop(setup, device, paths, folder, augmented=True):
-    """(b) pretrain.train from the decoded map, or (c) without augmentation: the ceiling."""
-    loader = from_decoded(paths, setup.img_size, setup.bs, setup.workers, folder, device, augmented)
+def our_loop(setup, device, paths, folder):
+    """(b) pretrain.train, from the decoded map."""
+    loader = from_decoded(paths, setup.img_size, setup.bs, setup.workers, folder, device)
     model = build(setup).to(device, memory_format=torch.channels_last)
     run = Run(folder, device, cli.pick_amp(setup.amp, device), {})
     seconds, _ = timed(pretrain.train, model, loader, run, 2)
@@ -128,7 +125,7 @@ def our_loop(setup, device, paths, folder, augmented=True):
     return {"seconds": second / setup.steps, "checkpoint_seconds": (seconds - first - second) / 2}
 
 
-LOOPS = {"notebook": notebook_loop, "ours": our_loop, "ceiling": partial(our_loop, augmented=False)}
+LOOPS = {"notebook": notebook_loop, "ours": our_loop}
 
 
 def one_loop(name, setup, paths, folder):
@@ -151,7 +148,7 @@ def count_flops(setup, device, dtype):
 
 
 def benchmark_step(args, folder):
-    """The three loops in turn, each in a process of its own."""
+    """Both loops in turn, each in a process of its own."""
     rounds, device = {name: [] for name in LOOPS}, cli.pick_device(args.device)
     paths = draw_large(folder, args.steps * args.bs, 512)
     for name in [*LOOPS] * args.rounds:
@@ -172,9 +169,8 @@ def main():
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("what", choices=["data", "step"])
-    add("--data", metavar="FOLDER", help="data: folder of images")
-    add("--images", type=cli.positive, default=1000, help="data: of them, at most")
-    add("--preset", default="small", choices=list(PRESETS), help="step: arms and size")
+    add("--data", metavar="FOLDER", help="data: folder of images, of which 1,000 are taken")
+    add("--preset", default="small", choices=["small", "paper"], help="step: arms and size")
     add("--img-size", type=cli.positive, help="step: another size than the preset's")
     add("--bs", type=cli.positive, default=16, help="step: images in a step")
     add("--steps", type=cli.positive, help="step: steps in an epoch, instead of the preset's")
@@ -183,7 +179,7 @@ def main():
     add("--workers", type=int, default=0, help="loader processes")
     add("--rounds", type=cli.positive, default=3, help="how often each is measured, in turn")
     add("--out", metavar="FILE", help="write every figure as JSON")
-    parser.set_defaults(**PRESETS[parser.parse_args().preset])
+    parser.set_defaults(**PAPER if parser.parse_args().preset == "paper" else SMALL)
     args = parser.parse_args()
     if args.what == "data" and not args.data:
         parser.error("data needs --data FOLDER")

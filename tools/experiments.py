@@ -1,8 +1,7 @@
 """Tables of methods, one command each: the paper's, beside ours, and those of results/protocol.md.
 
-    python -m tools.experiments --table 4 --data /path --dry-run    (prints commands and time)
-    python -m tools.experiments --table 4 --data /path              (the paper's size: a GPU)
-    python -m tools.experiments --table 4 --data /path --scale small --seeds 0 1 2    (a CPU)
+    python -m tools.experiments --table 4 --data /path    (the paper's size; --dry-run: the time)
+    python -m tools.experiments --table 4 --data /path --scale small --seeds 0 1 2    (for a CPU)
 
 A row is a pre-training (supervised: of no epoch) and, for each label fraction, a fine-tuning of its
 arms. Called again, it skips finished cells, a row and a seed each, and resumes or retries others.
@@ -39,7 +38,6 @@ SCALES = {"paper": (384, 100, "imagenet"), "small": (32, 3, "random")}  # px, ep
 ARMS = {"cnn": "CNN", "vit": "Transformer", "mean": "mean of both"}
 SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
 ROOT = Path(__file__).parents[1]
-# what weights and scores depend on
 TRAINING = sorted([*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), ROOT / "tools/dino.py"])
 CODE = f"{decode.digest(*(file.read_bytes() for file in TRAINING)):016x}"
 
@@ -184,23 +182,15 @@ def heading(args, cells):
 
 def times_section(cells):
     """Table 1: the times of both methods, ours the median over epochs, arms summed; their ratio."""
-    rows, ratios, ours = [], [], {}
-    for name, times in PAPER["tables"]["1"]["times"].items():
-        parts = [re.findall(r"\d+", times[method]) for method in times]  # 1 Hour 13 Mins
-        dino, cass = (60 * sum(map(int, hours)) + int(rest) for *hours, rest in parts)
-        ratios.append(cass / dino)
-        rows.append([f"paper, {name}", *times.values(), f"{ratios[-1]:.2f}"])
-    rows.append(["paper, mean of the ratios", "", "", f"{np.mean(ratios):.2f}"])
-    for c in (cell for cell in cells if cell["status"] == "done"):
-        arms = groupby(c["log"], lambda row: row["arms"])  # one arm, or both, after the other
-        seconds = sum(np.median([x["seconds"] for x in log]) for _, log in arms)
-        ours.setdefault(c["data"], {}).setdefault(c["row"], {})[c["seed"]] = seconds
-    for name, times in ours.items():
-        both = sorted(times.get("DINO", {}).keys() & times.get("CASS", {}).keys())
-        dino, cass = (np.array([times.get(x, {}).get(n) for n in both]) for x in ("DINO", "CASS"))
-        if both:
-            figures = f"{dino.mean():.1f} s", f"{cass.mean():.1f} s", f"{np.mean(cass / dino):.3f}"
-            rows.append([f"**{name}, here**, an epoch, n = {len(both)}", *figures])
+    ours, rows = {}, [[f"paper, {x}", *y] for x, y in PAPER["tables"]["1"]["times"].items()]
+    for (name, _), seed in groupby(cells, lambda c: (c["data"], c["seed"])):
+        logs = {c["row"]: groupby(c.get("log", []), lambda row: row["arms"]) for c in seed}
+        each = {x: [np.median([z["seconds"] for z in y]) for _, y in logs[x]] for x in logs}
+        if all(each.get(x) for x in ("DINO", "CASS")):  # one arm after the other, or both at once
+            ours.setdefault(name, []).append((sum(each["DINO"]), sum(each["CASS"])))
+    for name, (dino, cass) in ((x, np.transpose(y)) for x, y in ours.items()):
+        figures = f"{dino.mean():.1f} s", f"{cass.mean():.1f} s", f"{np.mean(cass / dino):.3f}"
+        rows.append([f"**{name}, here**, an epoch, n = {len(dino)}", *figures])
     return section("times", ["data set", "DINO", "CASS", "CASS / DINO"], rows)
 
 
@@ -230,15 +220,14 @@ def write_table(args):
     """table.csv and table.md from cells/*.json. Returns the text of table.md."""
     order, lines, scored = PAPER["tables"][args.table]["rows"], [], {}
     cells = [read_json(file) for file in (args.out / "cells").glob("*.json")]
-    cells.sort(key=lambda c: (c["data"], order.index(c["row"]), c["seed"]))
+    cells.sort(key=lambda c: (c["data"], c["seed"], order.index(c["row"])))
     pairs = [(cell, item) for cell in cells for item in cell.get("scores", {}).items()]
     for c, ((arm, _, frac), scores) in [(c, (k.partition("|"), x)) for c, (k, x) in pairs]:
         scored.setdefault((c["row"], arm, float(frac)), []).append(scores["test"][args.metric])
         for side in (x for x in ("test", "test_without_duplicates") if x in scores):
             values = [scores[side].get(x) for x in results.SCORES]
             lines.append([c["row"], arm, frac, c["seed"], side, *values])
-    header = ["row", "arm", "frac", "seed", "images", *results.SCORES]
-    write_csv(args.out / "table.csv", header, lines)
+    write_csv(args.out / "table.csv", [*"row arm frac seed images".split(), *results.SCORES], lines)
     main = times_section(cells) if args.table == "1" else scores_section(args, scored)
     failed = "Failed: {row}, seed {seed}: {error}"
     failed = [failed.format(**c) for c in cells if c["status"] == "failed"]
@@ -271,8 +260,7 @@ def estimate(args, rows, images):
             todo[shown(words, folder)] = n * sum(timed[str(row.models[arm])] for arm in row.arms)
     for command, seconds in todo.items():
         print(f"{command}    # ~ {seconds / 60:.1f} min")
-    hours = sum(todo.values()) / 3600
-    print(f"{len(todo)} runs, about {hours:.1f} hours here if no fine-tuning stops early")
+    print(f"{len(todo)} runs, about {sum(todo.values()) / 3600:.1f} hours if none stops early")
 
 
 def main():
