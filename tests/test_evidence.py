@@ -1,0 +1,244 @@
+"""The scripts behind results/pretrained: splits, variants, read-outs, measures, statistics."""
+
+import json
+import math
+import shutil
+
+import draw_split
+import evidence
+import numpy as np
+import pytest
+import readouts
+import torch
+import torch.nn.functional as F
+import variants
+from conftest import ARMS, ROOT, draw_classes, rows, run
+from scipy import stats
+from torch import nn
+
+import data
+import losses
+from common import readers
+
+
+def test_the_splits_part_no_group_and_the_trials_name_no_test_image(tmp_path, script, monkeypatch):
+    monkeypatch.setattr(draw_split, "SIZES", {"train": 12, "val": 3})
+    folder = draw_classes(tmp_path / "images", {"a": 40, "b": 30})
+    lines = ["path,label,patient"]
+    for name in ("a", "b"):
+        lines += [f"{name}/{i}.png,{name},{name}{i // 2}" for i in range({"a": 40, "b": 30}[name])]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    flags = ["--data", tmp_path / "t.csv", "--images", folder, "--group-by", "patient"]
+    status, _, err = script(draw_split, *flags, "--out", tmp_path / "s")
+    assert status == 0, err
+    whole, trials = (
+        {r["path"]: r["split"] for r in rows(tmp_path / f"s{x}.csv")} for x in ("", "_trials")
+    )
+    for split in (whole, trials):
+        patients = {}
+        for name, side in split.items():
+            patients.setdefault((name[0], int(name[2:-4]) // 2), set()).add(side)
+        assert max(map(len, patients.values())) == 1
+    chosen = {n: s for n, s in whole.items() if s != "test"}
+    assert chosen == {n: s for n, s in trials.items() if s != "test"}
+    assert [list(chosen.values()).count(s) for s in ("train", "val")] == [12, 2]
+    test, stand_in = ({n for n, s in x.items() if s == "test"} for x in (whole, trials))
+    assert test and stand_in and not test & trials.keys() and not stand_in & whole.keys()
+    status, _, err = script(draw_split, *flags, "--out", tmp_path / "again")
+    assert (tmp_path / "again.csv").read_text() == (tmp_path / "s.csv").read_text()
+
+
+class Arm(nn.Module):
+    """A linear layer and batch-norm on the mean colours."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width)), None
+        self.head = nn.Linear(width, 7)
+
+    def forward_features(self, x):
+        return self.body(x.mean((2, 3)))
+
+    def forward_head(self, x, pre_logits=False):
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+def variant(monkeypatch, **given):
+    monkeypatch.setattr(variants, "given", given)
+    torch.manual_seed(0)
+    return variants.Variant(Arm(4), Arm(6)).train(), torch.randn(8, 3, 5, 5)
+
+
+def test_controls_do_what_they_are_called(monkeypatch):
+    plain, x = variant(monkeypatch)
+    R, T = plain.cnn(x), plain.vit(x)
+    expected = losses.cosine_loss(R, T)
+    torch.testing.assert_close(plain(x), expected)
+    shuffled, _ = variant(monkeypatch, shuffled=1)
+    torch.testing.assert_close(shuffled(x), losses.cosine_loss(R, T.roll(1, 0)))
+    for frozen, other in (("cnn", "vit"), ("vit", "cnn")):
+        model, _ = variant(monkeypatch, **{f"frozen_{frozen}": 1})
+        loss = model(x)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        assert all(p.grad is None for p in model.arms[frozen].parameters())
+        assert all(p.grad is not None for p in model.arms[other].parameters())
+    kept, _ = variant(monkeypatch, keep_bn=1)
+    kept.train()(x)
+    assert (
+        kept.cnn.body[1].running_mean.abs().max() == 0 < plain.cnn.body[1].running_mean.abs().max()
+    )
+    anchored, _ = variant(monkeypatch, anchor=3)
+    torch.testing.assert_close(anchored(x), expected)  # nothing has moved yet
+    with torch.no_grad():
+        size = sum(p.square().sum() for p in anchored.parameters())
+        anchored.vit.head.bias += 0.5
+    expected = losses.cosine_loss(R, T + 0.5) + 3 * 7 * 0.25 / size
+    torch.testing.assert_close(anchored(x), expected)
+    views, _ = variant(monkeypatch, two_views=1)
+    torch.testing.assert_close(
+        views(torch.stack([x, x + 1], 1)), losses.cosine_loss(R, views.vit(x + 1))
+    )
+
+
+def test_relations_equal_the_loop(monkeypatch):
+    model, x = variant(monkeypatch, relations=1)
+    a, b = (arm.forward_features(x).detach() for arm in model.arms.values())
+    total = []
+    for i in range(8):
+        for j in range(8):
+            cosines = [
+                F.cosine_similarity((y - y.mean(0))[i], (y - y.mean(0))[j], dim=0) for y in (a, b)
+            ]
+            total += [(cosines[0] - cosines[1]).item() ** 2] * (i != j)
+    assert model(x).item() == pytest.approx(np.mean(total), rel=1e-4)
+
+
+def test_rates_of_the_arms_and_the_command(folder, tmp_path):
+    words = ["--data", folder, *ARMS, "--epochs", 1, "--bs", 4, "--lr", 1e-3, "--min-lr", 0]
+    script = ROOT / "tests/variants.py"
+    more = ["--variant", "cnn=0", "vit=0.5", "two_views", "decay=0.1"]
+    done = run(script, *more, *words, "--out", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run(script, *words, "--epochs", 0, "--out", tmp_path / "start", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    moved = {}
+    for arm in ("cnn", "vit"):
+        a, b = (
+            torch.load(tmp_path / x / f"{arm}.pt", weights_only=True)["state_dict"]
+            for x in ("start", "run")
+        )
+        moved[arm] = max((a[k] - b[k]).abs().max().item() for k in a if k.endswith("weight"))
+    assert moved["cnn"] == 0 < moved["vit"]
+
+
+def test_readouts_equal_scikit_learn(pretrained, folder, tmp_path, script, monkeypatch):
+    from sklearn.linear_model import Ridge
+    from sklearn.metrics import f1_score
+
+    torch.manual_seed(0)
+    X, Y, Q = torch.randn(9, 5), torch.eye(3)[torch.arange(9) % 3], torch.randn(4, 5)
+    oracle = Ridge(alpha=9, fit_intercept=False).fit(X, Y - Y.mean(0))
+    expected = oracle.predict(Q) + Y.mean(0).numpy()
+    np.testing.assert_allclose(readouts.linear(X, Y, Q).numpy(), expected, atol=1e-5)
+    labels = np.eye(3, dtype=bool)[[0, 1, 2, 0]]
+    p = torch.eye(3)[[0, 2, 2, 0]]
+    expected = f1_score([0, 1, 2, 0], [0, 2, 2, 0], average="macro", zero_division=0)
+    assert readouts.macro_f1(labels, p) == pytest.approx(expected)
+
+    monkeypatch.setattr(readouts, "FRACS", (0.5, 1.0))
+    monkeypatch.setattr(readouts, "VIEWED", 4)
+    (pretrained / "finished").touch()
+    status, _, err = script(readouts, tmp_path, "--draws", 2)
+    assert status == 0, err
+    found = json.loads((pretrained / "readouts.json").read_text())
+    assert set(found["cnn"]) == {"knn|0.5", "linear|0.5", "knn|1", "linear|1"}
+    arrays = np.load(pretrained / "features.npz")
+    split = rows(pretrained / "split.csv")
+    sides = [r["split"] for r in split]
+    for arm in ("cnn", "vit"):
+        assert [len(arrays[f"{arm}_{s}"]) for s in ("train", "val", "test")] == [
+            sides.count(s) for s in ("train", "val", "test")
+        ]
+        views = arrays[f"{arm}_views"]
+        assert views.shape[:2] == (4, 10) and (views[:, 0] != views[:, 1]).any()
+    # the probe on all labels, from the features that were kept
+    images = readers.read(str(folder), **dict.fromkeys(data.READING))
+    names = {name: i for i, name in enumerate(images.names)}
+    label = {s: images.labels[[names[r["path"]] for r in split if r["split"] == s]] for s in sides}
+    x = {s: torch.from_numpy(arrays[f"vit_{s}"]).float() for s in sides}
+    mean, std = x["train"].mean(0), x["train"].std(0) + 1e-6
+    y = torch.from_numpy(label["train"]).float()
+    p = readouts.linear(*((x["train"] - mean) / std, y, (x["test"] - mean) / std))
+    score = f1_score(
+        label["test"].argmax(1), p.argmax(1), average="macro", labels=[0, 1, 2], zero_division=0
+    )
+    assert found["vit"]["linear|1"]["test"] == pytest.approx(score, abs=0.02)
+
+    (tmp_path / "cells").mkdir()
+    cell = tmp_path / "cells/c.json"
+    cell.write_text(json.dumps({"commands": [f"python pretrain.py --out x/{pretrained.name}"]}))
+    monkeypatch.setattr(evidence, "label_free", lambda file: sorted(np.load(file)))
+    evidence.collect(tmp_path / "cells", tmp_path)
+    assert json.loads(cell.read_text())["readouts"] == found
+    assert json.loads(cell.read_text())["label_free"] == sorted(arrays)
+    shutil.rmtree(pretrained)
+    evidence.collect(tmp_path / "cells", tmp_path)  # and it stays
+
+
+def features(values, n=400):
+    """(n, D) centred, with these singular values."""
+    torch.manual_seed(0)
+    x = torch.randn(n, len(values))
+    u = torch.linalg.qr(x - x.mean(0))[0]
+    return u @ torch.diag(values)
+
+
+def test_measures_of_known_spectra():
+    values = torch.tensor([4.0, 2.0, 1.0, 1.0])
+    expected = math.exp(stats.entropy(values.numpy()))
+    assert evidence.rankme(features(values)) == pytest.approx(expected, rel=1e-4)
+    assert evidence.effective_rank(features(values) + 9) == pytest.approx(expected, rel=1e-3)
+    for alpha in (0.5, 1.0, 1.7):
+        x = features(torch.arange(1, 121.0) ** (-alpha / 2))
+        assert evidence.alpha_req(x) == pytest.approx(-abs(alpha - 1), abs=1e-3)
+    torch.manual_seed(0)
+    for d in (2, 6):
+        assert evidence.intrinsic_dimension(torch.rand(2000, d)) == pytest.approx(d, rel=0.15)
+    x = torch.randn(30, 5)
+    unit = F.normalize(x - x.mean(0), dim=1)
+    pairs = [-2 * (unit[i] - unit[j]).square().sum() for i in range(30) for j in range(i)]
+    expected = -math.log(np.mean(np.exp(pairs)))
+    assert evidence.uniformity(x) == pytest.approx(expected, rel=1e-4)
+
+
+def test_lidar_counts_directions_that_tell_images_apart():
+    torch.manual_seed(0)
+    images = torch.randn(300, 1, 8)
+    noise = torch.randn(300, 10, 8)
+    apart = images * torch.tensor([1.0] * 3 + [0] * 5) + 0.01 * noise
+    assert evidence.lidar(apart) == pytest.approx(3, abs=0.3)
+    assert evidence.lidar(images + 0.01 * noise) == pytest.approx(8, abs=0.3)
+
+
+def test_clusters_are_learnable_where_there_are_some():
+    torch.manual_seed(0)
+    centres = torch.randn(50, 30)
+    clear = centres[torch.arange(2000) % 50] + 0.01 * torch.randn(2000, 30)
+    assert evidence.cluster_learnability(clear[torch.randperm(2000)]) > 0.95
+    assert evidence.cluster_learnability(torch.randn(2000, 30)) < 0.6
+
+
+def test_paired_differences_and_holm():
+    a, b = [0.1, 0.5, 0.3, 0.2], [0.2, 0.5, 0.6, 0.3]
+    d = np.subtract(b, a)
+    half = stats.t.ppf(0.975, 3) * d.std(ddof=1) / 2
+    mean, low, high, p = evidence.paired(a, b)
+    assert (mean, low, high) == pytest.approx((d.mean(), d.mean() - half, d.mean() + half))
+    assert (p < 0.05) == (low > 0 or high < 0)
+    # by hand: sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, none below the one before
+    assert evidence.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert evidence.holm([0.5, 0.9]) == [1.0, 1.0]
