@@ -58,7 +58,6 @@ def tiny(words):
         more += ["--finetune", "--epochs 1"]
     elif name == "tools.benchmark":
         more = ["--preset", "small", "--img-size", "32", "--steps", "1", "--rounds", "1"]
-        more += ["--images", "8"]
     return [*words, *more]
 
 

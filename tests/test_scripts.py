@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import trials
 from conftest import ARMS, ROOT, draw_classes, one_line, picture, rows, run
 from PIL import Image
 from sklearn.metrics import f1_score
@@ -839,11 +838,3 @@ def test_models_that_cannot_be_used_are_refused_before_training(
     status, _, err = script(finetune, *command)
     assert status == 2 and message in one_line(err), err
     assert not (out / "best.pt").exists() and not (out / "last.pt").exists()
-
-
-def test_the_trials_run(folder, tmp_path, script):
-    """The script behind results/objectives, at a tiny size."""
-    flags = "--epochs", 1, "--img-size", 32, "--only", "cosine", "--out", tmp_path / "t.json"
-    status, _, err = script(trials, "--data", folder, *flags)
-    assert status == 0, err
-    assert json.loads((tmp_path / "t.json").read_text())
