@@ -1,6 +1,7 @@
 """What results/pretrained says: its cells with read-outs and measures, its tables, its claims.
 
     python tests/evidence.py collect CELLS RUNS    (adds to the cells what readouts.py left)
+    python tests/evidence.py report                (writes results/pretrained/README.md from them)
 
 Label-free measures of features (N, D), candidates for a monitor; views (n, V, D): of augmented
 images. Each says what it promises to order, from its source.
@@ -71,10 +72,10 @@ def cluster_learnability(x, clusters=50, k=20):
 
 
 def intrinsic_dimension(x):
-    """Facco et al., 2017 (TwoNN): more is better in Lu et al."""
-    distance = torch.cdist(x, x).sort(dim=1).values
-    ratio = (distance[:, 2] / distance[:, 1].clamp(min=1e-12)).clamp(min=1 + 1e-9).log()
-    return 1 / ratio.mean().item()
+    """Facco et al., 2017 (TwoNN), without exact duplicates: more is better in Lu et al."""
+    distance = torch.cdist(x, x).sort(dim=1).values[:, 1:3]
+    first, second = distance[distance[:, 0] > 1e-3 * distance.mean()].T
+    return 1 / (second / first).log().mean().item()
 
 
 def uniformity(x):
@@ -122,5 +123,104 @@ def holm(p):
     return found.tolist()
 
 
+RESULTS = Path(__file__).parents[1] / "results/pretrained"
+FRACS, ARMS = {"1 %": "0.01", "10 %": "0.1"}, {"cnn": "CNN", "vit": "ViT"}
+WHATS = ("mean of both arms", "CNN", "ViT", "better arm", "ensemble")
+
+
+def cells_of(folder):
+    """{row: {seed: cell}} of the finished cells in a folder of results/pretrained."""
+    found = {}
+    for file in sorted((RESULTS / folder / "cells").glob("*.json")):
+        cell = json.loads(file.read_text())
+        if cell["status"] == "done":
+            found.setdefault(cell["row"], {})[cell["seed"]] = cell
+    return found
+
+
+def score(cell, what, frac, metric="macro_f1"):
+    """A fine-tuned score of a cell; what: of WHATS. The better arm is that of the higher validation
+    score, as one would choose it; the ensemble, the mean of both arms' probabilities."""
+    test = {arm: cell["scores"][f"{arm}|{frac}"]["test"][metric] for arm in (*ARMS, "mean")}
+    if what == "better arm":
+        return test[max(ARMS, key=lambda arm: cell["scores"][f"{arm}|{frac}"]["val"]["macro_f1"])]
+    if what == "mean of both arms":
+        return (test["cnn"] + test["vit"]) / 2
+    return test[{"CNN": "cnn", "ViT": "vit", "ensemble": "mean"}[what]]
+
+
+def read_out(cell, arm, kind, frac):
+    return cell["readouts"][arm][f"{kind}|{frac}"]["test"]
+
+
+def both(x, y, value):
+    """The values of two {seed: cell} at the seeds that both have."""
+    seeds = sorted(x.keys() & y.keys())
+    return [value(x[seed]) for seed in seeds], [value(y[seed]) for seed in seeds]
+
+
+def signed(x):
+    return f"{x:+.3f}".replace("-", "−")
+
+
+def difference(x, y, value):
+    """y - x as a text, bold where its interval excludes zero; –: fewer than three pairs."""
+    a, b = both(x, y, value)
+    if len(a) < 3:
+        return "–"
+    mean, low, high, _ = paired(a, b)
+    text = f"{signed(mean)} ({signed(low)} to {signed(high)}), n = {len(a)}"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def mean_std(x):
+    std = f" ± {np.std(x, ddof=1):.3f}" if len(x) > 1 else ""
+    return f"{np.mean(x):.3f}{std}" if len(x) else "–"
+
+
+def table(header, rows):
+    lines = (header, ["---"] * len(header), *rows)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def trial_score(cell):
+    """By which the trials choose: the mean over both arms and both fractions."""
+    return np.mean([score(cell, "mean of both arms", frac) for frac in FRACS.values()])
+
+
+def trials_table():
+    rows = []
+    for row, seeds in cells_of("trials").items():
+        for cell in seeds.values():
+            each = [score(cell, what, f) for f in FRACS.values() for what in ("CNN", "ViT")]
+            probe = (
+                [read_out(cell, arm, "linear", "1") for arm in ARMS] if "readouts" in cell else []
+            )
+            rows.append([trial_score(cell), row, *each, *probe])
+    rows.sort(key=lambda row: -row[0])
+    header = ["trial", "score", "CNN, 1 %", "ViT, 1 %", "CNN, 10 %", "ViT, 10 %", "probe, CNN"]
+    lines = [[row, *(f"{x:.3f}" for x in (first, *rest))] for first, row, *rest in rows]
+    return table([*header, "probe, ViT"], lines)
+
+
+def report():
+    """The text of results/pretrained/README.md."""
+    parts = [
+        "# What pre-training is worth from pre-trained arms",
+        "Made by `python tests/evidence.py report` from the cells; how it was planned: "
+        "[protocol.md](protocol.md).",
+        "## Trials",
+        "Macro F1 on the trial images (validation images that fine-tuning does not see), brain "
+        "MRI, seed 100. Score: the mean of the next four columns, by which the trials choose. "
+        "Probe: ridge regression on the features with all labels.",
+        trials_table(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_report():
+    (RESULTS / "README.md").write_text(report(), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    {"collect": collect}[sys.argv[1]](*sys.argv[2:])
+    {"collect": collect, "report": write_report}[sys.argv[1]](*sys.argv[2:])
