@@ -1,4 +1,4 @@
-"""Tables of methods, one command each: the paper's, beside ours, and those of results/protocol.md.
+"""Tables of methods, one command each: the paper's, beside ours, and our protocol's.
 
     python -m tools.experiments --table 4 --data /path    (the paper's size; --dry-run: the time)
     python -m tools.experiments --table 4 --data /path --scale small --seeds 0 1 2    (for a CPU)
@@ -89,7 +89,7 @@ def jobs_of(args, rows):
 
 def shown(words, folder):
     """A command as one would type it."""
-    module = ["-m"] * words[0].startswith("tools.")
+    module = ["-m"] * (not words[0].endswith(".py"))
     return shlex.join(["python", *module, *words, "--out", str(folder)])
 
 
