@@ -242,3 +242,7 @@ def test_paired_differences_and_holm():
     # by hand: sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, none below the one before
     assert evidence.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert evidence.holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_the_report_is_that_of_the_cells():
+    assert (evidence.RESULTS / "README.md").read_text(encoding="utf-8") == evidence.report()
