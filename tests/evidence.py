@@ -7,7 +7,6 @@ Label-free measures of features (N, D), candidates for a monitor; views (n, V, D
 images. Each says what it promises to order, from its source.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -18,7 +17,8 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.checkpoint import write_json
+from common import collapse
+from common.checkpoint import read_json, write_json
 
 
 def entropy_rank(values):
@@ -34,7 +34,7 @@ def rankme(x):
 
 def effective_rank(x):
     """As RankMe, of centred features: more is better."""
-    return entropy_rank(torch.linalg.svdvals(x - x.mean(0)))
+    return collapse.measures(x)["effective_rank"]
 
 
 def alpha_req(x, first=3, last=100):
@@ -98,10 +98,10 @@ def label_free(file):
 def collect(cells, runs):
     """Add to each cell, a file, what readouts.py left in the folder of its pre-training."""
     for file in sorted(Path(cells).glob("*.json")):
-        cell = json.loads(file.read_text())
+        cell = read_json(file)
         folder = Path(runs) / Path(re.search(r"--out (\S+)", cell["commands"][0])[1]).name
         if "readouts" not in cell and (folder / "readouts.json").exists():
-            cell["readouts"] = json.loads((folder / "readouts.json").read_text())
+            cell["readouts"] = read_json(folder / "readouts.json")
             cell["label_free"] = label_free(folder / "features.npz")
             write_json(file, cell)
             print(file.name)
@@ -124,58 +124,26 @@ def holm(p):
 
 
 RESULTS = Path(__file__).parents[1] / "results/pretrained"
-FRACS, ARMS = {"1 %": "0.01", "10 %": "0.1"}, {"cnn": "CNN", "vit": "ViT"}
-WHATS = ("mean of both arms", "CNN", "ViT", "better arm", "ensemble")
+FRACS, ARMS = ("0.01", "0.1"), ("cnn", "vit")
 
 
 def cells_of(folder):
     """{row: {seed: cell}} of the finished cells in a folder of results/pretrained."""
     found = {}
     for file in sorted((RESULTS / folder / "cells").glob("*.json")):
-        cell = json.loads(file.read_text())
+        cell = read_json(file)
         if cell["status"] == "done":
             found.setdefault(cell["row"], {})[cell["seed"]] = cell
     return found
 
 
-def score(cell, what, frac, metric="macro_f1"):
-    """A fine-tuned score of a cell; what: of WHATS. The better arm is that of the higher validation
-    score, as one would choose it; the ensemble, the mean of both arms' probabilities."""
-    test = {arm: cell["scores"][f"{arm}|{frac}"]["test"][metric] for arm in (*ARMS, "mean")}
-    if what == "better arm":
-        return test[max(ARMS, key=lambda arm: cell["scores"][f"{arm}|{frac}"]["val"]["macro_f1"])]
-    if what == "mean of both arms":
-        return (test["cnn"] + test["vit"]) / 2
-    return test[{"CNN": "cnn", "ViT": "vit", "ensemble": "mean"}[what]]
+def score(cell, arm, frac):
+    """The macro F1 of an arm fine-tuned on this fraction of the labels."""
+    return cell["scores"][f"{arm}|{frac}"]["test"]["macro_f1"]
 
 
 def read_out(cell, arm, kind, frac):
     return cell["readouts"][arm][f"{kind}|{frac}"]["test"]
-
-
-def both(x, y, value):
-    """The values of two {seed: cell} at the seeds that both have."""
-    seeds = sorted(x.keys() & y.keys())
-    return [value(x[seed]) for seed in seeds], [value(y[seed]) for seed in seeds]
-
-
-def signed(x):
-    return f"{x:+.3f}".replace("-", "−")
-
-
-def difference(x, y, value):
-    """y - x as a text, bold where its interval excludes zero; –: fewer than three pairs."""
-    a, b = both(x, y, value)
-    if len(a) < 3:
-        return "–"
-    mean, low, high, _ = paired(a, b)
-    text = f"{signed(mean)} ({signed(low)} to {signed(high)}), n = {len(a)}"
-    return f"**{text}**" if low > 0 or high < 0 else text
-
-
-def mean_std(x):
-    std = f" ± {np.std(x, ddof=1):.3f}" if len(x) > 1 else ""
-    return f"{np.mean(x):.3f}{std}" if len(x) else "–"
 
 
 def table(header, rows):
@@ -185,14 +153,14 @@ def table(header, rows):
 
 def trial_score(cell):
     """By which the trials choose: the mean over both arms and both fractions."""
-    return np.mean([score(cell, "mean of both arms", frac) for frac in FRACS.values()])
+    return np.mean([score(cell, arm, frac) for frac in FRACS for arm in ARMS])
 
 
 def trials_table():
     rows = []
     for row, seeds in cells_of("trials").items():
         for cell in seeds.values():
-            each = [score(cell, what, f) for f in FRACS.values() for what in ("CNN", "ViT")]
+            each = [score(cell, arm, frac) for frac in FRACS for arm in ARMS]
             probe = (
                 [read_out(cell, arm, "linear", "1") for arm in ARMS] if "readouts" in cell else []
             )

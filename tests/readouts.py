@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 from common import cli, collapse, readers, splits, starts
 from common.checkpoint import atomic_open, write_json
-from common.decode import normalize
 from common.metrics import measures
+from common.run import on_device
 
-FRACS, ARMS = (0.01, 0.1, 1.0), ("cnn", "vit")
+FRACS, ARMS, CPU = (0.01, 0.1, 1.0), ("cnn", "vit"), torch.device("cpu")
 VIEWED, VIEWS = 200, 10  # training images whose augmented views are kept, too
 
 
@@ -41,12 +41,12 @@ def macro_f1(labels, scores):
     return measures(labels, p, p, False, np.ones((1, len(p))))[0]["macro_f1"].item()
 
 
-def embed(model, images, index, transform=None, size=64):
+def embed(model, images, index, transform=None):
     """Features (N, D) of the images at `index`, augmented by `transform` if there is one."""
     chosen = data.AugmentedImages(images, index, transform)
-    batches = (range(i, min(i + size, len(index))) for i in range(0, len(index), size))
-    stacked = (torch.stack([chosen[0, i] for i in batch]) for batch in batches)
-    return collapse.embed(model, map(normalize, stacked))[0].flatten(1)
+    batches = data.EpochBatches(len(index), 64, drop_single=False)
+    loader = data.loader(chosen, batches, CPU)
+    return collapse.embed(model, on_device(loader, CPU))[0].flatten(1)
 
 
 def readouts(folder, draws):

@@ -184,6 +184,7 @@ def figures():
         ),
     ):
         yield COLLAPSE, text, health_row(name, epoch)
+    # a retrieval above zero is at least that of one image of these
     n_monitored = round(
         1 / min(row["retrieval"] for row in health("equation_1") if row["retrieval"])
     )

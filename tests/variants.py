@@ -72,14 +72,11 @@ class Variant(cass.CASS):
 
 
 def main():
-    words = sys.argv[1:]
-    if "--variant" in words:
-        first = words.index("--variant") + 1
-        last = next((i for i, w in enumerate(words) if i >= first and w[0] == "-"), len(words))
-        for word in words[first:last]:
-            name, _, number = word.partition("=")
-            given[name] = float(number or 1)
-        sys.argv[1:] = words[: first - 1] + words[last:]
+    parser = cli.Parser(None, add_help=False)
+    parser.add_argument("--variant", nargs="+", default=[])
+    args, sys.argv[1:] = parser.parse_known_args()
+    for name, _, number in (word.partition("=") for word in args.variant):
+        given[name] = float(number or 1)
     pretrain.CASS = Variant
     adam, scales = torch.optim.Adam, [given.get("cnn", 1), given.get("vit", 1)]  # in this order
 

@@ -221,8 +221,8 @@ def write_table(args):
     order, lines, scored = PAPER["tables"][args.table]["rows"], [], {}
     cells = [read_json(file) for file in (args.out / "cells").glob("*.json")]
     cells.sort(key=lambda c: (c["data"], c["seed"], order.index(c["row"])))
-    pairs = [(cell, item) for cell in cells for item in cell.get("scores", {}).items()]
-    for c, ((arm, _, frac), scores) in [(c, (k.partition("|"), x)) for c, (k, x) in pairs]:
+    found = [(c, *key.split("|"), x) for c in cells for key, x in c.get("scores", {}).items()]
+    for c, arm, frac, scores in found:
         scored.setdefault((c["row"], arm, float(frac)), []).append(scores["test"][args.metric])
         for side in (x for x in ("test", "test_without_duplicates") if x in scores):
             values = [scores[side].get(x) for x in results.SCORES]
