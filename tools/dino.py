@@ -26,8 +26,7 @@ import pretrain
 from common import arms, cli, distributed, readers
 
 WARMUP, TEMP_WARMUP, FREEZE = 0.1, 0.3, 0.01  # shares of the run: 10, 30 and 1 of 100 epochs
-STUDENT_TEMP, TEACHER_TEMPS = 0.1, (0.04, 0.07)  # the teacher's rises from the first to the second
-CENTER_MOMENTUM, TEACHER_MOMENTUM = 0.9, 0.996
+STUDENT_TEMP, TEACHER_TEMP, CENTER_MOMENTUM = 0.1, 0.04, 0.9
 
 
 def cosine(start, end, share):
@@ -92,8 +91,9 @@ class DINO(nn.Module):
     """Student and teacher of one arm, "cnn" or "vit", each a backbone and a head.
     backbone: images -> features (N, dim), such as a timm model without head."""
 
-    def __init__(self, arm, backbone, dim, out_dim=65536):
+    def __init__(self, arm, backbone, dim, out_dim=65536, momentum=0.996, temp=0.07):
         super().__init__()
+        self.momentum, self.temp = momentum, temp
         self.student = nn.Sequential(OrderedDict(backbone=backbone, head=Head(dim, out_dim)))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for module in self.teacher.modules():
@@ -101,7 +101,7 @@ class DINO(nn.Module):
                 module.drop_prob = 0.0
         self.arms = {arm: self.teacher.backbone}  # what is saved: an average already
         self.register_buffer("center", torch.zeros(out_dim))
-        self.register_buffer("teacher_temp", torch.tensor(TEACHER_TEMPS[0]))
+        self.register_buffer("teacher_temp", torch.tensor(TEACHER_TEMP))
 
     def forward(self, views):
         """views: of multi_crop, batched and normalized, (N, 3, H, W) each. Returns the loss."""
@@ -132,11 +132,11 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress):
-        """The teacher follows the student, momentum 0.996 -> 1; its next temperature."""
-        weight = 1 - cosine(TEACHER_MOMENTUM, 1.0, progress)
+        """The teacher follows the student, momentum -> 1; its temperature, 0.04 -> temp."""
+        weight = 1 - cosine(self.momentum, 1.0, progress)
         torch._foreach_lerp_([*self.teacher.parameters()], [*self.student.parameters()], weight)
-        low, high = TEACHER_TEMPS
-        self.teacher_temp.fill_(low + (high - low) * min(progress / TEMP_WARMUP, 1))
+        rise = (self.temp - TEACHER_TEMP) * min(progress / TEMP_WARMUP, 1)
+        self.teacher_temp.fill_(TEACHER_TEMP + rise)
 
 
 def train(model, loader, run, epochs, lr, min_lr):
@@ -181,8 +181,7 @@ def local_size(model, img_size):
     """Side of DINO's local crops: 96 to 224 pixels, in whole patches; of a CNN at least 24, since
     its stages shrink 16 to one pixel too early; the full size where the model accepts no other."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
-    smallest = 24 if patch == 1 else patch
-    size = min(img_size, max(smallest, round(img_size * 96 / 224 / patch) * patch))
+    size = min(img_size, max(round(img_size * 96 / 224 / patch) * patch, patch, 24 * (patch == 1)))
     try:
         arms.output_shape(model, size, "local crops")
     except cli.UserError:
@@ -193,13 +192,15 @@ def local_size(model, img_size):
 
 def main():
     parser = cli.Parser(__doc__)
-    parser.add_argument("--outputs", type=cli.positive, default=65536, help="of the head")
-    parser.add_argument("--crops", type=cli.count, default=8, help="local crops")
+    add = parser.add_argument
+    add("--outputs", type=cli.positive, default=65536, help="of the head")
+    add("--crops", type=cli.count, default=8, help="local crops")
+    add("--momentum", type=cli.fraction, default=0.996, help="the teacher's, at first")
+    add("--teacher-temp", type=cli.fraction, default=0.07, help="the teacher's, in the end")
     args, run, specs = pretrain.prepare(parser, "tools.dino", lr=None, t_max="run")
     if args.t_max != "run":
         raise cli.UserError("--t-max: DINO's learning rate has one descent; leave the flag out")
-    if args.lr is None:
-        args.lr = 5e-4 * args.bs * distributed.world_size() / 256
+    args.lr = 5e-4 * args.bs * distributed.world_size() / 256 if args.lr is None else args.lr
     device, out, state, size = run.device, run.out, run.state, args.img_size
     images = readers.read(args.data, **data.options(args))
     first = 0 if state is None else state["phase"]
@@ -208,7 +209,7 @@ def main():
         torch.manual_seed(args.seed)
         init = init if state is None or models else "random"  # the weights of last.pt follow
         backbone, dim = make_backbone(f"--{arm}", name, init, size, **kwargs)
-        models[arm] = DINO(arm, backbone, dim, args.outputs)
+        models[arm] = DINO(arm, backbone, dim, args.outputs, args.momentum, args.teacher_temp)
     train_index, saved = pretrain.begin(run, args, specs, images)
     share = distributed.rank(), distributed.world_size()
     for run.metadata["phase"], (arm, (name, _, kwargs)) in enumerate(todo, first):

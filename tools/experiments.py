@@ -229,8 +229,7 @@ def write_table(args):
             lines.append([c["row"], arm, frac, c["seed"], side, *values])
     write_csv(args.out / "table.csv", [*"row arm frac seed images".split(), *results.SCORES], lines)
     main = times_section(cells) if args.table == "1" else scores_section(args, scored)
-    failed = "Failed: {row}, seed {seed}: {error}"
-    failed = [failed.format(**c) for c in cells if c["status"] == "failed"]
+    failed = [f"Failed: {c['row']}, seed {c['seed']}: {c['error']}" for c in cells if "error" in c]
     text = "\n\n".join([heading(args, cells), main, *failed]) + "\n"
     with atomic_open(args.out / "table.md") as file:
         file.write(text)
