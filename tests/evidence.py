@@ -9,6 +9,7 @@ images. Each says what it promises to order, from its source.
 
 import re
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,11 @@ def holm(p):
 
 RESULTS = Path(__file__).parents[1] / "results/pretrained"
 FRACS, ARMS = ("0.01", "0.1"), ("cnn", "vit")
+SETS = {"brain_mri": "Brain MRI", "ham10000": "HAM10000"}
+BASE, PAPERS = "direct use", "equation 1, 1e-3"
+LN_K = np.log(4096)  # DINO's loss where it tells nothing apart
+NAMES = {"cnn": "CNN", "vit": "ViT", "knn": "k-NN", "linear": "probe"}
+VIEWS = ("CNN", "ViT", "mean of arms", "better arm", "ensemble")
 
 
 def cells_of(folder):
@@ -137,18 +143,37 @@ def cells_of(folder):
     return found
 
 
-def score(cell, arm, frac):
+def score(cell, arm, frac, side="test"):
     """The macro F1 of an arm fine-tuned on this fraction of the labels."""
-    return cell["scores"][f"{arm}|{frac}"]["test"]["macro_f1"]
+    return cell["scores"][f"{arm}|{frac}"][side]["macro_f1"]
+
+
+def views(cells, frac):
+    """{column: {seed: macro F1}} of a row, fine-tuned end to end. Better arm: by the validation
+    score, in each run."""
+    found = {name: {} for name in VIEWS}
+    for seed, cell in cells.items():
+        each = {arm: score(cell, arm, frac) for arm in ARMS}
+        better = max(ARMS, key=lambda arm: score(cell, arm, frac, "val"))  # noqa: B023
+        values = *each.values(), np.mean([*each.values()]), each[better], score(cell, "mean", frac)
+        for name, x in zip(VIEWS, values):
+            found[name][seed] = float(x)
+    return found
+
+
+def read_outs(cells, frac):
+    """As views(), of k-NN and the linear probe."""
+    found = {}
+    for arm, kind in product(ARMS, ("knn", "linear")):
+        column = found.setdefault(f"{NAMES[arm]}, {NAMES[kind]}", {})
+        for seed, cell in cells.items():
+            if "readouts" in cell:
+                column[seed] = read_out(cell, arm, kind, frac)
+    return found
 
 
 def read_out(cell, arm, kind, frac):
     return cell["readouts"][arm][f"{kind}|{frac}"]["test"]
-
-
-def table(header, rows):
-    lines = (header, ["---"] * len(header), *rows)
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def trial_score(cell):
@@ -156,32 +181,242 @@ def trial_score(cell):
     return np.mean([score(cell, arm, frac) for frac in FRACS for arm in ARMS])
 
 
-def trials_table():
+def last_losses(cell):
+    """Of the last epoch; DINO trains one arm after the other."""
+    return [{row["arms"]: row["loss"] for row in cell["log"]}[x] for x in ("cnn", "vit")]
+
+
+def best(method, folder="trials"):
+    """The row of a method, whose name its rows begin with, that its trials chose; None before."""
+    found = [(row, cell) for row, seeds in cells_of(folder).items() for cell in seeds.values()]
+    found = [x for x in found if x[0].startswith(method)]
+    learned = [x for x in found if method == "DINO" and max(last_losses(x[1])) <= 0.9 * LN_K]
+    return max(learned or found, key=lambda x: trial_score(x[1]), default=(None,))[0]
+
+
+def chosen():
+    """{role in the protocol: row}."""
+    recipes = [x for x in (best("VICReg"), best("recipe")) if x]
+    score_of = {
+        row: trial_score(cell) for row, x in cells_of("trials").items() for cell in x.values()
+    }
+    roles = {"equation 1, best rate": best("equation 1")}
+    roles["chosen objective"] = max(recipes, key=score_of.get, default=None)
+    return roles | {"DINO": best("DINO")}
+
+
+def against(base, values):
+    """paired() of {seed: number} and another, of the seeds of both, and how many; None of fewer
+    than two."""
+    seeds = sorted(base.keys() & values.keys())
+    if len(seeds) < 2:
+        return None
+    return *paired(*([x[seed] for seed in seeds] for x in (base, values))), len(seeds)
+
+
+def signed(x):
+    return f"{x:+.3f}".replace("-", "−")
+
+
+def shown(difference):
+    """A difference and its interval, in bold where that excludes zero."""
+    if difference is None:
+        return ""
+    mean, low, high, *_ = difference
+    text = f"{signed(mean)} ({signed(low)} to {signed(high)})"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def table(header, rows):
+    lines = (header, ["---"] * len(header), *rows)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def percent(frac):
+    return f"{100 * float(frac):g} %"
+
+
+def trials_table(folder):
     rows = []
-    for row, seeds in cells_of("trials").items():
+    for row, seeds in cells_of(folder).items():
         for cell in seeds.values():
             each = [score(cell, arm, frac) for frac in FRACS for arm in ARMS]
-            probe = (
-                [read_out(cell, arm, "linear", "1") for arm in ARMS] if "readouts" in cell else []
-            )
+            probe = [read_out(cell, arm, "linear", "1") for arm in ARMS]
             rows.append([trial_score(cell), row, *each, *probe])
+            if row.startswith("DINO"):
+                rows[-1][1] += "; loss {:.2f}, {:.2f}".format(*last_losses(cell))
     rows.sort(key=lambda row: -row[0])
     header = ["trial", "score", "CNN, 1 %", "ViT, 1 %", "CNN, 10 %", "ViT, 10 %", "probe, CNN"]
     lines = [[row, *(f"{x:.3f}" for x in (first, *rest))] for first, row, *rest in rows]
     return table([*header, "probe, ViT"], lines)
 
 
+def primary(row):
+    """[(set, fraction, means of both, difference and n, Holm's p, verdict)] of the primary
+    comparisons, `row` minus direct use."""
+    found = []
+    for folder, frac in product(SETS, FRACS):
+        a, b = (views(cells_of(folder).get(x, {}), frac)["mean of arms"] for x in (BASE, row))
+        if difference := against(a, b):
+            means = [np.mean([x[seed] for seed in a.keys() & b.keys()]) for x in (a, b)]
+            found.append((folder, frac, means, difference))
+    corrected = holm([x[-1][3] for x in found])
+    for i, (_, _, _, (mean, low, high, *_)) in enumerate(found):
+        clear = corrected[i] < 0.05 and (low > 0 or high < 0)
+        verdict = ("better" if mean > 0 else "worse") if clear else "no difference shown"
+        found[i] = *found[i], corrected[i], verdict
+    return found
+
+
+def primary_table(row):
+    lines = []
+    for folder, frac, means, difference, p, verdict in primary(row):
+        first = f"{SETS[folder]}, {percent(frac)}", difference[4], *(f"{x:.3f}" for x in means)
+        lines.append([*first, shown(difference), f"{difference[3]:.3f}", f"{p:.3f}", verdict])
+    header = ["set, labels", "seeds", BASE, row, "difference (95 % interval)", "p"]
+    return table([*header, "Holm's p", "verdict"], lines)
+
+
+def differences_table(columns, fracs, cells, rows):
+    """Means of direct use and, below, the differences of the rows from it, for each fraction.
+    columns: views or read_outs; cells: as cells_of()."""
+    lines, header = [], []
+    for frac in fracs:
+        base = columns(cells[BASE], frac)
+        header, n = [*base], len(next(iter(base.values())))
+        means = [f"{np.mean([*x.values()]):.3f}" for x in base.values()]
+        lines.append([percent(frac), BASE, n, *means])
+        for row in rows:
+            values = columns(cells[row], frac)
+            found = [against(base[name], values[name]) for name in header]
+            if found[0]:
+                lines.append([percent(frac), row, found[0][4], *map(shown, found)])
+    return table(["labels", "method", "seeds", *header], lines)
+
+
+def label_free_of(cell, arm):
+    """{measure: number} of an arm of a cell: of all training images, and of the monitor."""
+    found = dict(cell["label_free"][arm])
+    if cell["log"] and cell["log"][-1]["arms"] == "cnn+vit":
+        row = cell["log"][-1]
+        found |= {key: row[key] for key in ("agreement", "retrieval")} | {
+            "minus loss": -row["loss"]
+        }
+        found["logits spread"] = row[f"{arm}_logits_spread"]
+    return found
+
+
+def correlations(cells, arm, seeds):
+    """{measure: Spearman's correlation with the fine-tuned score, the mean of both fractions}, over
+    all cells of these seeds, which may repeat, that have it."""
+    each = {}
+    for seed in seeds:
+        for runs in cells.values():
+            if seed in runs and "label_free" in runs[seed]:
+                y = np.mean([score(runs[seed], arm, frac) for frac in FRACS])
+                for key, x in label_free_of(runs[seed], arm).items():
+                    each.setdefault(key, []).append((x, y))
+    whole = {key: np.transpose(x) for key, x in each.items() if len(x) > 4}
+    return {key: stats.spearmanr(*x).statistic for key, x in whole.items() if np.ptp(x[0]) > 0}
+
+
+def correlation_rows(draws=2000):
+    """[(measure, correlation on the first set: CNN, ViT, mean; on the second: mean, ends of its
+    95 % interval from seeds drawn again)], the best on the first set first."""
+    rng, found = np.random.default_rng(0), []
+    first, second = (cells_of(folder) for folder in SETS)
+    seeds = [
+        sorted({seed for runs in cells.values() for seed in runs}) for cells in (first, second)
+    ]
+    a, b = ({arm: correlations(x, arm, s) for arm in ARMS} for x, s in zip((first, second), seeds))
+    drawn = [rng.choice(seeds[1], len(seeds[1])).tolist() for _ in range(draws * bool(seeds[1]))]
+    drawn = [{arm: correlations(second, arm, s) for arm in ARMS} for s in drawn]
+    for key in a["cnn"].keys() & a["vit"].keys() & b["cnn"].keys() & b["vit"].keys():
+        each = [np.mean([x[arm].get(key, np.nan) for arm in ARMS]) for x in drawn]
+        both = [a[arm][key] for arm in ARMS]
+        ends = np.nanquantile(each, (0.025, 0.975)).tolist()
+        found.append((key, *both, np.mean(both), np.mean([b[arm][key] for arm in ARMS]), *ends))
+    return sorted(found, key=lambda x: -x[3])
+
+
+def correlations_table():
+    header = ["measure", "brain MRI: CNN", "ViT", "mean", "HAM10000: mean", "95 % interval"]
+    rows = [
+        [k, *map(signed, x[:4]), f"{signed(x[4])} to {signed(x[5])}"]
+        for k, *x in correlation_rows()
+    ]
+    return table(header, rows)
+
+
+def times_table(rows):
+    """Seconds of pre-training both arms, beside another run."""
+    lines = []
+    for folder, row in ((x, row) for x in SETS for row in rows):
+        seconds = [cell["pretrain_seconds"] for cell in cells_of(folder).get(row, {}).values()]
+        if len(seconds) > 1:
+            each = f"{np.mean(seconds):.0f} ± {np.std(seconds, ddof=1):.0f} s"
+            lines.append([SETS[folder], row, len(seconds), each])
+    return table(["set", "method", "seeds", "pre-training, mean ± standard deviation"], lines)
+
+
 def report():
     """The text of results/pretrained/README.md."""
+    roles, cells = chosen(), {folder: cells_of(folder) for folder in (*SETS, "controls")}
+    rows = [row for row in dict.fromkeys([PAPERS, *roles.values()]) if row]
+    chosen_row, best_row = roles["chosen objective"], roles["equation 1, best rate"]
     parts = [
         "# What pre-training is worth from pre-trained arms",
         "Made by `python tests/evidence.py report` from the cells; how it was planned: "
-        "[protocol.md](protocol.md).",
+        "[protocol.md](protocol.md). Macro F1; differences are from direct use of the arms, paired "
+        "by seed, with 95 % intervals of the t distribution; in bold where that excludes zero. "
+        "They are conditional on the one split of each set and on these two arms.",
+    ]
+    if chosen_row and primary(chosen_row):
+        parts += [
+            "## Primary comparisons",
+            f"Test images, the mean of both arms' scores: {chosen_row} minus {BASE}, p of the "
+            "paired t test and with Holm's correction. Better or worse: the interval excludes zero "
+            "and the corrected p is below 0.05.",
+            primary_table(chosen_row),
+        ]
+    for folder, name in SETS.items():
+        have = [row for row in rows if row in cells[folder]]
+        if len(cells[folder].get(BASE, {})) > 1 and have:
+            parts += [
+                f"## {name}, all methods (exploratory)",
+                "Fine-tuned end to end. Better arm: the one with the higher validation score, in "
+                "each run. Ensemble: the mean of both arms' probabilities.",
+                differences_table(views, FRACS, cells[folder], have),
+                "Read-outs of the features, the mean of 20 draws of labels a seed:",
+                differences_table(read_outs, (*FRACS, "1"), cells[folder], have),
+            ]
+    if cells["controls"] and best_row:
+        controls = {x: cells["brain_mri"].get(x, {}) for x in (BASE, best_row)} | cells["controls"]
+        have = [row for row in controls if row != BASE]
+        parts += [
+            "## Controls, brain MRI (exploratory)",
+            "What a control gains is not the method's gain.",
+            differences_table(views, FRACS, controls, have),
+            differences_table(read_outs, (*FRACS, "1"), controls, have),
+        ]
+    if any(len(cells[folder].get(BASE, {})) > 1 for folder in SETS):
+        parts += ["## Time", times_table(rows)]
+    if all(len(cells[folder].get(BASE, {})) > 1 for folder in SETS):
+        parts += [
+            "## Which label-free measure orders runs as the fine-tuned score does?",
+            "Spearman's correlation over all runs of a set, with the mean of the scores at 1 and "
+            "10 %.",
+            correlations_table(),
+        ]
+    parts += [
         "## Trials",
         "Macro F1 on the trial images (validation images that fine-tuning does not see), brain "
         "MRI, seed 100. Score: the mean of the next four columns, by which the trials choose. "
-        "Probe: ridge regression on the features with all labels.",
-        trials_table(),
+        "Probe: ridge regression on the features with all labels. DINO's losses: of the last "
+        f"epoch, CNN and ViT; it counts only if both are at most {0.9 * LN_K:.2f}, unless none is.",
+        trials_table("trials"),
+        "The first trials, with a patience of 5, which do not count:",
+        trials_table("trials_patience5"),
     ]
     return "\n\n".join(parts) + "\n"
 

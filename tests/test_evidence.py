@@ -244,5 +244,97 @@ def test_paired_differences_and_holm():
     assert evidence.holm([0.5, 0.9]) == [1.0, 1.0]
 
 
+def cell(row, seed, scores, log=(), **more):
+    """A finished cell; scores: {"cnn|0.01": (validation, test) F1}, the ensemble's as the CNN's."""
+    scores |= {f"mean|{f}": scores[f"cnn|{f}"] for f in evidence.FRACS}
+    each = {k: {s: {"macro_f1": x} for s, x in zip(("val", "test"), v)} for k, v in scores.items()}
+    found = {"row": row, "seed": seed, "status": "done", "log": list(log), "scores": each}
+    kinds = [f"{kind}|{frac}" for kind in ("knn", "linear") for frac in (*evidence.FRACS, "1")]
+    readouts = {arm: {k: {"test": scores[f"{arm}|0.1"][1]} for k in kinds} for arm in evidence.ARMS}
+    return found | {"pretrain_seconds": 10.0 + seed, "readouts": readouts} | more
+
+
+def flat(cnn, vit):
+    """Scores alike for both fractions and sides."""
+    return {f"{a}|{f}": (x, x) for f in evidence.FRACS for a, x in (("cnn", cnn), ("vit", vit))}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """write(folder, *cells) to a results/pretrained of its own."""
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+
+    def write(folder, *cells):
+        (tmp_path / folder / "cells").mkdir(parents=True, exist_ok=True)
+        for c in cells:
+            file = tmp_path / folder / "cells" / f"{c['row']}_{c['seed']}.json"
+            file.write_text(json.dumps(c))
+
+    return write
+
+
+def losses_of(cnn, vit):
+    return [{"arms": a, "loss": x} for a, last in (("cnn", cnn), ("vit", vit)) for x in (8.3, last)]
+
+
+def test_the_trials_choose_the_highest_score_of_dino_only_where_it_learned(results):
+    names = {"equation 1, 1e-3": 0.2, "equation 1, 1e-5": 0.4, "VICReg, 1e-3": 0.5, "recipe a": 0.6}
+    results("trials", *(cell(name, 100, flat(x, x + 0.1)) for name, x in names.items()))
+    results("trials", cell("DINO, 1e-3", 100, flat(0.9, 0.9), losses_of(7.0, 8.0)))
+    results("trials", cell("DINO, 1e-4", 100, flat(0.8, 0.8), losses_of(7.9, 7.9)))
+    assert evidence.chosen() == {
+        "equation 1, best rate": "equation 1, 1e-5",
+        "chosen objective": "recipe a",
+        "DINO": "DINO, 1e-3",
+    }
+    results("trials", cell("DINO, 1e-5", 100, flat(0.1, 0.1), losses_of(7.0, 7.4)))
+    results("trials", cell("recipe a", 100, flat(0.3, 0.3)))
+    assert evidence.best("DINO") == "DINO, 1e-5"
+    assert evidence.chosen()["chosen objective"] == "VICReg, 1e-3"
+
+
+def test_differences_are_paired_by_seed_and_holm_judges(results):
+    row, rng = "VICReg, 1e-3", np.random.default_rng(0)
+    results("trials", cell(row, 100, flat(0.5, 0.5)))
+    start, gain = rng.uniform(0.3, 0.9, 6), 0.05 + rng.normal(0, 0.004, 6)
+    none = np.array([0.1, -0.1, 0.05, -0.05, 0.02, -0.02])
+    for s in range(6):
+        base = flat(start[s], start[s] - 0.1)
+        results("brain_mri", cell(evidence.BASE, s, base))
+        scores = flat(start[s] + gain[s], start[s] - 0.1 + gain[s])
+        scores["vit|0.1"] = (1.0, start[s] - 0.1)  # the better arm on validation
+        scores["cnn|0.1"] = (0.0, start[s] + none[s])
+        results("brain_mri", cell(row, s, scores))
+    results("brain_mri", cell(row, 7, flat(0, 0)))  # of no pair
+    (first, second), test = evidence.primary(row), stats.ttest_1samp(gain, 0)
+    interval = test.confidence_interval()
+    assert first[0] == "brain_mri" and first[3][4] == 6
+    assert first[3][:4] == pytest.approx((gain.mean(), *interval, test.pvalue))
+    assert first[4] == pytest.approx(2 * test.pvalue) and first[5] == "better"
+    assert second[3][0] == pytest.approx(0, abs=1e-9) and second[5] == "no difference shown"
+    found = evidence.views(evidence.cells_of("brain_mri")[row], "0.1")
+    assert [found["better arm"][s] for s in range(6)] == pytest.approx(list(start - 0.1))
+    assert found["ensemble"] == found["CNN"]
+    found = evidence.read_outs(evidence.cells_of("brain_mri")[row], "1")
+    assert found["CNN, probe"] != found["ViT, probe"] == found["ViT, k-NN"]
+    text = evidence.report()
+    assert f"| Brain MRI, 1 % | 6 | {start.mean() - 0.05:.3f} |" in text
+    assert f"**+{gain.mean():.3f} (+{interval[0]:.3f} to +{interval[1]:.3f})**" in text
+
+
+def test_a_measure_that_orders_runs_has_a_correlation_of_one(results):
+    rng = np.random.default_rng(0)
+    for folder, s, i in ((x, s, i) for x in evidence.SETS for s in range(5) for i in range(3)):
+        y = rng.uniform(size=2)
+        known = {"rank": y**3, "noise": rng.uniform(size=2), "none": np.zeros(2)}
+        known = [{k: x[a] for k, x in known.items()} for a in (0, 1)]
+        c = cell(f"{evidence.BASE}{i or ''}", s, flat(*y))
+        results(folder, c | {"label_free": dict(zip(("cnn", "vit"), known))})
+    rows = evidence.correlation_rows(200)
+    assert [row[0] for row in rows] == ["rank", "noise"]
+    assert rows[0][1:] == pytest.approx((1,) * 6)
+    assert rows[1][5] < 0 < rows[1][6] or abs(rows[1][4]) < 0.9
+
+
 def test_the_report_is_that_of_the_cells():
     assert (evidence.RESULTS / "README.md").read_text(encoding="utf-8") == evidence.report()
