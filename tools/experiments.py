@@ -218,9 +218,9 @@ def scores_section(args, scored):
 
 def write_table(args):
     """table.csv and table.md from cells/*.json. Returns the text of table.md."""
-    order, lines, scored = PAPER["tables"][args.table]["rows"], [], {}
+    about, lines, scored = PAPER["tables"][args.table], [], {}
     cells = [read_json(file) for file in (args.out / "cells").glob("*.json")]
-    cells.sort(key=lambda c: (c["data"], c["seed"], order.index(c["row"])))
+    cells.sort(key=lambda c: (c["data"], c["seed"], about["rows"].index(c["row"])))
     found = [(c, *key.split("|"), x) for c in cells for key, x in c.get("scores", {}).items()]
     for c, arm, frac, scores in found:
         scored.setdefault((c["row"], arm, float(frac)), []).append(scores["test"][args.metric])
@@ -228,7 +228,7 @@ def write_table(args):
             values = [scores[side].get(x) for x in results.SCORES]
             lines.append([c["row"], arm, frac, c["seed"], side, *values])
     write_csv(args.out / "table.csv", [*"row arm frac seed images".split(), *results.SCORES], lines)
-    main = times_section(cells) if args.table == "1" else scores_section(args, scored)
+    main = times_section(cells) if "times" in about else scores_section(args, scored)
     failed = [f"Failed: {c['row']}, seed {c['seed']}: {c['error']}" for c in cells if "error" in c]
     text = "\n\n".join([heading(args, cells), main, *failed]) + "\n"
     with atomic_open(args.out / "table.md") as file:
@@ -301,7 +301,7 @@ def main():
     config |= {"data": portable(args, shlex.join(data_flags(args))), "images": len(images)}
     config["digest"] = decode.digest("".join(images.names), np.ascontiguousarray(images.labels))
     file = args.out / f"{args.name}.json"
-    others = {file, *args.out.glob("*.json")} - {file} if args.table != "1" else ()
+    others = {file, *args.out.glob("*.json")} - {file} if "times" not in about else ()
     if others or file.exists() and read_json(file) != config:
         raise cli.UserError(f"{args.out}: is of another configuration, or code; give another --out")
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
