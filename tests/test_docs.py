@@ -140,6 +140,17 @@ def figures():
     )
     yield README, "the {:.0f} images/s [measured]", (images_per_second("small"),)
 
+    chosen = {}  # {(arm, seed): {patience: the epoch that it chooses}}
+    for row in rows(RESULTS / "pretrained/patience.csv"):
+        run = chosen.setdefault((row["arm"], row["seed"]), {})
+        run[row["patience"]] = int(row["best_epoch"])
+    missed = [sum(x[n] < x["50"] for x in chosen.values()) for n in ("5", "15")]
+    yield (
+        README,
+        "stopped before the best of 50 epochs in {1} of {0} runs, a patience of 15 in {2} (",
+        (len(chosen), *missed),
+    )
+
     # scores
     scene, but = "patients in 5 folds, 2 classes", ("auroc", "ece")
     folds = {n: [] for n in (7, 20, 100)}
