@@ -113,6 +113,25 @@ def test_schedules_start_and_end_as_the_paper_has_them():
         assert method.teacher_temp.item() == pytest.approx(temperature)
 
 
+def test_a_short_run_s_teacher_moves_faster_and_stays_sharp(folder, tmp_path, script, monkeypatch):
+    """--momentum and --teacher-temp, from the command to the step."""
+    after_step, seen = DINO.after_step, []
+
+    def seeing(self, progress):
+        before = [p.clone() for p in self.teacher.parameters()]
+        after_step(self, progress)
+        weight = 1 - cosine(0.5, 1.0, progress)
+        for old, new, s in zip(before, self.teacher.parameters(), self.student.parameters()):
+            torch.testing.assert_close(new, old + weight * (s - old))
+        seen.append(self.teacher_temp.item())
+
+    monkeypatch.setattr(DINO, "after_step", seeing)
+    flags = ["--momentum", 0.5, "--teacher-temp", 0.05]
+    status, _, err = script(dino, "--data", folder, *SMALL, *flags, "--out", tmp_path / "run")
+    assert status == 0, err
+    assert seen[0] == pytest.approx(0.04) and max(seen) == seen[-1] == pytest.approx(0.05)
+
+
 def test_before_step_sets_clips_and_freezes():
     torch.manual_seed(0)
     method = DINO("vit", Backbone(), 5, out_dim=6)

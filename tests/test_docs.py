@@ -151,6 +151,9 @@ def figures():
         (len(chosen), *missed),
     )
 
+    faults = [*(ROOT / "tests/faults").glob("*.patch")]
+    yield "CONTRIBUTING.md", "holds {} small planted faults", (len(faults),)
+
     # scores
     scene, but = "patients in 5 folds, 2 classes", ("auroc", "ece")
     folds = {n: [] for n in (7, 20, 100)}
