@@ -186,9 +186,10 @@ def last_losses(cell):
     return [{row["arms"]: row["loss"] for row in cell["log"]}[x] for x in ("cnn", "vit")]
 
 
-def best(method, folder="trials"):
-    """The row of a method, whose name its rows begin with, that its trials chose; None before."""
-    found = [(row, cell) for row, seeds in cells_of(folder).items() for cell in seeds.values()]
+def best(method):
+    """The row of a method, whose name (or one of several) its rows begin with, that its trials
+    chose; None before."""
+    found = [(row, cell) for row, seeds in cells_of("trials").items() for cell in seeds.values()]
     found = [x for x in found if x[0].startswith(method)]
     learned = [x for x in found if method == "DINO" and max(last_losses(x[1])) <= 0.9 * LN_K]
     return max(learned or found, key=lambda x: trial_score(x[1]), default=(None,))[0]
@@ -196,13 +197,8 @@ def best(method, folder="trials"):
 
 def chosen():
     """{role in the protocol: row}."""
-    recipes = [x for x in (best("VICReg"), best("recipe")) if x]
-    score_of = {
-        row: trial_score(cell) for row, x in cells_of("trials").items() for cell in x.values()
-    }
-    roles = {"equation 1, best rate": best("equation 1")}
-    roles["chosen objective"] = max(recipes, key=score_of.get, default=None)
-    return roles | {"DINO": best("DINO")}
+    roles = {"equation 1, best rate": "equation 1", "chosen objective": ("VICReg", "recipe")}
+    return {role: best(method) for role, method in (roles | {"DINO": "DINO"}).items()}
 
 
 def against(base, values):
@@ -268,9 +264,10 @@ def primary(row):
     return found
 
 
-def primary_table(row):
+def primary_table(row, found):
+    """found: primary(row)."""
     lines = []
-    for folder, frac, means, difference, p, verdict in primary(row):
+    for folder, frac, means, difference, p, verdict in found:
         first = f"{SETS[folder]}, {percent(frac)}", difference[4], *(f"{x:.3f}" for x in means)
         lines.append([*first, shown(difference), f"{difference[3]:.3f}", f"{p:.3f}", verdict])
     header = ["set, labels", "seeds", BASE, row, "difference (95 % interval)", "p"]
@@ -363,6 +360,7 @@ def report():
     """The text of results/pretrained/README.md."""
     roles, cells = chosen(), {folder: cells_of(folder) for folder in (*SETS, "controls")}
     rows = [row for row in dict.fromkeys([PAPERS, *roles.values()]) if row]
+    ready = [folder for folder in SETS if len(cells[folder].get(BASE, {})) > 1]
     chosen_row, best_row = roles["chosen objective"], roles["equation 1, best rate"]
     parts = [
         "# What pre-training is worth from pre-trained arms",
@@ -371,19 +369,18 @@ def report():
         "by seed, with 95 % intervals of the t distribution; in bold where that excludes zero. "
         "They are conditional on the one split of each set and on these two arms.",
     ]
-    if chosen_row and primary(chosen_row):
+    if found := primary(chosen_row):
         parts += [
             "## Primary comparisons",
             f"Test images, the mean of both arms' scores: {chosen_row} minus {BASE}, p of the "
             "paired t test and with Holm's correction. Better or worse: the interval excludes zero "
             "and the corrected p is below 0.05.",
-            primary_table(chosen_row),
+            primary_table(chosen_row, found),
         ]
-    for folder, name in SETS.items():
-        have = [row for row in rows if row in cells[folder]]
-        if len(cells[folder].get(BASE, {})) > 1 and have:
+    for folder in ready:
+        if have := [row for row in rows if row in cells[folder]]:
             parts += [
-                f"## {name}, all methods (exploratory)",
+                f"## {SETS[folder]}, all methods (exploratory)",
                 "Fine-tuned end to end. Better arm: the one with the higher validation score, in "
                 "each run. Ensemble: the mean of both arms' probabilities.",
                 differences_table(views, FRACS, cells[folder], have),
@@ -399,9 +396,9 @@ def report():
             differences_table(views, FRACS, controls, have),
             differences_table(read_outs, (*FRACS, "1"), controls, have),
         ]
-    if any(len(cells[folder].get(BASE, {})) > 1 for folder in SETS):
+    if ready:
         parts += ["## Time", times_table(rows)]
-    if all(len(cells[folder].get(BASE, {})) > 1 for folder in SETS):
+    if len(ready) == len(SETS):
         parts += [
             "## Which label-free measure orders runs as the fine-tuned score does?",
             "Spearman's correlation over all runs of a set, with the mean of the scores at 1 and "

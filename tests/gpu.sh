@@ -6,7 +6,7 @@
 #
 # Writes to OUT: gpu_tests.txt, step.json (our loop beside the notebook's, share of peak, memory),
 # times/ (DINO beside CASS, the paper's arms and size), gpu/ (the protocol at 224 px; seeds as far as
-# 30 minutes go). Nothing is downloaded. Each part goes on where it was when it is called again.
+# 30 minutes go). Nothing is downloaded. Called again, it keeps what is finished.
 set -u
 cd "$(dirname "$0")/.."
 data=$(realpath "$1") out=$(realpath -m "$3")
