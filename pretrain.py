@@ -55,7 +55,7 @@ def prepare(parser, script, may_change=cli.MAY_CHANGE, **defaults):
         if state is None and args.data:
             print(f"{args.out}: holds no last.pt, so the run starts from the beginning")
     if args.data is None:
-        parser.error("--data PATH is missing (without images, try python -m tools.demo)")
+        parser.error("--data PATH is missing (without images, try docs/demo.npz)")
     device, out = cli.pick_device(args.device), Path(args.out)
     distributed.start(device)
     cli.refuse_inputs([out / name for name in OUTPUTS], args.data)
