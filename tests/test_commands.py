@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import ARMS, ROOT, draw_classes, in_this_process
 
@@ -120,6 +121,8 @@ def test_command(line, workplace, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("CASS_CACHE", str(workplace / "cache"))
     monkeypatch.setattr(experiments, "run_script", in_this_process)
+    assert timm.is_model(benchmark.PAPER["cnn"]) and timm.is_model(benchmark.PAPER["vit"])
+    monkeypatch.setattr(benchmark, "PAPER", benchmark.SMALL)  # whose arms take a second a step
     draw = benchmark.draw_large
     monkeypatch.setattr(benchmark, "draw_large", lambda folder, n=4, side=64: draw(folder, n, 64))
     for word in ("/path", "brain_mri", "new_images/", "FOLDER", "photos", "PATH"):

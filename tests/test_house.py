@@ -14,6 +14,8 @@ import sys
 import pytest
 from conftest import ARMS, ROOT, draw_classes
 
+import pretrain
+
 METHOD = ("cass", "losses", "swa")
 SCRIPTS = ("pretrain", "finetune", "predict")
 CORE = (*METHOD, "data", "pretrain", "finetune")
@@ -100,9 +102,8 @@ def test_functions_are_short(name):
     assert {f: n for f, n in sizes.items() if n > 40 and f != "main"} == {}
 
 
-def test_pretraining_has_few_flags():
-    command = [sys.executable, "pretrain.py", "--help"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+def test_pretraining_has_few_flags(script):
+    _, said, _ = script(pretrain, "--help")
     assert len(re.findall(r"^  --", said, re.M)) <= 39
 
 

@@ -1,15 +1,17 @@
 """The page of tools.report: what it says, what it hides, and that it needs nothing else."""
 
 import csv
+import importlib
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ARMS, ROOT, draw_classes, one_line, picture, rows, run
+from conftest import ARMS, draw_classes, one_line, picture, rows
 from PIL import Image
 from sklearn.calibration import calibration_curve
 
@@ -249,10 +251,11 @@ def test_curves_put_train_and_val_and_both_arms_together_and_begin_before_the_fi
     assert drawn(dino) == {"loss": {"cnn": [(1, 3.0)], "vit": [(1, 4.0)]}}
 
 
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path):
-    code = "import sys, runpy; sys.modules['matplotlib'] = None; sys.argv[0] = 'report.py';"
-    for words in (["report", "anywhere"], ["maps", "--ckpt", "a.pt", "--image", "b.png"]):
-        call = f"runpy.run_module('tools.{words[0]}', run_name='__main__')"
-        done = run("-c", code + call, *words[1:], "--out", tmp_path / "a", cwd=ROOT)
-        assert done.returncode == 2
-        assert "pip install -r requirements-extra.txt" in one_line(done.stderr)
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path, script, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name, *words in (["report", "anywhere"], ["maps", "--ckpt", "a.pt", "--image", "b.png"]):
+        monkeypatch.delitem(sys.modules, f"tools.{name}")
+        module = importlib.import_module(f"tools.{name}")
+        status, _, err = script(module, *words, "--out", tmp_path / "a")
+        assert status == 2 and "pip install -r requirements-extra.txt" in one_line(err)
