@@ -17,7 +17,7 @@ from sklearn.calibration import calibration_curve
 
 import finetune
 import pretrain
-from tools import report
+from tools import dino, report
 
 NASTY = "<img src=x onerror=alert(1)>.png"
 
@@ -119,6 +119,25 @@ def test_the_page_needs_nothing_and_tells_everything(place, page):
     (head, *lines) = csv.reader(open(place / "both/cnn/confusion.csv", newline=""))
     at = next(i for i, x in enumerate(found.cells) if found.cells[i : i + 3] == ["label", "a", "b"])
     assert found.cells[at + 3 : at + 9] == sum(lines, [])
+
+
+def test_other_kinds_of_runs_have_a_page(place, page, script):
+    """Seeds, neighbours alone, DINO's arms; and a mean alone, with the settings of its arms."""
+    ckpt = ["--ckpt", place / "run/cnn.pt", place / "run/vit.pt", "--epochs", 1]
+    assert script(finetune, *ckpt, "--seeds", 0, 1, "--out", place / "seeds")[0] == 0
+    assert script(finetune, *ckpt[:2], "--mode", "knn", "--out", place / "knn")[0] == 0
+    small = ["--epochs", 1, "--outputs", 16, "--crops", 1, "--out", place / "dino"]
+    assert script(dino, "--data", place / "images", *ARMS, *small)[0] == 0
+    found = page(place / "seeds/mean/seed1", place / "knn", place / "dino")
+    titles = [attrs["id"] for attrs in found.all("h2")]
+    assert len(titles) == 3 and found.text.count("tools.dino") == 1
+    assert found.text.count("python finetune.py ") == 2 and "--mode=knn" in found.text
+    assert found.text.count("Surest errors") == 2 and "Training, by epoch" in found.captions
+    for folder in ("seeds/mean/seed1", "knn"):
+        metrics = json.loads((place / folder / "metrics.json").read_text())
+        value = metrics["test"]["macro_f1"]
+        assert any(x.startswith(f"{value:.3f} (") for x in found.cells), folder
+    assert len(page(place / "seeds").all("h2")) == 6
 
 
 def test_names_are_hidden_unless_asked_for_and_shown_as_text(place, page):

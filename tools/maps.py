@@ -29,7 +29,7 @@ try:
 except ImportError:
     Figure = None  # main() says so
 
-LEAST = 7  # cells to a side of a Grad-CAM: the last stage's of 224 px, and see results/evidence
+LEAST = 3  # cells to a side of a Grad-CAM, chosen on validation images: results/evidence
 RANDOM, STEPS = 19, 10  # maps that a map must all beat, p = 0.05; masks of each
 
 
@@ -68,7 +68,7 @@ def explainer(model, size):
     else:
         with refusing("Grad-CAM needs captum: pip install -r requirements-extra.txt", ImportError):
             from captum.attr import LayerGradCam
-        stages = [x["module"] for x in model.feature_info if size >= LEAST * x["reduction"]]
+        stages = [x["module"] for x in model.feature_info if -(-size // x["reduction"]) >= LEAST]
         stage = model.get_submodule([model.feature_info[0]["module"], *stages][-1])
         cam = LayerGradCam(model, stage)
         explain = lambda *x: cam.attribute(*x, relu_attributions=True)[:, 0].detach().float()  # noqa: E731
