@@ -30,7 +30,6 @@ from losses import class_weights, focal_loss
 
 OUTPUTS = ("metrics.json", "predictions.csv", "confusion.csv", "split.csv", "duplicates.csv")
 OUTPUTS += ("config.json", "best.pt", "log.jsonl", "last.pt")  # best.pt, log.jsonl: of training
-KNOWN = 1000  # training images whose features best.pt has, for predict.py
 MAY_CHANGE = {*cli.MAY_CHANGE, "seeds"}  # when a run is resumed
 
 
@@ -207,11 +206,6 @@ def save_best(job, args, model, training):
     saved["seen"] = torch.cat([start.seen, torch.from_numpy(trained)]).unique()
     saved["split"] = splits.carried(images, job.split, start.carried)
     saved["config"] = vars(args) | {"ckpt": job.ckpt}
-    some = job.split == "train"  # labelled or not
-    some[np.random.default_rng(0).permutation(some.nonzero()[0])[KNOWN:]] = False
-    known, val = (features_of(job, model, mask) for mask in (some, job.split == "val"))
-    saved["known"] = known.half()
-    saved["likeness"] = collapse.likeness(known, val).quantile(0.05).item()
     checkpoint.save(job.out / "best.pt", checkpoint.weights_file(model, **saved))
 
 
@@ -236,12 +230,6 @@ def batches_of(job, mask, transform=None):
     dataset = data.AugmentedImages(job.images.images, index, transform, targets, job.seed)
     batches = data.EpochBatches(len(index), job.bs * (1 if train else 4), seed, drop_single=train)
     return data.loader(dataset, batches, job.device, job.workers)
-
-
-def features_of(job, model, mask):
-    """(N, D) float32, before the head, of the images of a mask, on the CPU."""
-    loader = on_device(batches_of(job, mask), job.device, *job.normalization)
-    return collapse.embed(model, (batch for batch, _ in loader))[0].flatten(1).cpu()
 
 
 @torch.inference_mode()
@@ -335,11 +323,13 @@ def tested(job):
 def nearest(job):
     """--mode knn: label the test images by the used ones (collapse.knn), whose votes sum to 1.
     Returns as tested()."""
-    began, images = time.perf_counter(), job.images
+    began, images, features = time.perf_counter(), job.images, []
     torch.manual_seed(job.seed)
-    model, masks = job.start.make().to(job.device), (job.split == part for part in ("val", "test"))
-    with torch.autocast(job.device.type, job.amp, enabled=job.amp is not None):
-        features = [features_of(job, model, mask) for mask in (job.used, *masks)]
+    model = job.start.make().to(job.device)
+    for mask in (job.used, job.split == "val", job.split == "test"):
+        loader = on_device(batches_of(job, mask), job.device, *job.normalization)
+        with torch.autocast(job.device.type, job.amp, enabled=job.amp is not None):
+            features.append(collapse.embed(model, (batch for batch, _ in loader))[0].cpu())
     labels = torch.from_numpy(images.labels[job.used]).float()
     val, test = (collapse.knn(features[0], labels, x).numpy() for x in features[1:])
     true = images.labels[job.split == "val"]

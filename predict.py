@@ -6,8 +6,7 @@
 
 --out gets a row per image, in the order of the folder or file: path, predicted and, for each class,
 prob_CLASS, a sigmoid, so that rows need not sum to one, and calibrated_CLASS, a distribution over
-the classes with the temperature that fits the validation images (several labels: sigmoids, too);
-unlike, 1 where the image is further from the training images than 95 % of the validation images.
+the classes with the temperature that fits the validation images (several labels: sigmoids, too).
 Several files are averaged. --embeddings gets the features before the head: `embeddings`, (N, D)
 float32, and `paths`, (N,) str; of several files `embeddings_1`, ... in the order of `files`.
 """
@@ -42,7 +41,6 @@ def load(path):
     arm = SimpleNamespace(path=str(path), img_size=size, mean=mean, std=std)
     arm.class_names, arm.multilabel = weights.get("class_names"), bool(weights.get("multilabel"))
     arm.temperature = weights.get("temperature", 1.0)
-    arm.known, arm.likeness = (weights.get(key) for key in ("known", "likeness"))
     arm.transform = functools.partial(transform, size=size, mean=mean, std=std)
     arm.model = starts.build(weights, path).eval()
     return arm
@@ -107,8 +105,8 @@ def refuse_unequal(arms):
 
 @torch.inference_mode()
 def outputs_of(arm, pixels, bs, workers, device, amp, with_features):
-    """[probabilities (N, C), distributions (N, C), (N,) whether it is unlike the training images
-    (NaN: not known)] of N DecodedImages and, if asked for, features (N, D)."""
+    """[probabilities (N, C), distributions (N, C)] of N DecodedImages and, if asked for, features
+    (N, D)."""
     batches = data.EpochBatches(len(pixels), bs, drop_single=False)
     dataset, outputs = data.AugmentedImages(pixels, range(len(pixels))), []
     loader = cli.progress(data.loader(dataset, batches, device, workers), unit_scale=bs)
@@ -117,11 +115,8 @@ def outputs_of(arm, pixels, bs, workers, device, amp, with_features):
             features, logits = collapse.embed(arm.model, [images])
         if not (torch.isfinite(features).all() and torch.isfinite(logits).all()):
             raise UserError(f"{arm.path}: gives NaN or infinite outputs; try --amp off")
-        both, features = probabilities_of(logits, arm.temperature, arm.multilabel), features.cpu()
-        unlike = torch.full((len(images),), torch.nan)
-        if arm.known is not None:
-            unlike = collapse.likeness(arm.known.float(), features.flatten(1)) < arm.likeness
-        outputs.append([*both, unlike.numpy(), features.flatten(1).numpy()][: 3 + with_features])
+        both = probabilities_of(logits, arm.temperature, arm.multilabel)
+        outputs.append([*both, features.flatten(1).cpu().numpy()][: 2 + with_features])
     return [np.concatenate(parts) for parts in zip(*outputs)]
 
 
@@ -164,13 +159,10 @@ def main():
     print(f"{len(images)} images" + f", the mean of {len(arms)} files" * (len(arms) > 1))
     if args.out:
         rows = range(len(images)) if images.rows is None else images.rows  # repeated ones too
-        *means, unlike = (np.mean(x, axis=0)[rows] for x in [*zip(*outputs)][:3])
+        means = [np.mean(x, axis=0)[rows] for x in zip(*(found[:2] for found in outputs))]
         header, cells = results.predicted_cells(*means, arms[0].class_names, arms[0].multilabel)
-        unlike_cells = ("" if np.isnan(x) else f"{x:g}" for x in unlike)
-        lines = ([images.names[i], *x, u] for i, x, u in zip(rows, cells, unlike_cells))
-        checkpoint.write_csv(args.out, ["path", *header, "unlike"], lines)
-        if n := (unlike > 0).sum():
-            print(f"{n} of {len(unlike)} images are unlike the training images (column unlike)")
+        lines = ([images.names[i], *x] for i, x in zip(rows, cells))
+        checkpoint.write_csv(args.out, ["path", *header], lines)
         print(f"wrote {args.out}")
     if args.embeddings:
         write_embeddings(args.embeddings, images.names, [f for *_, f in outputs], args.ckpt)

@@ -33,22 +33,11 @@ def agreement(a, b):
     return cosines.diagonal().mean().item(), own.float().mean().item()
 
 
-def nearest(features, queries, k=20):
-    """The k highest cosines of queries (M, D) with features (N, D): values and indices, (M, k)."""
-    cosines = F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T
-    return cosines.topk(min(k, len(features)))
-
-
-def likeness(features, queries):
-    """(M,) mean cosine of queries (M, D) with their 20 nearest features (N, D): low far from all
-    (Sun et al., arXiv 2204.06507, take the distance of the k-th)."""
-    return nearest(features, queries).values.mean(1)
-
-
 def knn(features, labels, queries, k=20, temperature=0.07):
     """Weighted k-NN (Wu et al., arXiv 1805.01978, section 3.4): cosines s, weights exp(s / t).
     features: (N, D); labels: (N, C) float 0/1; queries: (M, D). Returns (M, C), 0 to 1."""
-    near = nearest(features, queries, k)
+    cosines = F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T
+    near = cosines.topk(min(k, len(features)))
     return (F.softmax(near.values / temperature, dim=1)[..., None] * labels[near.indices]).sum(1)
 
 

@@ -18,7 +18,7 @@ TENSOR, NONE = torch.Tensor, type(None)
 HISTORY = {"seen": (TENSOR, NONE), "split": (TENSOR, NONE)}  # of what weights were trained on
 WEIGHTS = dict(arch=str, arm=str, model_kwargs=dict, num_classes=int, img_size=int, mean=list)
 WEIGHTS |= dict(std=list, seed=int, data=dict, state_dict=dict, class_names=(list, NONE), **HISTORY)
-WEIGHTS |= dict(temperature=(float, NONE), known=(TENSOR, NONE), likeness=(float, NONE))
+WEIGHTS["temperature"] = (float, NONE)
 FINISHED = {"log": list, "best_epoch": int, "best_loss": float, "best_val": dict, "digest": int}
 FINISHED["temperature"] = float
 TRAINING = {"args": dict, "epoch": int, "batch": int, "iteration": int, "loss": list, "log": list}
@@ -34,7 +34,6 @@ RULES = {  # for values of the right type
     "std": lambda x: len(x) == 3 and all(map(isfinite, x)) and min(x) >= 1e-6,
     "state_dict": lambda x: all(torch.isfinite(value).all() for value in x.values()),
     "temperature": lambda x: 0.01 <= x <= 100,
-    "known": lambda x: x.ndim == 2 and len(x) and torch.isfinite(x).all(),
     "class_names": lambda x: all(isinstance(name, str) for name in x),
     "seen": lambda x: x.dtype == torch.int64 and x.ndim == 1,
     "split": lambda x: x.dtype == torch.int64 and len(x) == 2 and set(x[1].tolist()) <= {0, 1, 2},

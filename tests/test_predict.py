@@ -12,7 +12,6 @@ from conftest import draw_classes, one_line, picture, rows
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
-from sklearn.neighbors import NearestNeighbors
 
 import finetune
 import predict
@@ -81,7 +80,7 @@ def test_predictions_are_those_of_finetune(tuned, folder, tmp_path, script):
     table, other = (rows(tmp_path / f"new/{name}.csv") for name in ("labelled", "plain"))
     assert list(table[0]) == [
         *("path", "predicted", "prob_a", "prob_b", "prob_c"),
-        *("calibrated_a", "calibrated_b", "calibrated_c", "unlike"),
+        *("calibrated_a", "calibrated_b", "calibrated_c"),
     ]
     assert [r["path"] for r in table] == sorted(
         f"{f.parent.name}/{f.name}" for f in folder.glob("*/*")
@@ -96,55 +95,6 @@ def test_predictions_are_those_of_finetune(tuned, folder, tmp_path, script):
     np.testing.assert_allclose(
         probabilities(same), probabilities([tested[r["path"]] for r in same]), atol=1e-6
     )
-
-
-def likeness(run, files, known):
-    """By scikit-learn: the mean cosine with the 20 nearest of the known files, or all of fewer."""
-    (_, known), (_, x) = (by_hand(run, names) for names in (known, files))
-    neighbours = NearestNeighbors(n_neighbors=min(20, len(known)), metric="cosine").fit(known)
-    return 1 - neighbours.kneighbors(x)[0].mean(1)
-
-
-def test_images_unlike_the_training_images_are_told(tuned, folder, tmp_path, script):
-    """Further than 95 % of the validation images; of two files the share that says so."""
-    rng, new = np.random.default_rng(0), tmp_path / "new"
-    shutil.copytree(folder, new)
-    for i in range(10):
-        noise = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(new / f"a/noise{i}.png")
-    best = [tuned[arm] / "best.pt" for arm in ("cnn", "vit")]
-    for name, ckpt in (("cnn", best[:1]), ("both", best)):
-        words = "--ckpt", *ckpt, "--data", new, "--out", tmp_path / f"{name}.csv"
-        status, out, err = script(predict, *words)
-        assert status == 0, err
-    table, both = (rows(tmp_path / f"{name}.csv") for name in ("cnn", "both"))
-    files, expected = [new / row["path"] for row in table], []
-    for arm in ("cnn", "vit"):
-        split = rows(tuned[arm] / "split.csv")
-        train, val = (
-            [folder / r["path"] for r in split if r["split"] == x] for x in ("train", "val")
-        )
-        limit = np.quantile(likeness(tuned[arm], val, train), 0.05)
-        found = likeness(tuned[arm], files, train)
-        assert abs(found - limit).min() > 1e-4  # beyond what half precision changes
-        expected.append(found < limit)
-    assert [float(row["unlike"]) for row in table] == expected[0].tolist()
-    assert [float(row["unlike"]) for row in both] == np.mean(expected, axis=0).tolist()
-    noise = np.array(["noise" in row["path"] for row in table])
-    assert expected[0][noise].all() and not expected[0][~noise].all()
-    n = sum(row["unlike"] != "0" for row in both)
-    assert f"{n} of 40 images are unlike the training images" in out
-
-
-def test_an_earlier_file_knows_no_training_images(tuned, folder, tmp_path, script):
-    weights = torch.load(tuned["cnn"] / "best.pt", weights_only=True)
-    for key in ("known", "likeness"):
-        del weights[key]
-    torch.save(weights, tmp_path / "old.pt")
-    words = "--ckpt", tmp_path / "old.pt", tuned["vit"] / "best.pt", "--data", folder
-    status, out, err = script(predict, *words, "--out", tmp_path / "p.csv")
-    assert status == 0 and "unlike" not in out, err
-    assert {row["unlike"] for row in rows(tmp_path / "p.csv")} == {""}
 
 
 def test_several_files_are_averaged_each_with_its_own_images(tuned, folder, tmp_path, script):

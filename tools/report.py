@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import predict
@@ -169,8 +170,8 @@ def example(run, i, c, yes):
     shown = [(f"{caption}. {words}".strip(), picture(drawn, "png"))]
     if run.arm and yes != test.labels[i, c]:
         used, known = run.known
-        near = collapse.nearest(known, features(run, [row]), NEAREST)
-        near = [(x, used[j]) for x, j in zip(*(x[0].tolist() for x in near))]
+        near = (known @ features(run, [row])[0]).topk(min(NEAREST, len(used)))
+        near = [(x, used[j]) for x, j in zip(*(x.tolist() for x in near))]
         names = (f"{run.name(j)} {run.split[j]['labels']} {x:.2f}" for x, j in near)
         caption = f"Nearest of {len(used)} training images, with cosines: {', '.join(names)}"
         shown.append((caption, picture(maps.beside([run.images[j] for _, j in near]), "png")))
@@ -178,10 +179,10 @@ def example(run, i, c, yes):
 
 
 def features(run, index):
-    """(n, D), of these images."""
+    """(n, D), of length 1, of these images."""
     pixels = torch.from_numpy(np.stack([run.images[i] for i in index]))
     batches = on_device(pixels.split(32), run.arm.device, run.arm.mean, run.arm.std)
-    return collapse.embed(run.arm.model, batches)[0]
+    return F.normalize(collapse.embed(run.arm.model, batches)[0], dim=1)
 
 
 def repeats(run):
