@@ -85,7 +85,7 @@ def read_images(run, args, home, show_names):
         raise cli.UserError("other images")
     images.names = [*map(run.name, range(len(images)))]  # for what is said from here on
     if images.notes and not show_names:
-        images.notes = [f"{len(images.notes)} notes, which may name files: --show-names"]
+        images.notes = [f"notes, which may name files: {len(images.notes)} (--show-names)"]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         splits.print_report(images, np.array([row["split"] for row in run.split]))
     run.images, run.notes = images.images, said.getvalue()
