@@ -61,11 +61,8 @@ class CASS(nn.Module):
     def __init__(self, cnn, vit, head_act="none", objective=cosine_loss):
         super().__init__()
         self.cnn, self.vit, self.objective = cnn, vit, objective
-        self.head_act = {
-            "none": nn.Identity(),
-            "sigmoid": nn.Sigmoid(),
-            "softmax": nn.Softmax(dim=1),
-        }[head_act]
+        acts = {"none": nn.Identity(), "sigmoid": nn.Sigmoid(), "softmax": nn.Softmax(dim=1)}
+        self.head_act = acts[head_act]
 
     @property
     def arms(self):

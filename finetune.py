@@ -11,7 +11,6 @@ predictions.csv, confusion.csv, log.jsonl, split.csv, config.json; of several ar
 folder each and summary.json. Image size, normalization, data and split come from the checkpoint.
 """
 
-import math
 import os
 import sys
 import time
@@ -24,7 +23,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import data
 from common import arms, checkpoint, cli, collapse, distributed, readers, results, splits, starts
-from common.cli import UserError
 from common.decode import digest
 from common.metrics import fit_temperature, probabilities_of, score
 from common.run import Run, half_cycle, on_device
@@ -96,17 +94,20 @@ def begin(args):
     alike = {(x.seed, x.metadata["img_size"], x.carried.numpy().tobytes()) for x in arms}
     if len(alike) > 1 or len({x.metadata["arm"] for x in arms}) < len(arms):
         fix = "fine-tune each alone; python -m tools.compare scores their mean"
-        raise UserError(f"{' '.join(args.ckpt)}: are not the arms of one pre-training; {fix}")
-    starts.fill_in(args, arms[0].data)
+        raise cli.UserError(f"{' '.join(args.ckpt)}: are not the arms of one pre-training; {fix}")
+    if args.data is None:  # the flags of the checkpoint, where none was given
+        saved = arms[0].data
+        saved |= {"label_col": ["none"]} if saved.get("unlabelled") else {}  # an earlier version's
+        vars(args).update({k: getattr(args, k) or x for k, x in saved.items() if k in args})
     if not isinstance(args.data, str):
-        raise UserError(f"{args.ckpt[0]}: names no data; give --data PATH")
+        raise cli.UserError(f"{args.ckpt[0]}: names no data; give --data PATH")
     args.seed = arms[0].seed
     return arms
 
 
 def main():
     if distributed.world_size() > 1:
-        raise UserError("finetune.py runs in one process, without torchrun: one GPU is enough")
+        raise cli.UserError("finetune.py runs in one process, without torchrun: one GPU is enough")
     args = parse_arguments()
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
@@ -123,7 +124,7 @@ def main():
     others = {file.parent for part in parts for file in (out / part).glob("seed*/config.json")}
     if others := others - {*every}:
         fix = "name these seeds too, with --resume, or give another --out"
-        raise UserError(f"{out}: has {cli.preview(sorted(others))} of an earlier run; {fix}")
+        raise cli.UserError(f"{out}: has {cli.preview(sorted(others))} of an earlier run; {fix}")
     for folder in {out, *every} if not args.resume else ():
         cli.refuse_overwrite(folder, ("metrics.json", "best.pt", "last.pt"), args.overwrite)
 
@@ -170,7 +171,7 @@ def run_seed(job, args, seed, out):
     state = saved_state(out) if args.resume else None
     if state is not None and state["digest"] != job.digest:
         what = "the images, their split or their labels are not those that the run"
-        raise UserError(f"{images.path}: {what} in {out} began with")
+        raise cli.UserError(f"{images.path}: {what} in {out} began with")
     shown = ", ".join(f"{c} {n}" for c, n in zip(images.classes, counts.tolist()))
     of = f"{job.used.sum()} of {(split == 'train').sum()} training images"
     print(f"{name}: labels of {of}: {shown}")
@@ -276,7 +277,7 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
     if run.metadata["args"]["dry_run"]:
         return None
     run.track(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
-    best = run.progress.setdefault("best", {"best_loss": math.inf, "best_epoch": 0})
+    best = run.progress.setdefault("best", {"best_loss": float("inf"), "best_epoch": 0})
     if val_mask.sum() < splits.TOO_FEW:
         print(f"--patience is ignored: {val_mask.sum()} validation images are too few to stop on")
         patience = epochs

@@ -20,12 +20,11 @@ import numpy as np
 import torch
 
 import data
-from common import checkpoint, cli, collapse, readers, starts
+from common import checkpoint, cli, collapse, readers, results, starts
 from common.cli import UserError, preview
 from common.decode import default_dir, normalize
 from common.metrics import probabilities_of
 from common.pixels import square, to_rgb
-from common.results import predicted_cells
 from common.run import on_device
 
 
@@ -54,6 +53,7 @@ def transform(image, size, mean, std):
 
 
 def parse_arguments():
+    """The arguments, of which --out or --embeddings is given."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", metavar="FILE", nargs="+", required=True, help="best.pt; several are averaged")
@@ -69,9 +69,8 @@ def parse_arguments():
     amp = "autocast; off: float32, where predictions do not depend on their batch; auto: faster"
     add("--amp", default="off", choices=["off", "auto", "bf16", "fp16"], help=amp)
     add("--workers", type=cli.count, metavar="N", help="loader processes (CPU: 0; GPU: up to 8)")
-    add("--cache", metavar="DIR", help=f"folder of the decoded images (default: {default_dir()})")
-    no_cache = {"action": "store_const", "const": "none", "help": "decode for every file, twice"}
-    add("--no-cache", dest="cache", **no_cache)
+    cache = f"folder of the decoded images (default: {default_dir()}); --no-cache: decode each time"
+    add("--cache", "--no-cache", nargs="?", const="none", metavar="DIR", help=cache)
     args = parser.parse_args()
     if not args.out and not args.embeddings:
         parser.error("give --out FILE, --embeddings FILE or both")
@@ -161,7 +160,7 @@ def main():
     if args.out:
         rows = range(len(images)) if images.rows is None else images.rows  # repeated ones too
         means = [np.mean(x, axis=0)[rows] for x in zip(*(found[:2] for found in outputs))]
-        header, cells = predicted_cells(*means, arms[0].class_names, arms[0].multilabel)
+        header, cells = results.predicted_cells(*means, arms[0].class_names, arms[0].multilabel)
         lines = ([images.names[i], *x] for i, x in zip(rows, cells))
         checkpoint.write_csv(args.out, ["path", *header], lines)
         print(f"wrote {args.out}")

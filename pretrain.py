@@ -12,7 +12,6 @@ defaults are the paper's run; docs/differences.md lists what the paper leaves op
 
 import platform
 import sys
-from functools import partial
 from pathlib import Path
 
 import timm
@@ -23,11 +22,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import data
 import losses
 from cass import CASS
-from common import arms, checkpoint, cli, collapse, distributed
+from common import arms, checkpoint, cli, collapse, distributed, readers, splits
 from common.cli import UserError
-from common.readers import read
 from common.run import Run, half_cycle, on_device
-from common.splits import carried
 from swa import SWA
 
 OUTPUTS = ("cnn.pt", "vit.pt", "last.pt", "log.jsonl", "config.json", "split.csv", "duplicates.csv")
@@ -55,7 +52,7 @@ def prepare(parser, script, may_change=cli.MAY_CHANGE, **defaults):
         if state is None and args.data:
             print(f"{args.out}: holds no last.pt, so the run starts from the beginning")
     if args.data is None:
-        parser.error("--data PATH is missing (without images, try python -m tools.demo)")
+        parser.error("--data PATH is missing (without images, try docs/demo.npz)")
     device, out = cli.pick_device(args.device), Path(args.out)
     distributed.start(device)
     cli.refuse_inputs([out / name for name in OUTPUTS], args.data)
@@ -143,8 +140,7 @@ def begin(run, args, specs, images, stale=()):
     seen = torch.from_numpy(images.table["hash"][index].view("int64"))
     if state is not None and not torch.equal(state["seen"], seen):
         raise UserError(f"{images.path}: its training images are not those that the run began with")
-    begun = -1 if state is None else state["iteration"]
-    if not distributed.agree([seen.sum().item(), begun], run.device):
+    if not distributed.agree([seen.sum().item(), run.iteration], run.device):
         way_out = "copy the data and last.pt to every machine"
         raise UserError(f"{images.path}: the processes found other images or states; {way_out}")
     run.metadata |= {"args": vars(args), "processes": processes, "seen": seen, "initial": initial}
@@ -157,7 +153,7 @@ def begin(run, args, specs, images, stale=()):
     if not images.classes and not (split == "test").any():
         print("without --labels FILE no image is held out: none can be tested on later")
     saved = {"epoch": args.epochs, "seed": args.seed, "data": data.options(args, data.OPTIONS)}
-    saved["split"] = known = carried(images, split, initial)
+    saved["split"] = known = splits.carried(images, split, initial)
     return index, {**saved, "seen": known[0, known[1] == 0], "config": vars(args)}
 
 
@@ -187,7 +183,7 @@ def main():
             print(f"{out}: the run is finished")
             return
         specs = {arm: (x[0], "random", x[2]) for arm, x in specs.items()}  # last.pt follows
-    images = read(args.data, **data.options(args))
+    images = readers.read(args.data, **data.options(args))
     torch.manual_seed(args.seed)
     head_act = next((x for x in args.ablation if x in ("sigmoid", "softmax")), "none")
     model = build_model(specs, args.img_size, args.objective, head_act, args.grad_checkpointing)
@@ -198,7 +194,7 @@ def main():
     share = distributed.rank(), distributed.world_size()
     batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, *share)
     loader = data.loader(dataset, batches, device, args.workers)
-    run.react = partial(collapse.react, objective=args.objective, fail=args.fail_on_collapse)
+    run.react = lambda row: collapse.react(row, args.objective, args.fail_on_collapse)
     run.announce(model.to(device), model, loader, args.epochs)
     if args.dry_run:
         return

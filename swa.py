@@ -34,13 +34,10 @@ class SWA:
     def after_step(self, iteration):
         """Call after the optimizer step of each zero-based iteration."""
         if iteration >= self.first and is_cycle_end(iteration, self.t_max):
-            self._start()
+            if not self.averages:
+                self.averages = {name: AveragedModel(arm) for name, arm in self.arms.items()}
             for name, average in self.averages.items():
                 average.update_parameters(self.arms[name])
-
-    def _start(self):
-        if not self.averages:
-            self.averages = {name: AveragedModel(arm) for name, arm in self.arms.items()}
 
     def finish(self, images):
         """Return {name: module}: the averaged arms, or the arms as they are without a snapshot.
@@ -63,7 +60,6 @@ class SWA:
 
     def load_state_dict(self, state):
         """The counterpart of state_dict()."""
-        if state:
-            self._start()
-        for name, average in self.averages.items():
-            average.load_state_dict(state[name])
+        for name, arm in self.arms.items() if state else ():
+            self.averages[name] = AveragedModel(arm)
+            self.averages[name].load_state_dict(state[name])

@@ -45,7 +45,8 @@ def start_folder(folder, names, fresh=(), age=0):
         path.unlink(missing_ok=True)
 
 
-def write_json(path, value):  # raises ValueError on NaN and infinity
+def write_json(path, value):
+    """Indented. Raises ValueError on NaN and infinity."""
     with atomic_open(path) as file:
         file.write(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
@@ -58,11 +59,13 @@ def read_json(path, *keys):
 
 
 def write_csv(path, header, rows):
+    """A header of N names and rows of N cells each."""
     with atomic_open(path) as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def write_json_lines(path, rows):
+    """A dict a line. Raises ValueError on NaN and infinity."""
     with atomic_open(path) as file:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 

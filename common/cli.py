@@ -61,6 +61,7 @@ def on_stop(handler, until=_afterwards):
 
 
 def stop(number, _=None, advice="to resume, give the command again, where it trains with --resume"):
+    """What a signal to stop does: end with exit status 128 + its number."""
     raise Stopped(128 + number, f"stopped by {signal.Signals(number).name}; {advice}")
 
 
@@ -153,11 +154,13 @@ rate = checked(float, lambda x: 0 <= x < float("inf"), "not a finite number of a
 
 
 def t_max(text):
+    """For argparse: iterations of half a cycle of the learning rate, or "run"."""
     return text if text == "run" else positive(text)
 
 
 def save_every(text):
-    return float(text[:-1]) if text.endswith("m") else positive(text)  # minutes, or iterations
+    """For argparse: float minutes ("10m"), or int iterations."""
+    return float(text[:-1]) if text.endswith("m") else positive(text)
 
 
 def refuse_overwrite(out, names, overwrite):
@@ -174,20 +177,6 @@ def refuse_inputs(outputs, *inputs):
     outputs = [os.path.realpath(path) for path in outputs if path]
     for path in [path for path in inputs if path and os.path.realpath(path) in outputs]:
         raise UserError(f"{path}: is read, and would be replaced; write elsewhere with --out")
-
-
-class Signals(contextlib.ExitStack):
-    """Inside `with`, the signals to stop are noted, for the loop to heed; a second one acts."""
-
-    number = 0  # of the signal that came
-
-    def __enter__(self):
-        on_stop(self._note, until=self)
-        return self
-
-    def _note(self, number, _):
-        self.number = number
-        self.close()
 
 
 def progress(iterable=None, unit="img", **kwargs):

@@ -63,9 +63,6 @@ class DecodedImages:
     def __reduce__(self):  # for spawned workers: a map would travel as pixels
         return DecodedImages, (self.sources, self.size, self.file, self.rows)
 
-    def keep(self, mask):  # as in common.readers
-        self.rows = self.rows[mask]
-
     def __len__(self):
         return len(self.rows)
 

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from common.cli import UserError
+from common.cli import UserError, refusing
 
 ENDINGS = (".dcm", ".dicom")
 KINDS = "MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_ICT", "YBR_RCT"
@@ -24,10 +24,8 @@ def is_dicom(path):
 
 
 def _pydicom():
-    try:
+    with refusing("DICOM needs pydicom: pip install -r requirements-extra.txt", ImportError):
         import pydicom.pixels
-    except ImportError:
-        raise UserError("DICOM needs pydicom: pip install -r requirements-extra.txt") from None
     warnings.filterwarnings("ignore", module="pydicom")
     return pydicom
 
@@ -51,10 +49,8 @@ def to_pillow(path, take):
     if kind.removesuffix("_422") not in KINDS or "BitsStored" not in header:
         raise UserError(f"DICOM with {kind} pixels is not supported: convert it")
     take(header.Columns, header.Rows)
-    try:
+    with refusing("DICOM:", (NotImplementedError, RuntimeError)):  # no decoder is installed
         values = pixels.pixel_array(path, index=0)
-    except (NotImplementedError, RuntimeError) as error:  # no decoder is installed
-        raise UserError("DICOM: " + " ".join(str(error).split())) from None
     low, high = 0, 2**header.BitsStored - 1
     if kind == "PALETTE COLOR":
         values = pixels.apply_color_lut(values, header)[..., :3]

@@ -16,6 +16,7 @@ def rank():
 
 
 def world_size():
+    """How many processes train together: torchrun says it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -68,7 +69,8 @@ def gather(x):
 
 
 @contextlib.contextmanager
-def one_first():  # of each machine: images are decoded once
+def one_first():
+    """Inside `with`, one process of each machine goes first: images are decoded once."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if world_size() > 1 and not first:
         dist.barrier()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import dicom
-from common.cli import UserError, preview
+from common.cli import UserError, preview, refusing
 from common.readers import ImageSet
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -21,9 +21,9 @@ DERIVED = re.compile(rf"{DERIVED}|[_ -](masks?|{_made})([_ -]?\d+)?\.\w+$", re.I
 PARTS = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?|part[_ -]?\d+", re.I)  # no classes
 
 
-def list_files(root):
-    """Relative paths of all files below root, sorted; hidden ones skipped, links followed once."""
-    found, seen, errors = [], {}, []
+def list_images(root):
+    """Relative paths of the images below root, and notes on what else is there. UserError: none."""
+    found, seen, errors = [], {}, []  # hidden files are skipped, links followed once
     for folder, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
         first = seen.setdefault(os.path.realpath(folder), folder) == folder
         for names in (folders, files):
@@ -31,12 +31,7 @@ def list_files(root):
         found += [(Path(folder) / name).relative_to(root).as_posix() for name in files]
     for error in errors:
         raise UserError(f"{error.filename}: the folder cannot be read") from error
-    return sorted(found)
-
-
-def list_images(root):
-    """Relative paths of the images below root, and notes on what else is there. UserError: none."""
-    files = list_files(root)
+    files = sorted(found)
     images = [f for f in files if f.lower().endswith(EXTENSIONS) or dicom.is_dicom(Path(root, f))]
     endings = Counter(Path(f).suffix.lower() or "no ending" for f in set(files).difference(images))
     others = preview(f"{n} {e}" for e, n in endings.most_common())
@@ -73,10 +68,8 @@ def by_path(names, pattern, flag):
     """For each of N paths the text that a regular expression finds in it, its groups where it has
     some; of a number n, the n-th folder. Raises UserError where some path has none."""
     number = rf"^(?:[^/]+/){{{int(pattern) - 1}}}([^/]+)/" if re.fullmatch("[1-9]", pattern) else ""
-    try:
+    with refusing(f"{flag} {pattern}: no column, nor a regular expression:", re.error):
         found = [re.search(number or pattern, name) for name in names]
-    except re.error as error:
-        raise UserError(f"{flag} {pattern}: no column, nor a regular expression: {error}") from None
     if none := [name for name, match in zip(names, found) if match is None]:
         what = f"no column, and found in {len(names) - len(none)} of {len(names)} paths, not in"
         raise UserError(f"{flag} {pattern}: {what} {preview(none)}")

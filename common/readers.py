@@ -72,7 +72,7 @@ class ImageSet:
         if self.rows is not None:
             self.rows = (np.cumsum(mask) - 1)[self.rows[mask[self.rows]]]
         if self.images is not None:
-            self.images.keep(mask)
+            self.images.rows = self.images.rows[mask]
 
 
 def read(path, images=None, label_col=None, multilabel=False, group_col=None, split=None, **more):
@@ -82,7 +82,8 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
     from common import folders, tables  # which import this module
 
     level, group_near = label_col[0] if label_col else None, more.pop("group_near", False)
-    table = next((x for x in (path, images) if x and tables.is_table(x)), None)
+    files = [x for x in (path, images) if x and os.path.isfile(x)]
+    table = next((x for x in files if Path(x).suffix.lower() in tables.OF_ROWS), None)
     flags = {"--labels": images, **{f"--{k.replace('_', '-')}": x for k, x in more.items()}}
     flags |= {"--label-sep": isinstance(multilabel, str), "--skip-bad": False}
     if table is not None:

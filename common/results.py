@@ -6,11 +6,10 @@ from itertools import compress, product
 
 import numpy as np
 
-from common import metrics
 from common.checkpoint import TEXT, read_json, start_folder, write_csv, write_json
 from common.cli import UserError, preview, refusing
-from common.metrics import FEW, FEW_FOR_ECE, FEW_OF_CLASS
-from common.splits import SIDES, class_counts, cross_split_duplicates, indivisible_units, label_text
+from common.metrics import FEW, FEW_FOR_ECE, FEW_OF_CLASS, predicted_labels, score
+from common.splits import SIDES, cross_split_duplicates, indivisible_units, label_text
 
 FLAGS = {"duplicate": "exact duplicates", "near": "exact and near-duplicates"}  # of test images
 FLAGS["seen"] = "that pre-training saw"
@@ -50,7 +49,7 @@ class Predictions:
         scores = dict.fromkeys(PARTS)
         for part, kept in self.parts().items():
             whole = scores["test"] if kept.all() else None
-            scores[part] = whole or metrics.score(*self.arrays(kept), self.classes)
+            scores[part] = whole or score(*self.arrays(kept), self.classes)
         return scores
 
     def table(self):
@@ -65,7 +64,7 @@ class Predictions:
 
 def predicted_cells(probabilities, distribution, classes, multilabel):
     """Header and rows of what is predicted of N images, and of both probabilities, (N, C)."""
-    labels = metrics.predicted_labels(probabilities, multilabel)
+    labels = predicted_labels(probabilities, multilabel)
     rows = zip(labels, np.hstack([probabilities, distribution]))
     header = ["predicted", *(f"{kind}_{c}" for kind in KINDS.values() for c in classes)]
     return header, [[label_text(classes, has), *map(str, p)] for has, p in rows]
@@ -76,8 +75,7 @@ def read_test(folder):
     found = read_json(folder / "metrics.json", "classes")
     what = "is missing, of an earlier version, or does not fit the metrics.json beside it"
     fix = f"delete it and metrics.json, and give finetune.py --resume --out {folder}"
-    damage = OSError, KeyError, ValueError, TypeError
-    with refusing(f"{folder / 'predictions.csv'}: {what}; {fix}", damage):
+    with refusing(f"{folder / 'predictions.csv'}: {what}; {fix}"):
         with open(folder / "predictions.csv", **TEXT) as file:
             header, *rows = filter(None, csv.reader(file))
         table, classes = dict(zip(header, map(list, zip(*rows)))), found["classes"]
@@ -111,7 +109,8 @@ def report(job, probabilities, distribution, training):
     images, split, test = job.images, job.split, job.split == "test"
     settings = {key: job.start.metadata[key] for key in ("arch", "arm")} | {"seed": job.seed}
     settings |= {f"n_{name}": int((split == name).sum()) for name in SIDES}
-    settings |= {"n_labelled": int(job.used.sum()), "labelled": class_counts(images, job.used)}
+    labelled = dict(zip(images.classes, images.labels[job.used].sum(0).tolist()))
+    settings |= {"n_labelled": int(job.used.sum()), "labelled": labelled}
     copies = (cross_split_duplicates(images, split, near)[test] for near in (False, True))
     arrays = images.labels[test], indivisible_units(images)[test].astype(str)
     arrays += probabilities, distribution, np.stack([*copies, job.seen[test]])
@@ -127,7 +126,7 @@ def write_test(out, test, settings):
     for part, n, what in zip(PARTS[1:], counts.values(), FLAGS.values()):
         if n and scores[part]:
             show(f"test, {scores[part]['n']} images without the {n} {what}", scores[part])
-    predicted = metrics.predicted_labels(test.probabilities, test.multilabel).any(0)
+    predicted = predicted_labels(test.probabilities, test.multilabel).any(0)
     if predicted.sum() == 1:
         print(f"every prediction is {classes[predicted.argmax()]}: the model tells nothing apart")
     write_csv(out / "predictions.csv", *test.table())
@@ -181,12 +180,15 @@ def write_summary(out, seeds, found):
     print(f"{len(seeds)} seeds: {scores}")
 
 
-def refuse_unlabelled(images):  # where there is nothing to tell apart
+def refuse_unlabelled(images):
+    """Raise UserError where an ImageSet has nothing to tell apart."""
     if len(images.classes) < (1 if images.multilabel else 2):
         raise UserError(f"{images.path}: has no labels, or one class; give class folders or a CSV")
 
 
-def refuse_untestable(images, split, seen, allow_seen):  # an empty split, or all test images seen
+def refuse_untestable(images, split, seen, allow_seen):
+    """Raise UserError where a side of the split (N,) is empty or, unless allowed, pre-training saw
+    (N,) bool all test images."""
     if none := [part for part in SIDES if part not in split]:
         raise UserError(f"{images.path}: {len(images)} images leave none for the {none[0]} split")
     if seen[split == "test"].all() and not allow_seen:

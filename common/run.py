@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import torch
 
 from common import checkpoint, cli, collapse, distributed
-from common.cli import Signals, progress, refusing
+from common.cli import progress, refusing
 from common.decode import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
-def half_cycle(t_max, iterations):  # --t-max; "run" is one descent to the last iteration
+def half_cycle(t_max, iterations):
+    """T_max of the cosine for --t-max: of "run", one descent to the last iteration."""
     return max(iterations - 1, 1) if t_max == "run" else t_max
 
 
@@ -62,7 +64,8 @@ class Run:
     epoch = property(lambda self: self.progress["epoch"])  # how many are complete
 
     def __post_init__(self):
-        self.components, self.status, saved = {}, "", self.state or {}
+        self.components, self.status, self.signal = {}, "", 0  # signal: that came, to be heeded
+        saved = self.state or {}
         new = dict(epoch=0, batch=0, iteration=0, loss=[0.0], seconds=0, log=[*self.log], start={})
         self.progress = new | {key: x for key, x in saved.items() if key in {*new, "best"}}
 
@@ -106,7 +109,8 @@ class Run:
             if self.state["batch"] == 0 and self.progress["log"]:
                 self.react(self.progress["log"][-1])  # the epoch that the run ended with
         cut = self.epoch * self.sampler.n + self.progress["batch"] * self.sampler.batch_size
-        with Signals() as self.signals, progress(total=n * self.sampler.n, initial=cut) as self.bar:
+        with ExitStack() as self.undo, progress(total=n * self.sampler.n, initial=cut) as self.bar:
+            cli.on_stop(self._note_signal, until=self.undo)
             if self.state is None and self.monitor is not None and n:
                 self.progress["start"] = self.monitor(models, self.device)
             while self.epoch < n and not done(self.epoch):
@@ -133,16 +137,20 @@ class Run:
                 loss = distributed.gather(self.loss[None]).tolist()  # of each process
                 self.save(stop, batch=batch, loss=loss, seconds=time.perf_counter() - self.began)
 
+    def _note_signal(self, number, _):
+        self.signal = number
+        self.undo.close()  # a second one acts at once
+
     def _agree(self):
         """(signal, whether a checkpoint is due) in all processes; GPUs ask every 20 iterations."""
         every, seconds = self.save_every, time.perf_counter() - self.saved
         timed = isinstance(every, float)
         due = seconds >= 60 * every if timed else bool(every) and self.iteration % every == 0
         if distributed.world_size() == 1:
-            return self.signals.number, due
+            return self.signal, due
         if self.device.type == "cuda" and self.iteration % 20:
             return 0, due and not timed
-        both = torch.tensor([self.signals.number, due], device=self.device)
+        both = torch.tensor([self.signal, due], device=self.device)
         return distributed.all_reduce(both, "MAX").tolist()
 
     def show(self, text):
@@ -172,7 +180,7 @@ class Run:
             self.status = collapse.change(self.progress["start"], row)
             row |= {"start": self.progress["start"]} if row["epoch"] == 1 else {}
         self.progress["log"] = [*self.progress["log"], row]
-        stop = self.signals.number if distributed.world_size() == 1 else 0  # since the last step
+        stop = self.signal if distributed.world_size() == 1 else 0  # since the last step
         skip = time.perf_counter() - self.saved < self.seconds_between_saves and not stop
         self.save(stop, skip, epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0)
         self.react(row)

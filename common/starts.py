@@ -173,10 +173,3 @@ def refuse_odd_head(model, metadata, linear):
         again.load_state_dict(model.state_dict())
     if linear and not isinstance(model.get_classifier(), torch.nn.Module):
         raise UserError(f"{name}: has more than one head; leave out --mode linear")
-
-
-def fill_in(args, saved):
-    """Without --data: the data flags of a checkpoint, where none was given."""
-    if args.data is None:
-        saved |= {"label_col": ["none"]} if saved.get("unlabelled") else {}  # an earlier version's
-        vars(args).update({k: getattr(args, k) or x for k, x in saved.items() if k in args})

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common import dicom
-from common.cli import UserError, preview
+from common.cli import UserError, preview, refusing
 from common.folders import EXTENSIONS, SPLITS, list_images
 from common.readers import ImageSet
 
@@ -20,23 +20,18 @@ IMAGE_NAMES = {"image", "images", "image_id", "img", "file", "filename", "file_n
 _what = "(patient|subject|person|case|study|lesion)s?[ _-]?(id|nr|no|num|number|name|index|.*uid)?"
 GROUPS = re.compile(rf"(.*[ _-])?{_what}|pid", re.I)  # names of columns
 ENDINGS = EXTENSIONS + dicom.ENDINGS
+OF_ROWS = (".csv", ".tsv", ".tab", ".txt", "")  # endings of tables
 NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.I)
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "null"}  # cells that say nothing
 FINDINGS = {"true": 1, "false": 0, **dict.fromkeys(MISSING)}  # and numbers
 UNCERTAIN = "--uncertain negative or positive (what -1 means), or skip (no label); blank: negative"
 
 
-def is_table(path):
-    """Whether this is a file of rows, by its ending."""
-    endings = (".csv", ".tsv", ".tab", ".txt", "")
-    return Path(path).suffix.lower() in endings and os.path.isfile(path)
-
-
 class Table:
     def __init__(self, file, own=False):  # own: of a run, which writes names of any bytes
         """A CSV file (comma, semicolon or tab): columns {name: (N,) of str}, and the N lines."""
         self.file, self.own, self.notes = file, own, []
-        try:
+        with refusing(f"{file}: is no CSV file in UTF-8:", (OSError, ValueError, csv.Error)):
             lines = [*StringIO(self._text(Path(file).read_bytes()), newline=""), ""]  # at least one
             if any("\0" in line for line in lines):
                 raise csv.Error("it holds NUL characters")
@@ -51,8 +46,6 @@ class Table:
                 self.lines.append(reader.line_num)
                 widths.append(n if len(row) >= least and not any(row[n:]) else len(row))
                 cells += (row + [""] * n)[:n]  # commas may be missing behind the last name
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{file}: is no CSV file in UTF-8 ({error})") from error
         if not cells or len(set(filter(None, head))) < sum(map(bool, head)):
             raise UserError(f"{file}: needs rows below distinct column names: {preview(head)}")
         self.refuse(widths, [width != n for width in widths], f"need {n} cells")
@@ -307,15 +300,13 @@ def read_split(file, names):
 
 def read_npz(file, unlabelled=False):
     """A MedMNIST file: {train,val,test}_images (N, H, W[, 3]) uint8, and ..._labels (N, C) int."""
-    try:
+    with refusing(f"{file}: needs plain arrays: {{train,val,test}}_images, _labels"):
         with np.load(file, allow_pickle=False) as arrays:
             splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
             images = [arrays[f"{s}_images"] for s in splits]
             labels = [np.zeros((len(x), 0), bool) for x in images]
             labels = labels if unlabelled else [arrays[f"{s}_labels"] for s in splits]
             sizes, width = list(map(len, images)), labels[0].shape[1:]
-    except Exception:  # zip files and arrays break in many ways
-        raise UserError(f"{file}: needs plain arrays: {{train,val,test}}_images, _labels") from None
     for x, y in zip(images, labels):
         fits = x.dtype == np.uint8 and x.ndim > 2 and x.shape[3:] in ((), (3,)) and x.size
         if x.ndim > 3 and x.shape[3:] != (3,):

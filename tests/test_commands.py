@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import ARMS, ROOT, draw_classes, in_this_process
 
 import finetune
 import pretrain
 from common import cli
-from tools import benchmark, demo, dino, experiments
+from tools import benchmark, dino, experiments
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 MODULES = [p for folder in ("", "common/", "tools/") for p in ROOT.glob(f"{folder}*.py")]
@@ -93,10 +94,12 @@ def workplace(tmp_path_factory):
         ["--data", images, *ARMS, "--epochs", 1, "--outputs", 16, "--out", place / "dino"],
         patch,
     )
-    for name in ("laptop", "small", "gpu", "few", "all", "DIR"):
+    for name in ("laptop", "small", "gpu", "few", "all", "demo", "DIR"):
         (place / name).mkdir()
         for file in (*place.glob("*.pt"), *place.glob("*.json*"), *place.glob("*s*.csv")):
             shutil.copy(file, place / name)
+    (place / "docs").mkdir()
+    shutil.copy(ROOT / "docs/demo.npz", place / "docs")
     yield place
     patch.undo()
 
@@ -117,33 +120,21 @@ def test_command(line, workplace, monkeypatch, tmp_path, capsys):
         pytest.skip("run elsewhere")
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("CASS_CACHE", str(workplace / "cache"))
-    monkeypatch.setattr(demo, "PER_CLASS", 30)
-    small = {"resnet18": "test_resnet", "vit_tiny_patch16_224": "test_vit", "48": "32"}
-    small |= {
-        "--vit-kwargs patch_size=8": "--epochs 1",
-        "--epochs 3": "",
-        "--frac": "--epochs 1 --frac",
-    }
-    for word, tiny_word in small.items():
-        commands = tuple(command.replace(word, tiny_word) for command in demo.COMMANDS)
-        monkeypatch.setattr(demo, "COMMANDS", commands)
-    scripts = {"pretrain.py": pretrain, "finetune.py": finetune}  # which it calls as processes
-    call = lambda words: run(scripts[words[1].name], words[2:], monkeypatch)  # noqa: E731
-    monkeypatch.setattr(demo.subprocess, "call", call)
     monkeypatch.setattr(experiments, "run_script", in_this_process)
+    assert timm.is_model(benchmark.PAPER["cnn"]) and timm.is_model(benchmark.PAPER["vit"])
+    monkeypatch.setattr(benchmark, "PAPER", benchmark.SMALL)  # whose arms take a second a step
     draw = benchmark.draw_large
     monkeypatch.setattr(benchmark, "draw_large", lambda folder, n=4, side=64: draw(folder, n, 64))
     for word in ("/path", "brain_mri", "new_images/", "FOLDER", "photos", "PATH"):
         line = re.sub(rf"(?<=[ =]){word}(?= |$)", str(workplace / "images"), line)
     line = line.replace(" images ", f" {workplace / 'images'} ").replace("FILE", "scan.png")
-    if "attention" in line:
-        line = line.replace("compare best.pt", "compare VIT_RUN/best.pt")
     if "tools.dino" in line:
         line = line.replace("DIR", "dino")
     line = re.sub(r"(?<= )(few|all)\.csv", rf"{workplace}/\1.csv", line)
     if "all.csv" in line:
         line += f" --images {workplace / 'images'}"
     line = line.replace("RUN_FOLDER", "finetune_cnn_0.1").replace("NAME", "x")
+    line = re.sub(r" RUN$", " finetune_cnn_0.1", line)
     line = line.replace("RUN_A", "finetune_cnn_0.1").replace("RUN_B", "finetune_vit_0.1")
     words = shlex.split(line.removeprefix("python ").removeprefix("-m "))
     module = importlib.import_module(words[0].removesuffix(".py"))

@@ -11,8 +11,9 @@ import torch
 from conftest import ARMS, ROOT, draw_classes
 
 import data
+import pretrain
 from cass import CASS, build_arm
-from losses import OBJECTIVES
+from losses import cosine_loss, vicreg
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -57,30 +58,49 @@ import sys, torch
 sys.path.insert(0, {root!r})
 from common import distributed
 from cass import CASS, build_arm
+from losses import vicreg
 from torch.nn.parallel import DistributedDataParallel
 distributed.start(torch.device("cpu"))
-torch.manual_seed(0)
-method = CASS(build_arm("test_vit", 32), build_arm("test_vit2", 32))
-images = torch.randn(16, 3, 32, 32)
-ddp = DistributedDataParallel(method)  # must live until the backward pass is over
-ddp(images[8 * distributed.rank():][:8]).backward()
-if distributed.rank() == 0:
-    torch.save({{n: p.grad for n, p in method.named_parameters()}}, "gradients.pt")
-del ddp
+
+def step(part, **kwargs):
+    method = CASS(*arms(), **kwargs)
+    ddp = DistributedDataParallel(method)  # must live until the backward pass is over
+    loss = ddp(part)
+    loss.backward()
+    return loss.detach(), {{n: p.grad for n, p in method.named_parameters()}}
+
+def arms():
+    torch.manual_seed(0)
+    return build_arm("test_vit", 32), build_arm("test_vit2", 32)
+
+arms()  # the seed, and as many draws as before the test's own images
+images, first = torch.randn(16, 3, 32, 32), distributed.rank() == 0
+found = [step(images[:8] if first else images[8:])]
+whole = lambda R, T: vicreg(distributed.gather(R), distributed.gather(T))
+found.append(step(images[:6] if first else images[6:11], objective=whole))  # of different size
+if not first:
+    torch.save(found, "found.pt")
 distributed.stop()
 """
 
 
-def test_gradients_of_two_times_8_images_are_those_of_16(tmp_path):
+def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(tmp_path):
+    """Of equation 1, with 2 x 8 images, and of VICReg, which sees 6 + 5 as one batch."""
     (tmp_path / "step.py").write_text(STEP.format(root=str(ROOT)))
     done = torchrun(tmp_path / "step.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    torch.manual_seed(0)
-    method = CASS(build_arm("test_vit", 32), build_arm("test_vit2", 32))
-    method(torch.randn(16, 3, 32, 32)).backward()
-    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    for name, parameter in method.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    for n, objective, (share, gradients) in zip((16, 11), (cosine_loss, vicreg), found):
+        torch.manual_seed(0)
+        arms = build_arm("test_vit", 32), build_arm("test_vit2", 32)
+        images = torch.randn(16, 3, 32, 32)[:n]
+        method = CASS(*arms, objective=objective)
+        loss = method(images)
+        loss.backward()
+        if objective is vicreg:
+            torch.testing.assert_close(share, loss.detach(), rtol=1e-4, atol=1e-5)
+        for name, parameter in method.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_dino_trains_on_two_processes(tmp_path):
@@ -107,50 +127,6 @@ def test_dino_trains_on_two_processes(tmp_path):
     assert (tmp_path / "vit.pt").exists()
 
 
-GATHER = """
-import sys, torch
-sys.path.insert(0, {root!r})
-import losses
-from common import distributed
-from cass import CASS, build_arm
-from torch.nn.parallel import DistributedDataParallel
-distributed.start(torch.device("cpu"))
-gradients = {{}}
-for name in ("vicreg",):
-    torch.manual_seed(0)
-    objective = losses.OBJECTIVES[name]
-    method = CASS(build_arm("test_vit", 32), build_arm("test_vit2", 32),
-                  objective=lambda R, T: objective(distributed.gather(R), distributed.gather(T)))
-    images = torch.randn(11, 3, 32, 32)
-    ddp = DistributedDataParallel(method)
-    part = images[:6] if distributed.rank() == 0 else images[6:]  # shares of different size
-    loss = ddp(part)
-    loss.backward()
-    gradients[name] = loss.detach(), {{n: p.grad for n, p in method.named_parameters()}}
-if distributed.rank() == 1:
-    torch.save(gradients, "gradients.pt")
-del ddp
-distributed.stop()
-"""
-
-
-def test_objectives_see_the_batch_of_all_processes(tmp_path):
-    (tmp_path / "step.py").write_text(GATHER.format(root=str(ROOT)))
-    done = torchrun(tmp_path / "step.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    saved = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    for name, (loss, gradients) in saved.items():
-        torch.manual_seed(0)
-        method = CASS(
-            build_arm("test_vit", 32), build_arm("test_vit2", 32), objective=OBJECTIVES[name]
-        )
-        whole = method(torch.randn(11, 3, 32, 32))
-        whole.backward()
-        torch.testing.assert_close(loss, whole.detach(), rtol=1e-4, atol=1e-5)
-        for key, parameter in method.named_parameters():
-            torch.testing.assert_close(gradients[key], parameter.grad, rtol=1e-3, atol=1e-4)
-
-
 ENTRY = """
 import sys, torch
 sys.path.insert(0, {root!r})
@@ -166,7 +142,7 @@ cli.run(pretrain.main)
 """
 
 
-def test_a_whole_run_on_two_processes(tmp_path):
+def test_a_whole_run_on_two_processes(tmp_path, script):
     """Both hold the same weights at the end; they are those of one process with twice the batch."""
     folder = draw_classes(tmp_path / "images", {"a": 14, "b": 14, "c": 14})
     (tmp_path / "entry.py").write_text(ENTRY.format(root=str(ROOT)))
@@ -191,13 +167,8 @@ def test_a_whole_run_on_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     a, b = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    one = subprocess.run(
-        [sys.executable, ROOT / "pretrain.py", *map(str, arguments), "--bs", "8", "--out", "one"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert one.returncode == 0, one.stderr
+    status, _, err = script(pretrain, *arguments, "--bs", 8, "--out", tmp_path / "one")
+    assert status == 0, err
     logs = [
         [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
         for n in ("two", "one")
@@ -207,15 +178,8 @@ def test_a_whole_run_on_two_processes(tmp_path):
     )
     two, one = (torch.load(tmp_path / n / "vit.pt", weights_only=True) for n in ("two", "one"))
     assert two["swa_snapshots"] == one["swa_snapshots"] >= 1
-    alone = subprocess.run(
-        [sys.executable, ROOT / "pretrain.py", "--resume", "two/last.pt"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert alone.returncode == 2 and "torchrun --nproc-per-node 2" in alone.stderr
-    resumed = torchrun(ROOT / "pretrain.py", "--resume", "two/last.pt", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    status, _, err = script(pretrain, "--resume", tmp_path / "two/last.pt")
+    assert status == 2 and "torchrun --nproc-per-node 2" in err
 
 
 def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):

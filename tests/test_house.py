@@ -14,6 +14,8 @@ import sys
 import pytest
 from conftest import ARMS, ROOT, draw_classes
 
+import pretrain
+
 METHOD = ("cass", "losses", "swa")
 SCRIPTS = ("pretrain", "finetune", "predict")
 CORE = (*METHOD, "data", "pretrain", "finetune")
@@ -77,7 +79,8 @@ def test_imports_run_one_way(name):
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_only_the_named_packages_are_imported(name):
     others = {m.split(".")[0] for m in imports(name)} - set(sys.stdlib_module_names)
-    allowed = LIBRARIES | ({"matplotlib"} if name.startswith("tools.") else set())
+    allowed = LIBRARIES | ({"matplotlib"} if name in ("tools.maps", "tools.report") else set())
+    allowed |= {"tools.maps": {"captum"}, "tools.report": {"jinja2"}}.get(name, set())
     allowed |= {"pydicom"} if name == "common.dicom" else set()
     assert others <= allowed | {"common", "tools", *(m for m in modules() if "." not in m)}
 
@@ -86,8 +89,8 @@ def test_sizes():
     """What adds must remove. The goals: common/ 1900, `import pretrain` 2000, the core 950."""
     common = sum(lines(m) for m in modules() if m.startswith("common."))
     assert sum(map(lines, modules())) <= 5200
-    assert common <= 2577
-    assert sum(map(lines, loaded_by("pretrain"))) <= 1997
+    assert common <= 2560
+    assert sum(map(lines, loaded_by("pretrain"))) <= 1992
     assert sum(map(lines, CORE)) <= 984
     assert functions("pretrain")["train"] <= 40
     assert statistics.median(n for m in CORE for n in functions(m).values()) <= 15
@@ -99,9 +102,8 @@ def test_functions_are_short(name):
     assert {f: n for f, n in sizes.items() if n > 40 and f != "main"} == {}
 
 
-def test_pretraining_has_few_flags():
-    command = [sys.executable, "pretrain.py", "--help"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+def test_pretraining_has_few_flags(script):
+    _, said, _ = script(pretrain, "--help")
     assert len(re.findall(r"^  --", said, re.M)) <= 39
 
 

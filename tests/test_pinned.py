@@ -618,9 +618,11 @@ TWO = [
 ]
 
 
-def test_two_processes_and_an_uneven_last_batch_equal_a_plain_loop(folder, tmp_path):
-    """21 images in batches of 2 x 4: the last one is 3 + 2. Both processes count alike."""
-    done = two_processes(tmp_path, "--data", folder, *TWO, "--out", "run", NOTE="1")
+def test_two_processes_and_an_uneven_last_batch_equal_a_plain_loop_cut_or_not(folder, tmp_path):
+    """21 images in batches of 2 x 4: the last one is 3 + 2. Both processes count alike; cut inside
+    the epoch and resumed, they log the loss of the whole epoch and end with equal weights."""
+    command = ["--data", folder, *TWO, "--save-every", 1]
+    done = two_processes(tmp_path, *command, "--out", "run", NOTE="1")
     assert done.returncode == 0, done.stderr
     shares = [torch.load(tmp_path / f"batches{r}.pt", weights_only=True)[-3:] for r in (0, 1)]
     assert [[len(batch) for batch in share] for share in shares] == [[4, 4, 3], [4, 4, 2]]
@@ -649,16 +651,11 @@ def test_two_processes_and_an_uneven_last_batch_equal_a_plain_loop(folder, tmp_p
             atol=1e-4,
         )
     assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
-
-
-def test_two_processes_cut_inside_an_epoch_log_the_loss_of_the_uncut_run(folder, tmp_path):
-    command = ["--data", folder, *TWO, "--save-every", 1]
-    assert two_processes(tmp_path, *command, "--out", "uncut").returncode == 0
     assert two_processes(tmp_path, *command, "--out", "cut", CUT="2").returncode != 0
     assert weights(tmp_path / "cut/last.pt")["batch"] == 2
-    resumed = two_processes(tmp_path, *command, "--out", "cut", "--resume")
+    resumed = two_processes(tmp_path, "--resume", "cut/last.pt")
     assert resumed.returncode == 0, resumed.stderr
-    assert log_of(tmp_path / "cut")[0]["loss"] == log_of(tmp_path / "uncut")[0]["loss"]
+    assert log_of(tmp_path / "cut")[0]["loss"] == log_of(tmp_path / "run")[0]["loss"]
     for arm in ("cnn", "vit"):
-        a, b = (weights(tmp_path / f"{n}/{arm}.pt")["state_dict"] for n in ("uncut", "cut"))
+        a, b = (weights(tmp_path / f"{n}/{arm}.pt")["state_dict"] for n in ("run", "cut"))
         assert all(torch.equal(a[k], b[k]) for k in a)

@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 
+import draw_demo
 import numpy as np
 import pytest
 from conftest import ARMS, ROOT, one_line, run
@@ -16,7 +17,6 @@ import pretrain
 from common import splits
 from common.cli import UserError
 from common.readers import read
-from tools import demo
 
 NAMES = [f"i{i}" for i in range(6)]
 
@@ -415,7 +415,7 @@ def test_a_run_without_labels_says_that_nothing_can_be_tested(folder, tmp_path, 
 def alike(tmp_path):
     """Twelve drawn images of two classes; of the first six, of class a, a compressed copy."""
     for i in range(12):
-        image = Image.fromarray(demo.cells(i % 4, np.random.default_rng(i)))
+        image = Image.fromarray(draw_demo.cells(i % 4, np.random.default_rng(i)))
         path = tmp_path / f"set/{'ab'[i // 6]}/{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)

@@ -3,6 +3,7 @@
 import json
 import os
 
+import draw_demo
 import numpy as np
 import pytest
 import timm
@@ -17,7 +18,6 @@ import predict
 import pretrain
 from common.decode import normalize
 from common.pixels import decode
-from tools import demo
 
 
 def weights(path):
@@ -744,13 +744,20 @@ def test_finetuning_refuses(pretrained, folder, tmp_path, script):
 def test_mean_colour_tells_nothing_of_the_demo_s_classes():
     kinds = np.arange(400) % 4
     means = np.stack(
-        [demo.cells(k, np.random.default_rng([7, i])).mean((0, 1)) for i, k in enumerate(kinds)]
+        [[draw_demo.cells(k, np.random.default_rng([7, i])).mean()] for i, k in enumerate(kinds)]
     )
     means = (means - means[:200].mean(0)) / means[:200].std(0)
     distance = ((means[200:, None] - means[None, :200]) ** 2).sum(2)
     nearest = kinds[:200][np.argsort(distance, axis=1)[:, :9]]
     votes = np.array([np.bincount(row, minlength=4).argmax() for row in nearest])
     assert (votes == kinds[200:]).mean() < 0.45  # chance is 0.25
+
+
+def test_the_demo_is_what_its_script_draws():
+    with np.load(ROOT / "docs/demo.npz") as file:
+        drawn = draw_demo.draw()
+        assert file.files == [*drawn]
+        assert all((file[name] == array).all() for name, array in drawn.items())
 
 
 def test_the_owner_s_two_commands(tmp_path, folder, monkeypatch):

@@ -27,6 +27,7 @@ from common import arms, cli, distributed, readers
 
 WARMUP, TEMP_WARMUP, FREEZE = 0.1, 0.3, 0.01  # shares of the run: 10, 30 and 1 of 100 epochs
 STUDENT_TEMP, TEACHER_TEMP, CENTER_MOMENTUM = 0.1, 0.04, 0.9
+MOMENTUM, LAST_TEMP = 0.996, 0.07  # the teacher's: momentum at first, temperature after the warm-up
 
 
 def cosine(start, end, share):
@@ -91,7 +92,7 @@ class DINO(nn.Module):
     """Student and teacher of one arm, "cnn" or "vit", each a backbone and a head.
     backbone: images -> features (N, dim), such as a timm model without head."""
 
-    def __init__(self, arm, backbone, dim, out_dim=65536, momentum=0.996, temp=0.07):
+    def __init__(self, arm, backbone, dim, out_dim, momentum=MOMENTUM, temp=LAST_TEMP):
         super().__init__()
         self.momentum, self.temp = momentum, temp
         self.student = nn.Sequential(OrderedDict(backbone=backbone, head=Head(dim, out_dim)))
@@ -181,7 +182,8 @@ def local_size(model, img_size):
     """Side of DINO's local crops: 96 to 224 pixels, in whole patches; of a CNN at least 24, since
     its stages shrink 16 to one pixel too early; the full size where the model accepts no other."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
-    size = min(img_size, max(round(img_size * 96 / 224 / patch) * patch, patch, 24 * (patch == 1)))
+    whole_patches = max(round(img_size * 96 / 224 / patch), 1) * patch
+    size = min(img_size, max(whole_patches, 24 * (patch == 1)))
     try:
         arms.output_shape(model, size, "local crops")
     except cli.UserError:
@@ -195,8 +197,8 @@ def main():
     add = parser.add_argument
     add("--outputs", type=cli.positive, default=65536, help="of the head")
     add("--crops", type=cli.count, default=8, help="local crops")
-    add("--momentum", type=cli.fraction, default=0.996, help="the teacher's, at first")
-    add("--teacher-temp", type=cli.fraction, default=0.07, help="the teacher's, in the end")
+    add("--momentum", type=cli.fraction, default=MOMENTUM, help="the teacher's, at first")
+    add("--teacher-temp", type=cli.fraction, default=LAST_TEMP, help="the teacher's, in the end")
     args, run, specs = pretrain.prepare(parser, "tools.dino", lr=None, t_max="run")
     if args.t_max != "run":
         raise cli.UserError("--t-max: DINO's learning rate has one descent; leave the flag out")
