@@ -43,7 +43,8 @@ def knn(features, labels, queries, k=20, temperature=0.07):
 
 @torch.no_grad()
 def embed(model, batches):
-    """Features (N, D) before the head and logits (N, C), float32, of normalized (n, 3, H, W)."""
+    """Features (N, D) before the head and logits (N, C), float32, of normalized (n, 3, H, W). The
+    model is left in eval mode."""
     maps = map(model.eval().forward_features, batches)  # one batch at a time
     outputs = [[model.forward_head(x, pre_logits=p).float() for p in (True, False)] for x in maps]
     return [torch.cat(parts) for parts in zip(*outputs)]

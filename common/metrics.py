@@ -57,8 +57,9 @@ def decisions(labels, p, multilabel):
 
 
 def calibration_errors(labels, p, multilabel):
-    """What each image adds, with probabilities p (N, C): (N,) to the Brier score, (N, BINS) to gaps
-    whose absolute values sum to the expected calibration error (Guo et al., equation 3)."""
+    """What each image adds, with probabilities p (N, C): (N,) to the Brier score (over classes a
+    sum, over labels a mean), and (N, BINS) to the gaps whose absolute values sum to the expected
+    calibration error (Guo et al., equation 3)."""
     squares, (confidence, right) = np.square(p - labels), decisions(labels, p, multilabel)
     bins = np.eye(BINS)[np.minimum((confidence * BINS).astype(int), BINS - 1)]
     gaps = ((confidence - right)[..., None] * bins).mean(1)
@@ -136,7 +137,8 @@ def interval(few, ends):
 @np.errstate(invalid="ignore")  # 0 / 0 where a score is undefined: None
 def score(units, labels, probabilities, distribution, multilabel, classes):
     """Scores, as of measures(), of N > 0 images and, unless units is None, ci95: each's interval().
-    confusion: rows true, or [tp, fp, fn, tn] each."""
+    Absent classes count as 0 in macro_f1; macro_f1_present, auroc and balanced_accuracy leave them
+    out. confusion: rows true, or [tp, fp, fn, tn] each."""
     what = labels, probabilities, distribution, multilabel
     points, each = measures(*what, np.ones((1, len(labels))))
     points = {key: None if np.isnan(x) else x.item() for key, (x,) in points.items()}

@@ -9,7 +9,7 @@ import numpy as np
 from common.checkpoint import TEXT, read_json, start_folder, write_csv, write_json
 from common.cli import UserError, preview, refusing
 from common.metrics import FEW, FEW_FOR_ECE, FEW_OF_CLASS, predicted_labels, score
-from common.splits import SIDES, cross_split_duplicates, indivisible_units, label_text
+from common.splits import SIDES, class_counts, cross_split_duplicates, indivisible_units, label_text
 
 FLAGS = {"duplicate": "exact duplicates", "near": "exact and near-duplicates"}  # of test images
 FLAGS["seen"] = "that pre-training saw"
@@ -109,8 +109,7 @@ def report(job, probabilities, distribution, training):
     images, split, test = job.images, job.split, job.split == "test"
     settings = {key: job.start.metadata[key] for key in ("arch", "arm")} | {"seed": job.seed}
     settings |= {f"n_{name}": int((split == name).sum()) for name in SIDES}
-    labelled = dict(zip(images.classes, images.labels[job.used].sum(0).tolist()))
-    settings |= {"n_labelled": int(job.used.sum()), "labelled": labelled}
+    settings |= {"n_labelled": int(job.used.sum()), "labelled": class_counts(images, job.used)}
     copies = (cross_split_duplicates(images, split, near)[test] for near in (False, True))
     arrays = images.labels[test], indivisible_units(images)[test].astype(str)
     arrays += probabilities, distribution, np.stack([*copies, job.seen[test]])

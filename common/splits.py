@@ -173,6 +173,11 @@ def label_text(classes, has):
     return "|".join(compress(classes, has))
 
 
+def class_counts(data, mask):
+    """{class: images} among the masked ones."""
+    return dict(zip(data.classes, data.labels[mask].sum(0).tolist()))
+
+
 def write_split(out, data, split, used=None):
     """split.csv with used labels, (N,) bool; duplicates.csv: equal images; near pairs, distance."""
     labels = [label_text(data.classes, has) for has in data.labels]
@@ -195,7 +200,7 @@ def print_report(data, split):
     print(f"{data.path}: {len(data)} images, {labels}")
     for name in SIDES:
         if (mask := split == name).any():
-            counts = dict(zip(data.classes, data.labels[mask].sum(0).tolist()))
+            counts = class_counts(data, mask)
             n = f" in {len(np.unique(data.groups[mask]))} groups" if grouped else ""
             shown = ", ".join(f"{c} {n}" for c, n in counts.items())
             print(f"  {name:5} {mask.sum():6}{n}  {shown}")

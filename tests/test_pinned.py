@@ -653,7 +653,7 @@ def test_two_processes_and_an_uneven_last_batch_equal_a_plain_loop_cut_or_not(fo
     assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
     assert two_processes(tmp_path, *command, "--out", "cut", CUT="2").returncode != 0
     assert weights(tmp_path / "cut/last.pt")["batch"] == 2
-    resumed = two_processes(tmp_path, "--resume", "cut/last.pt")
+    resumed = two_processes(tmp_path, *command, "--out", "cut", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert log_of(tmp_path / "cut")[0]["loss"] == log_of(tmp_path / "run")[0]["loss"]
     for arm in ("cnn", "vit"):
