@@ -189,7 +189,8 @@ def last_losses(cell):
 def best(method):
     """The row of a method, whose name (or one of several) its rows begin with, that its trials
     chose; None before."""
-    found = [(row, cell) for row, seeds in cells_of("trials").items() for cell in seeds.values()]
+    tried = cells_of("trials") | cells_of("search")
+    found = [(row, cell) for row, seeds in tried.items() for cell in seeds.values()]
     found = [x for x in found if x[0].startswith(method)]
     learned = [x for x in found if method == "DINO" and max(last_losses(x[1])) <= 0.9 * LN_K]
     return max(learned or found, key=lambda x: trial_score(x[1]), default=(None,))[0]
@@ -412,6 +413,10 @@ def report():
         "Probe: ridge regression on the features with all labels. DINO's losses: of the last "
         f"epoch, CNN and ViT; it counts only if both are at most {0.9 * LN_K:.2f}, unless none is.",
         trials_table("trials"),
+        "Search for a recipe, same images and score; the flags of each are in "
+        "[protocol.json](../../tools/protocol.json), the variants in "
+        "[variants.py](../../tests/variants.py):",
+        trials_table("search"),
         "The first trials, with a patience of 5, which do not count:",
         trials_table("trials_patience5"),
     ]

@@ -117,11 +117,13 @@ def test_relations_equal_the_loop(monkeypatch):
     assert model(x).item() == pytest.approx(np.mean(total), rel=1e-4)
 
 
-def test_rates_of_the_arms_and_the_command(folder, tmp_path):
+def test_rates_of_the_arms_and_the_command(pretrained, folder, tmp_path):
     words = ["--data", folder, *ARMS, "--epochs", 1, "--bs", 4, "--lr", 1e-3, "--min-lr", 0]
+    words += ["--init-cnn", pretrained / "cnn.pt"]
     script = ROOT / "tests/variants.py"
-    more = ["--variant", "cnn=0", "vit=0.5", "two_views", "decay=0.1"]
-    done = run(script, *more, *words, "--out", tmp_path / "run", cwd=tmp_path)
+    more = ["--variant", "cnn=0", "vit=0.5", "two_views", "decay=0.1", "keep_bn"]
+    more += ["--swa-start", 0, "--t-max", 1]  # an average, whose batch-norm is kept too
+    done = run(script, *more, *words, "--out", tmp_path / "varied", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     done = run(script, *words, "--epochs", 0, "--out", tmp_path / "start", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -129,10 +131,15 @@ def test_rates_of_the_arms_and_the_command(folder, tmp_path):
     for arm in ("cnn", "vit"):
         a, b = (
             torch.load(tmp_path / x / f"{arm}.pt", weights_only=True)["state_dict"]
-            for x in ("start", "run")
+            for x in ("start", "varied")
         )
         moved[arm] = max((a[k] - b[k]).abs().max().item() for k in a if k.endswith("weight"))
     assert moved["cnn"] == 0 < moved["vit"]
+    done = [torch.load(tmp_path / x / "cnn.pt", weights_only=True) for x in ("start", "varied")]
+    assert done[1]["swa_snapshots"] > 1
+    for key, x in done[0]["state_dict"].items():
+        if "running" in key:
+            torch.testing.assert_close(done[1]["state_dict"][key], x, rtol=0, atol=0)
 
 
 def test_readouts_equal_scikit_learn(pretrained, folder, tmp_path, script, monkeypatch):

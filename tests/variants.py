@@ -4,7 +4,7 @@
 
 Variants, of which several may be given:
 shuffled       equation 1 or another objective, but no image meets itself: no pair agrees
-frozen_cnn     the CNN is left as it comes; frozen_vit: the Transformer
+frozen_cnn     the CNN gets no gradient, though batch-norm sees the images; frozen_vit: the ViT
 keep_bn        batch-norm keeps the statistics it came with
 two_views      each arm sees an augmentation of its own
 relations      the cosines between the images of a batch agree, of features, not logits
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cass
 import data
 import pretrain
+import swa
 from common import cli
 
 given = {}  # {variant: its number, or 1.0}
@@ -78,6 +79,8 @@ def main():
     for name, _, number in (word.partition("=") for word in args.variant):
         given[name] = float(number or 1)
     pretrain.CASS = Variant
+    if "keep_bn" in given:
+        swa.update_bn = lambda images, arm: None
     adam, scales = torch.optim.Adam, [given.get("cnn", 1), given.get("vit", 1)]  # in this order
 
     def optimizer(parameters, lr, **kwargs):
