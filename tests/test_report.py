@@ -133,6 +133,7 @@ def test_other_kinds_of_runs_have_a_page(place, page, script):
     assert len(titles) == 3 and found.text.count("tools.dino") == 1
     assert found.text.count("python finetune.py ") == 2 and "--mode=knn" in found.text
     assert found.text.count("Surest errors") == 2 and "Training, by epoch" in found.captions
+    assert found.text.count("nearest images: this run has no weights of its own") == 2
     for folder in ("seeds/mean/seed1", "knn"):
         metrics = json.loads((place / folder / "metrics.json").read_text())
         value = metrics["test"]["macro_f1"]

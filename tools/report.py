@@ -64,6 +64,8 @@ def load(folder, show_names):
     try:
         read_images(run, SimpleNamespace(**run.config["arguments"]), home, show_names)
         if run.test:
+            if not (folder / "best.pt").exists():  # a mean of both arms, k-NN
+                raise cli.UserError("this run has no weights of its own")
             run.arm = maps.load(folder / "best.pt", cli.pick_device("auto"))
     except cli.UserError as error:  # which may name files, unless it is about the model
         run.notes += f"No maps, nor nearest images: {error}" if run.images else ""
