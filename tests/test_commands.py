@@ -38,7 +38,10 @@ def commands():
     for line in sorted(lines):
         words = shlex.split(line)
         steps = "tools.benchmark" in words and "step" in words
-        alike.setdefault("step" if steps else re.split(" --(?:out|amp) ", line)[0], line)
+        same = re.sub(
+            r"report RUN$", "report finetune_cnn_0.1", re.split(" --(?:out|amp) ", line)[0]
+        )
+        alike.setdefault("step" if steps else same, line)
     return list(alike.values())
 
 

@@ -7,7 +7,7 @@ import shlex
 import draw_demo
 import numpy as np
 import pytest
-from conftest import ARMS, ROOT, one_line, run
+from conftest import ARMS, ROOT, one_line
 from PIL import Image
 from test_readers import labels_of, save
 
@@ -372,8 +372,9 @@ def test_images_of_one_colour_do_not_break_the_report(tmp_path, script):
 
 
 @pytest.mark.parametrize("table", ["few", "all"])
-def test_the_recipes_for_a_few_labels(folder, tmp_path, table):
-    """The README's lines, in processes of their own; only the sizes are tiny."""
+def test_the_recipes_for_a_few_labels(folder, tmp_path, table, script, monkeypatch):
+    """The README's lines; only the sizes are tiny."""
+    monkeypatch.chdir(tmp_path)
     names, lines = few_labels(folder, 20)
     (tmp_path / "few.csv").write_text("\n".join(["image,label", *lines]))
     lines = [f"images/{x}" for x in lines] + [f"images/{name}," for name in names[20:]]
@@ -384,8 +385,9 @@ def test_the_recipes_for_a_few_labels(folder, tmp_path, table):
     tiny = ["--epochs", "1", *ARMS, "--cnn-kwargs", "--vit-kwargs"], ["--epochs", "1"]
     for words, more in zip(commands, tiny):
         words = [str(folder) if word == "/path" else word for word in words[1:]]
-        done = run(ROOT / words[0], *words[1:], *more, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        module = {"pretrain.py": pretrain, "finetune.py": finetune}[words[0]]
+        status, _, err = script(module, *words[1:], *more)
+        assert status == 0, err
     metrics = json.loads((tmp_path / table / "finetune_cnn_1/metrics.json").read_text())
     assert metrics["n_train"] + metrics["n_val"] + metrics["n_test"] == 30
     assert (
