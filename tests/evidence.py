@@ -366,7 +366,7 @@ def report():
     parts = [
         "# What pre-training is worth from pre-trained arms",
         "Made by `python tests/evidence.py report` from the cells; how it was planned: "
-        "[protocol.md](protocol.md). Macro F1; differences are from direct use of the arms, paired "
+        "[protocol.md](../protocol.md). Macro F1; differences are from direct use of the arms, paired "
         "by seed, with 95 % intervals of the t distribution; in bold where that excludes zero. "
         "They are conditional on the one split of each set and on these two arms.",
     ]
