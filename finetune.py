@@ -12,7 +12,6 @@ folder each and summary.json. Image size, normalization, data and split come fro
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,7 +178,7 @@ def run_seed(job, args, seed, out):
         return None
     if not args.dry_run:
         checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else ())
-        checkpoint.write_json(out / "config.json", {"command": sys.argv, "arguments": vars(args)})
+        checkpoint.write_json(out / "config.json", checkpoint.configuration(args))
         data.write_split(out, images, split, job.used)
     if not knn and (state is None or "rng" in state):
         metadata = {"script": "finetune.py", "args": vars(args), "seed": seed, "digest": job.digest}

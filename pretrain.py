@@ -10,13 +10,9 @@ the training state), log.jsonl (a line per epoch), config.json, split.csv, dupli
 defaults are the paper's run; docs/differences.md lists what the paper leaves open.
 """
 
-import platform
-import sys
 from pathlib import Path
 
-import timm
 import torch
-import torchvision
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import data
@@ -28,8 +24,6 @@ from common.run import Run, half_cycle, on_device
 from swa import SWA
 
 OUTPUTS = ("cnn.pt", "vit.pt", "last.pt", "log.jsonl", "config.json", "split.csv", "duplicates.csv")
-LIBRARIES = {library.__name__: library.__version__ for library in (torch, torchvision, timm)}
-VERSIONS = {"python": platform.python_version(), **LIBRARIES}
 MAY_CHANGE = {*cli.MAY_CHANGE, "epochs", "fail_on_collapse"}  # when a run is resumed
 ABLATIONS = ("blur", "solarize", "sgd", "sigmoid", "softmax")
 
@@ -147,8 +141,8 @@ def begin(run, args, specs, images, stale=()):
     if distributed.rank() == 0 and not args.dry_run:
         checkpoint.start_folder(run.out, OUTPUTS, OUTPUTS if state is None else stale)
         data.write_split(run.out, images, split)
-        config = {"command": sys.argv, "arguments": vars(args), "device": str(run.device)}
-        config |= {"amp": str(run.amp), "processes": processes, "versions": VERSIONS}
+        config = checkpoint.configuration(args) | {"device": str(run.device)}
+        config |= {"amp": str(run.amp), "processes": processes}
         checkpoint.write_json(run.out / "config.json", config)
     if not images.classes and not (split == "test").any():
         print("without --labels FILE no image is held out: none can be tested on later")

@@ -4,16 +4,27 @@ import contextlib
 import csv
 import json
 import os
+import platform
+import sys
 import time
 import zipfile
 from pathlib import Path
 
+import timm
 import torch
+import torchvision
 from safetensors.torch import load_file  # comes with timm
 
 from common.cli import UserError, refusing
 
 TEXT = {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
+VERSIONS = {library.__name__: library.__version__ for library in (torch, torchvision, timm)}
+VERSIONS["python"] = platform.python_version()
+
+
+def configuration(args):
+    """What config.json says of a command: its words, all of its flags, the versions."""
+    return {"command": sys.argv, "arguments": vars(args), "versions": VERSIONS}
 
 
 @contextlib.contextmanager

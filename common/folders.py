@@ -101,7 +101,8 @@ def read_folder(root, level=None, split=None):
         notes.append(f"no labels: all images are in one folder, {cells[0]}")
     alike = {PARTS.sub("", c) for c in classes}
     if len(alike) == 1 and (level is None or alike == {""}):
-        fix = "--class-depth 1 if they are classes, --labels FILE, or --label-col none"
+        depth = "--class-depth 1 if they are classes" if level is None else "another --class-depth"
+        fix = f"{depth}, --labels FILE, or --label-col none"
         raise UserError(f"{root}: {preview(classes)} are named like parts or splits: give {fix}")
     labels = np.array(cells or names)[:, None] == np.array(classes, str)
     sources = [os.path.join(root, name) for name in names]

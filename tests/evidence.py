@@ -125,6 +125,7 @@ def holm(p):
 
 
 RESULTS = Path(__file__).parents[1] / "results/pretrained"
+PROTOCOL = read_json(Path(__file__).parents[1] / "tools/protocol.json")
 FRACS, ARMS = ("0.01", "0.1"), ("cnn", "vit")
 SETS = {"brain_mri": "Brain MRI", "ham10000": "HAM10000"}
 BASE, PAPERS = "direct use", "equation 1, 1e-3"
@@ -199,7 +200,8 @@ def best(method):
 def chosen():
     """{role in the protocol: row}."""
     roles = {"equation 1, best rate": "equation 1", "chosen objective": ("VICReg", "recipe")}
-    return {role: best(method) for role, method in (roles | {"DINO": "DINO"}).items()}
+    found = {role: best(method) for role, method in roles.items()}
+    return found | {"DINO": f"{best('DINO')}, 1 epoch"}  # in the trials: 2, see the protocol
 
 
 def against(base, values):
@@ -243,9 +245,12 @@ def trials_table(folder):
             if row.startswith("DINO"):
                 rows[-1][1] += "; loss {:.2f}, {:.2f}".format(*last_losses(cell))
     rows.sort(key=lambda row: -row[0])
-    header = ["trial", "score", "CNN, 1 %", "ViT, 1 %", "CNN, 10 %", "ViT, 10 %", "probe, CNN"]
+    header = ["trial", "score", "CNN, 1 %", "ViT, 1 %", "CNN, 10 %", "ViT, 10 %"]
+    header += ["probe, CNN", "probe, ViT"]
     lines = [[row, *(f"{x:.3f}" for x in (first, *rest))] for first, row, *rest in rows]
-    return table([*header, "probe, ViT"], lines)
+    planned = PROTOCOL["tables"].get(folder, {"rows": ()})["rows"]
+    missing = [row for row in planned if row not in cells_of(folder)]
+    return table(header, lines + [[row, "not run", *[""] * 6] for row in missing])
 
 
 def primary(row):
@@ -366,9 +371,9 @@ def report():
     parts = [
         "# What pre-training is worth from pre-trained arms",
         "Made by `python tests/evidence.py report` from the cells; how it was planned: "
-        "[protocol.md](../protocol.md). Macro F1; differences are from direct use of the arms, paired "
-        "by seed, with 95 % intervals of the t distribution; in bold where that excludes zero. "
-        "They are conditional on the one split of each set and on these two arms.",
+        "[protocol.md](../protocol.md). Macro F1; differences are from direct use of the arms, "
+        "paired by seed, with 95 % intervals of the t distribution; in bold where that excludes "
+        "zero. They are conditional on the one split of each set and on these two arms.",
     ]
     if found := primary(chosen_row):
         parts += [

@@ -292,7 +292,7 @@ def test_the_trials_choose_the_highest_score_of_dino_only_where_it_learned(resul
     assert evidence.chosen() == {
         "equation 1, best rate": "equation 1, 1e-5",
         "chosen objective": "recipe a",
-        "DINO": "DINO, 1e-3",
+        "DINO": "DINO, 1e-3, 1 epoch",
     }
     results("trials", cell("DINO, 1e-5", 100, flat(0.1, 0.1), losses_of(7.0, 7.4)))
     results("trials", cell("recipe a", 100, flat(0.3, 0.3)))

@@ -26,9 +26,8 @@ import torch
 import data
 from cass import build_arm
 from common import cli, decode, readers, results, splits, starts
-from common.checkpoint import atomic_open, read_json, write_csv, write_json
+from common.checkpoint import VERSIONS, atomic_open, read_json, write_csv, write_json
 from common.run import seconds_per_step
-from pretrain import VERSIONS
 
 PAPER = read_json(Path(__file__).with_name("paper.json"))
 for _key, _ours in read_json(Path(__file__).with_name("protocol.json")).items():

@@ -25,7 +25,6 @@ import data
 import predict
 from common import checkpoint, cli, collapse, metrics, readers, results, splits, starts
 from common.run import on_device
-from pretrain import VERSIONS
 from tools import maps
 
 with contextlib.suppress(ImportError):  # main() says so
@@ -188,7 +187,7 @@ def features(run, index):
 
 
 def repeats(run):
-    """The commands that repeat a run, and (package, version here, of pre-training)."""
+    """The commands that repeat a run, and (package, version here, of the first command)."""
     made, lines = [run.config], []
     with contextlib.suppress(cli.UserError, KeyError, TypeError):  # a baseline has no --ckpt
         before = Path(run.config["arguments"]["ckpt"][0]).with_name("config.json")
@@ -198,8 +197,8 @@ def repeats(run):
         path = Path(x["command"][0])
         script = ["-m", f"tools.{path.stem}"] if path.parent.name == "tools" else [path.name]
         lines.append(shlex.join(["python", *script, *starts.words_of(flags)]))
-    before = made[0].get("versions", {})
-    return "\n".join(lines), [(k, x, before.get(k, "not known")) for k, x in VERSIONS.items()]
+    before, now = made[0].get("versions", {}), checkpoint.VERSIONS.items()
+    return "\n".join(lines), [(k, x, before.get(k, "not known")) for k, x in now]
 
 
 def main():
