@@ -105,7 +105,7 @@ def begin(args):
 
 
 def main():
-    if distributed.world_size() > 1:
+    if distributed.WORLD_SIZE > 1:
         raise cli.UserError("finetune.py runs in one process, without torchrun: one GPU is enough")
     args = parse_arguments()
     device = cli.pick_device(args.device)
@@ -134,7 +134,11 @@ def main():
     split = data.split_and_report(images, args.seed, args.dedup, arms[0].carried, args.allow_seen)
     hashes = images.table["hash"].view("int64")  # of the pixels
     seen = np.isin(hashes, torch.cat([start.seen for start in arms]))
-    results.refuse_untestable(images, split, seen, args.allow_seen)
+    for side in [x for x in splits.SIDES if x not in split]:
+        raise cli.UserError(f"{images.path}: {len(images)} images leave none for the {side} split")
+    if seen[split == "test"].all() and not args.allow_seen:
+        what = "pre-training saw all test images; add new or --allow-seen"
+        raise cli.UserError(f"{images.path}: {what}")
     job = SimpleNamespace(images=images, split=split, hashes=hashes, seen=seen, bs=args.bs)
     job.device, job.amp, job.workers, job.linear = device, amp, args.workers, args.mode == "linear"
     for part, job.start, job.ckpt in zip(parts, arms, args.ckpt or [None]):
@@ -213,7 +217,7 @@ def saved_state(folder):
     best, last = folder / "best.pt", folder / "last.pt"
     if best.exists():
         training = starts.load_weights(best).get("training")
-        starts.check(best, training, starts.FINISHED)
+        starts.check(best, training, starts.BEST)
         return training
     if last.exists():
         return starts.load_last(last, "finetune.py")

@@ -118,7 +118,7 @@ def begin(run, args, specs, images, stale=()):
     """Decode and split the images; clear --out, of `stale` files alone where a run on the same ones
     is resumed; write split.csv and config.json. Returns the indices of the training images and the
     {key: value} of the weights files that come of them; last.pt's go to the run."""
-    state, processes = run.state, distributed.world_size()
+    state, processes = run.state, distributed.WORLD_SIZE
     if state is None:  # what the initial weights saw counts too; read before anything is removed
         from common.starts import carried_by
 
@@ -127,7 +127,7 @@ def begin(run, args, specs, images, stale=()):
     with distributed.one_first():
         images.decode(args.img_size, data.cache_dir(args.cache), args.skip_bad, args.dry_run)
     split = data.split_and_report(images, args.seed, args.dedup, initial, allow_seen=True)
-    run.monitor = None if distributed.rank() else collapse.Monitor(images, split, args.seed)
+    run.monitor = None if distributed.RANK else collapse.Monitor(images, split, args.seed)
     index = (split == "train").nonzero()[0]
     if len(index) < 2 * processes:
         raise UserError(f"{images.path}: {len(index)} training images are too few")
@@ -138,7 +138,7 @@ def begin(run, args, specs, images, stale=()):
         way_out = "copy the data and last.pt to every machine"
         raise UserError(f"{images.path}: the processes found other images or states; {way_out}")
     run.metadata |= {"args": vars(args), "processes": processes, "seen": seen, "initial": initial}
-    if distributed.rank() == 0 and not args.dry_run:
+    if distributed.RANK == 0 and not args.dry_run:
         checkpoint.start_folder(run.out, OUTPUTS, OUTPUTS if state is None else stale)
         data.write_split(run.out, images, split)
         config = checkpoint.configuration(args) | {"device": str(run.device)}
@@ -164,7 +164,7 @@ def main():
     add("--grad-checkpointing", **flag, help="recompute activations: less memory, more time")
     args, run, specs = prepare(parser, "pretrain.py", MAY_CHANGE)
     device, out, state = run.device, run.out, run.state
-    if args.objective != "cosine" and args.bs * distributed.world_size() == 1:
+    if args.objective != "cosine" and args.bs * distributed.WORLD_SIZE == 1:
         raise UserError(f"--objective {args.objective} compares images of a batch: --bs 2 or more")
     if {"sigmoid", "softmax"} <= set(args.ablation):
         raise UserError("--ablation takes sigmoid or softmax, not both")
@@ -185,7 +185,7 @@ def main():
     augment = (name in args.ablation for name in ("blur", "solarize"))
     transform = data.augmentation(args.img_size, *augment)
     dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
-    share = distributed.rank(), distributed.world_size()
+    share = distributed.RANK, distributed.WORLD_SIZE
     batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, *share)
     loader = data.loader(dataset, batches, device, args.workers)
     run.react = lambda row: collapse.react(row, args.objective, args.fail_on_collapse)
@@ -194,7 +194,7 @@ def main():
         return
     schedule = (args.lr, args.min_lr, args.t_max, args.swa_start, "sgd" in args.ablation)
     swa = train(model, loader, run, args.epochs, *schedule)
-    if distributed.rank() == 0:
+    if distributed.RANK == 0:
         batches = data.EpochBatches(len(dataset), args.bs, args.seed)  # all, in this process
         batches.epoch = args.epochs
         loader = data.loader(dataset, batches, device, args.workers)

@@ -41,13 +41,18 @@ def add_arguments(parser):
     add("--img-size", type=positive, default=384, help="side of the images in pixels (F.2.2)")
 
 
-def make_arm(flag, name, init, img_size, **model_kwargs):
+def make_arm(flag, name, init, img_size, /, **model_kwargs):
     """cass.build_arm, where init may also be a weights file. Raises UserError, naming the flag."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
         raise UserError(f"{flag}: no model {name!r}; close names: {', '.join(close) or 'none'}")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # one line is enough
-    init = init if init in ("imagenet", "random") else checkpoint.load_state_dict(init)
+    if init not in ("imagenet", "random"):
+        file, init = init, checkpoint.load(init)  # ours, or another with timm's keys
+        for key in ("state_dict", "model"):
+            init = init[key] if isinstance(init.get(key), dict) else init
+        if not all(map(torch.is_tensor, init.values())):
+            raise UserError(f"{file}: holds no state dict")
     try:
         return channels_last(build_arm(name, img_size, init=init, **model_kwargs))
     except (TypeError, AssertionError, RuntimeError, KeyError, AttributeError, ValueError) as error:
@@ -72,11 +77,10 @@ def rebuild_kwargs(name, img_size, kwargs):
 @torch.no_grad()
 def output_shape(model, img_size, name):
     """Shape of the output for one image. Raises UserError where the model takes no such images."""
-    try:
-        with refusing(f"{name} accepts no images of 3x{img_size}x{img_size}:"):
-            return tuple(model.eval()(torch.zeros(1, 3, img_size, img_size)).shape)
-    finally:
-        model.train()  # as timm makes it
+    with refusing(f"{name} accepts no images of 3x{img_size}x{img_size}:"):
+        output = model.eval()(torch.zeros(1, 3, img_size, img_size))
+    model.train()  # as timm makes it
+    return tuple(output.shape)
 
 
 def check_pair(cnn, vit, img_size):

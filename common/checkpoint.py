@@ -4,7 +4,6 @@ import contextlib
 import csv
 import json
 import os
-import platform
 import sys
 import time
 import zipfile
@@ -19,7 +18,7 @@ from common.cli import UserError, refusing
 
 TEXT = {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
 VERSIONS = {library.__name__: library.__version__ for library in (torch, torchvision, timm)}
-VERSIONS["python"] = platform.python_version()
+VERSIONS["python"] = sys.version.split()[0]
 
 
 def configuration(args):
@@ -103,14 +102,3 @@ def load(path):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")  # torch does not look at them
         return {**torch.load(path, map_location="cpu", weights_only=True)}
-
-
-def load_state_dict(path):
-    """The state dict in a weights file, ours or another with timm's keys. Raises UserError."""
-    weights = load(path)
-    for key in ("state_dict", "model"):
-        if isinstance(weights.get(key), dict):
-            weights = weights[key]
-    if not all(map(torch.is_tensor, weights.values())):
-        raise UserError(f"{path}: holds no state dict")
-    return weights

@@ -103,7 +103,7 @@ def run(main):
                 sys.exit(1)
             status, line = explain(error)
             traceback.clear_frames(error.__traceback__)  # closes the progress bar
-            where = f" (process {distributed.rank()})" if distributed.rank() else ""
+            where = f" (process {distributed.RANK})" if distributed.RANK else ""
             print(f"error{where}: {line}", file=sys.stderr)
             sys.exit(status)
 
@@ -121,7 +121,7 @@ def lock(descriptor, shared=False):
 
 def claim(folder):
     """Make an output folder, for this command alone until it ends. Raises UserError."""
-    if distributed.rank():
+    if distributed.RANK:
         return
     with refusing(f"{folder}: give another folder with --out, this one cannot be used:", OSError):
         made = not folder.exists()
@@ -181,7 +181,7 @@ def refuse_inputs(outputs, *inputs):
 
 def progress(iterable=None, unit="img", **kwargs):
     """A tqdm bar over images: updated often on a terminal, seldom in a log file."""
-    kwargs |= {"mininterval": 0.2 if sys.stderr.isatty() else 30, "disable": distributed.rank() > 0}
+    kwargs |= {"mininterval": 0.2 if sys.stderr.isatty() else 30, "disable": distributed.RANK > 0}
     return tqdm(iterable, unit=unit, dynamic_ncols=True, **kwargs)
 
 
@@ -208,7 +208,7 @@ def pick_device(name):
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
-    if name == "cuda" and distributed.world_size() > 1:
+    if name == "cuda" and distributed.WORLD_SIZE > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # a GPU for each process of torchrun
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it and --amp is off
     with refusing(f"--device {name}:", (RuntimeError, AssertionError)):

@@ -9,25 +9,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-
-def rank():
-    """Number of this process, from 0. Only process 0 writes and prints."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size():
-    """How many processes train together: torchrun says it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))  # number of this process; only process 0 writes and prints
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many train together; torchrun sets both
 
 
 def start(device):
     """Join the other processes, each with a device of its own."""
-    if world_size() == 1:
+    if WORLD_SIZE == 1:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    if rank():
+    if RANK:
         sys.stdout = open(os.devnull, "w")
 
 
@@ -40,12 +33,12 @@ def stop():
 
 def wrap(module):
     """The module under DistributedDataParallel, or itself in a single process."""
-    return torch.nn.parallel.DistributedDataParallel(module) if world_size() > 1 else module
+    return torch.nn.parallel.DistributedDataParallel(module) if WORLD_SIZE > 1 else module
 
 
 def all_reduce(tensor, op="SUM"):
     """The tensor, reduced in place over all processes."""
-    if world_size() > 1:
+    if WORLD_SIZE > 1:
         dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
     return tensor
 
@@ -59,12 +52,12 @@ def agree(numbers, device):
 def gather(x):
     """(n, ...) of this process -> (N, ...) of all, in the order of their ranks; n may differ. The
     gradient into x is that of the sum over the processes: DistributedDataParallel averages it."""
-    if world_size() == 1:
+    if WORLD_SIZE == 1:
         return x
-    sizes = torch.tensor([len(x) * (i == rank()) for i in range(world_size())], device=x.device)
+    sizes = torch.tensor([len(x) * (i == RANK) for i in range(WORLD_SIZE)], device=x.device)
     parts = [x.new_zeros(n, *x.shape[1:]) for n in all_reduce(sizes).tolist()]
-    mine = torch.cat([*parts[: rank()], x, *parts[rank() + 1 :]])
-    zeros = (mine - mine.detach()) * world_size()  # that carry the gradient
+    mine = torch.cat([*parts[:RANK], x, *parts[RANK + 1 :]])
+    zeros = (mine - mine.detach()) * WORLD_SIZE  # that carry the gradient
     return all_reduce(mine.detach().clone()) + zeros
 
 
@@ -72,8 +65,8 @@ def gather(x):
 def one_first():
     """Inside `with`, one process of each machine goes first: images are decoded once."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if world_size() > 1 and not first:
+    if WORLD_SIZE > 1 and not first:
         dist.barrier()
     yield
-    if world_size() > 1 and first:
+    if WORLD_SIZE > 1 and first:
         dist.barrier()

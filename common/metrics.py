@@ -30,17 +30,15 @@ def fit_temperature(logits, labels, multilabel):
 
 
 def probabilities_of(logits, T, multilabel):
-    """Logits (N, C) -> two (N, C) arrays: a sigmoid for each class, as trained (F.3.2), and one
-    distribution over the classes, softmax(logits / T), which sums to 1; multi-label: sigmoids of
-    logits / T. Both predict the same."""
+    """Logits (N, C) -> two (N, C) arrays that predict the same: sigmoids of the classes, as trained
+    (F.3.2); softmax(logits / T), which sums to 1, or, multi-label, sigmoids of logits / T."""
     scaled = logits / T
     both = logits.sigmoid(), scaled.sigmoid() if multilabel else scaled.softmax(1)
     return [x.cpu().numpy() for x in both]
 
 
 def auroc(positive, score, weights):
-    """(B,) areas under the ROC curve, ties as half, of (N,) bool by (N,) scores that count weights
-    (B, N) times; NaN where one side is empty."""
+    """(B,) AUROC, ties as half, of (N,) bool by (N,) scores, weights (B, N); NaN: an empty side."""
     order = score.argsort()
     first = np.unique(score[order], return_index=True)[1]
     sides = (weights[:, order] * side[order] for side in (positive, ~positive))
@@ -50,8 +48,7 @@ def auroc(positive, score, weights):
 
 
 def decisions(labels, p, multilabel):
-    """Confidence (N, K) and whether it is right, (N, K), of probabilities p (N, C): K is 1, what is
-    predicted; multi-label: C."""
+    """(N, K) confidence and whether right, of p (N, C); K: 1, what is predicted; multi-label: C."""
     best = p.argmax(1)[:, None]
     return (p, labels) if multilabel else [np.take_along_axis(x, best, 1) for x in (p, labels)]
 
@@ -118,8 +115,7 @@ def ece_limits(replicates, ece, U):
 
 
 def too_few(units, labels):
-    """Which scores have too few units for an interval, {score: bool} and {score: (C,) bool}, and
-    how many units have each label."""
+    """{score: bool}, {score: (C,) bool}: too few units for an interval; and units of each label."""
     U = len(np.unique(units))
     counts = np.array([[len(np.unique(units[x])) for x in y.T] for y in (labels, ~labels)])
     few = (U < FEW) | (counts < FEW_OF_CLASS)  # with the label, without it

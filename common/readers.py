@@ -76,9 +76,8 @@ class ImageSet:
 
 
 def read(path, images=None, label_col=None, multilabel=False, group_col=None, split=None, **more):
-    """The ImageSet at `path`, by the data flags. images: the other half, where `path` is a folder
-    or a CSV file of labels; more: group_near and, of CSV files, image_col, uncertain, skip_bad.
-    Raises UserError."""
+    """The ImageSet at `path`, by the data flags. images: the other half of a folder or CSV file of
+    labels; more: group_near and, of CSV files, image_col, uncertain, skip_bad. Raises UserError."""
     from common import folders, tables  # which import this module
 
     level, group_near = label_col[0] if label_col else None, more.pop("group_near", False)

@@ -183,12 +183,3 @@ def refuse_unlabelled(images):
     """Raise UserError where an ImageSet has nothing to tell apart."""
     if len(images.classes) < (1 if images.multilabel else 2):
         raise UserError(f"{images.path}: has no labels, or one class; give class folders or a CSV")
-
-
-def refuse_untestable(images, split, seen, allow_seen):
-    """Raise UserError where a side of the split (N,) is empty or, unless allowed, pre-training saw
-    (N,) bool all test images."""
-    if none := [part for part in SIDES if part not in split]:
-        raise UserError(f"{images.path}: {len(images)} images leave none for the {none[0]} split")
-    if seen[split == "test"].all() and not allow_seen:
-        raise UserError(f"{images.path}: pre-training saw all test images; add new or --allow-seen")

@@ -65,9 +65,8 @@ class Run:
 
     def __post_init__(self):
         self.components, self.status, self.signal = {}, "", 0  # signal: that came, to be heeded
-        saved = self.state or {}
         new = dict(epoch=0, batch=0, iteration=0, loss=[0.0], seconds=0, log=[*self.log], start={})
-        self.progress = new | {key: x for key, x in saved.items() if key in {*new, "best"}}
+        self.progress = new | {k: x for k, x in (self.state or {}).items() if k in {*new, "best"}}
 
     def track(self, **components):
         """{name: module, optimizer, ...}: what last.pt saves; when resuming, restored here."""
@@ -80,7 +79,7 @@ class Run:
     def announce(self, step, model, loader, epochs, val_mask=()):
         """Print how long the epochs take here, from a few timed steps. step: batch -> loss of the
         model; val_mask: true for images that are only evaluated, at a third of the cost."""
-        sampler, dataset, processes = loader.batch_sampler, loader.dataset, distributed.world_size()
+        sampler, dataset, processes = loader.batch_sampler, loader.dataset, distributed.WORLD_SIZE
         size = min(sampler.batch_size // processes, len(dataset))
         began = time.perf_counter()
         batch = loader.collate_fn([dataset[0, i] for i in range(size)])
@@ -116,7 +115,7 @@ class Run:
             while self.epoch < n and not done(self.epoch):
                 self.sampler.epoch, self.sampler.start = self.epoch, self.progress["batch"]
                 loss = self.progress["loss"]
-                self.loss = torch.tensor(loss[distributed.rank() % len(loss)], device=self.device)
+                self.loss = torch.tensor(loss[distributed.RANK % len(loss)], device=self.device)
                 self.began = time.perf_counter() - self.progress["seconds"]
                 yield self.epoch
 
@@ -127,7 +126,7 @@ class Run:
             yield images
             self.progress["iteration"] += 1
             size = len(images[0] if isinstance(images, list) else images)
-            self.bar.update(size * distributed.world_size())
+            self.bar.update(size * distributed.WORLD_SIZE)
             if self.iteration % 20 == 0:  # the one wait for the device
                 self.check_finite()
                 self.show(f"loss {self.last.item():.3g}")
@@ -146,7 +145,7 @@ class Run:
         every, seconds = self.save_every, time.perf_counter() - self.saved
         timed = isinstance(every, float)
         due = seconds >= 60 * every if timed else bool(every) and self.iteration % every == 0
-        if distributed.world_size() == 1:
+        if distributed.WORLD_SIZE == 1:
             return self.signal, due
         if self.device.type == "cuda" and self.iteration % 20:
             return 0, due and not timed
@@ -163,14 +162,13 @@ class Run:
     def mean_loss(self):
         """Mean loss of the epoch, over its steps and all processes."""
         total = distributed.all_reduce(self.loss.clone()).item()
-        return total / (len(self.sampler) * distributed.world_size())
+        return total / (len(self.sampler) * distributed.WORLD_SIZE)
 
     def end_epoch(self, **numbers):
         """Log a row of numbers, and what the monitor measures; write last.pt."""
         self.check_finite()
-        took = time.perf_counter() - self.began
-        row = {"epoch": self.epoch + 1, "iteration": self.iteration, **numbers}
-        row["seconds"] = round(took, 3)
+        epoch, took = self.epoch + 1, time.perf_counter() - self.began
+        row = {"epoch": epoch, "iteration": self.iteration, **numbers, "seconds": round(took, 3)}
         if self.models is not None:
             row["images_per_second"] = round(self.sampler.n / took, 2)
             row["arms"] = "+".join(self.models)
@@ -180,7 +178,7 @@ class Run:
             self.status = collapse.change(self.progress["start"], row)
             row |= {"start": self.progress["start"]} if row["epoch"] == 1 else {}
         self.progress["log"] = [*self.progress["log"], row]
-        stop = self.signal if distributed.world_size() == 1 else 0  # since the last step
+        stop = self.signal if distributed.WORLD_SIZE == 1 else 0  # since the last step
         skip = time.perf_counter() - self.saved < self.seconds_between_saves and not stop
         self.save(stop, skip, epoch=row["epoch"], batch=0, loss=[0.0], seconds=0.0)
         self.react(row)
@@ -188,11 +186,11 @@ class Run:
     def save(self, stop=0, log_only=False, **progress):
         """Write last.pt and log.jsonl, whole or not at all; then stop by this signal."""
         self.progress.update(progress)
-        if distributed.rank() == 0 and not log_only:
+        if distributed.RANK == 0 and not log_only:
             states = {name: part.state_dict() for name, part in self.components.items()}
             states["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
             checkpoint.save(self.out / "last.pt", {**self.metadata, **self.progress, **states})
-        if distributed.rank() == 0:
+        if distributed.RANK == 0:
             checkpoint.write_json_lines(self.out / "log.jsonl", self.progress["log"])
         self.saved = self.saved if log_only else time.perf_counter()
         if stop:

@@ -14,16 +14,14 @@ import torch
 from common import arms, checkpoint, distributed
 from common.cli import UserError, preview, refusing
 
-TENSOR, NONE = torch.Tensor, type(None)
-HISTORY = {"seen": (TENSOR, NONE), "split": (TENSOR, NONE)}  # of what weights were trained on
+HISTORY = dict.fromkeys(("seen", "split"), torch.Tensor | None)  # of what weights were trained on
 WEIGHTS = dict(arch=str, arm=str, model_kwargs=dict, num_classes=int, img_size=int, mean=list)
-WEIGHTS |= dict(std=list, seed=int, data=dict, state_dict=dict, class_names=(list, NONE), **HISTORY)
-WEIGHTS["temperature"] = (float, NONE)
-FINISHED = {"log": list, "best_epoch": int, "best_loss": float, "best_val": dict, "digest": int}
-FINISHED["temperature"] = float
+WEIGHTS |= dict(std=list, seed=int, data=dict, state_dict=dict, class_names=list | None, **HISTORY)
+WEIGHTS["temperature"] = float | None
+BEST = dict(log=list, best_epoch=int, best_loss=float, best_val=dict, digest=int, temperature=float)
 TRAINING = {"args": dict, "epoch": int, "batch": int, "iteration": int, "loss": list, "log": list}
 TRAINING |= {"seconds": float, "rng": dict}
-PRETRAINING = {**TRAINING, "processes": int, "seen": TENSOR, "initial": TENSOR}
+PRETRAINING = {**TRAINING, "processes": int, "seen": torch.Tensor, "initial": torch.Tensor}
 LAST = {"pretrain.py": PRETRAINING, "tools.dino": {**PRETRAINING, "phase": int}}
 LAST["finetune.py"] = {**TRAINING, "seed": int, "digest": int, "best": dict}
 RULES = {  # for values of the right type
@@ -37,7 +35,7 @@ RULES = {  # for values of the right type
     "class_names": lambda x: all(isinstance(name, str) for name in x),
     "seen": lambda x: x.dtype == torch.int64 and x.ndim == 1,
     "split": lambda x: x.dtype == torch.int64 and len(x) == 2 and set(x[1].tolist()) <= {0, 1, 2},
-    "data": lambda x: all(isinstance(value, (str, bool, list, NONE)) for value in x.values()),
+    "data": lambda x: all(isinstance(value, str | bool | list | None) for value in x.values()),
     "loss": lambda x: x and all(map(isfinite, x)),
     "log": lambda x: all(isinstance(row, dict) for row in x),
     "best": lambda x: isinstance(x["best_epoch"], int) and isinstance(x["best_loss"], float),
@@ -74,10 +72,9 @@ def resumed(parser, args, script, may_change):
     if args.resume is True and not last.exists():
         return args, None
     state = load_last(last, script)
-    if (n := state.get("processes", 1)) != distributed.world_size():
+    if (n := state.get("processes", 1)) != distributed.WORLD_SIZE:
         raise UserError(f"{last}: resume with as many processes: torchrun --nproc-per-node {n}")
-    values = map(state["args"].get, ("seeds", "ckpt"))  # of finetune.py: of several a folder each
-    deep = sum(isinstance(value, list) and len(value) > 1 for value in values)
+    deep = sum(len(state["args"].get(x) or ()) > 1 for x in ("seeds", "ckpt"))  # a folder each
     parser.set_defaults(out=str(last.absolute().parents[deep]))
     return parse_again(parser, state["args"], may_change, last), state
 

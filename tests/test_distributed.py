@@ -74,7 +74,7 @@ def arms():
     return build_arm("test_vit", 32), build_arm("test_vit2", 32)
 
 arms()  # the seed, and as many draws as before the test's own images
-images, first = torch.randn(16, 3, 32, 32), distributed.rank() == 0
+images, first = torch.randn(16, 3, 32, 32), distributed.RANK == 0
 found = [step(images[:8] if first else images[8:])]
 whole = lambda R, T: vicreg(distributed.gather(R), distributed.gather(T))
 found.append(step(images[:6] if first else images[6:11], objective=whole))  # of different size
@@ -136,7 +136,7 @@ import pretrain
 train = pretrain.train
 def note(method, *more):
     swa = train(method, *more)
-    torch.save(method.state_dict(), f"rank{{distributed.rank()}}.pt")
+    torch.save(method.state_dict(), f"rank{{distributed.RANK}}.pt")
     return swa
 pretrain.train = note
 cli.run(pretrain.main)
@@ -190,7 +190,7 @@ def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):
     entry = ENTRY.format(root=str(ROOT)).replace(
         "cli.run",
         """
-if distributed.rank() == 1:
+if distributed.RANK == 1:
     import os, swa
     swa.SWA.after_step = lambda self, iteration: iteration == 2 and os.kill(os.getpid(), 9)
 cli.run""",

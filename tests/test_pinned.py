@@ -561,9 +561,9 @@ from cass import CASS
 forward, batches = CASS.forward, []
 def note(self, images):
     if not batches:
-        torch.save(self.state_dict(), f"start{{rank()}}.pt")
+        torch.save(self.state_dict(), f"start{{RANK}}.pt")
     batches.append(images.detach().clone())
-    torch.save(batches, f"batches{{rank()}}.pt")
+    torch.save(batches, f"batches{{RANK}}.pt")
     return forward(self, images)
 if "NOTE" in os.environ:
     CASS.forward = note
@@ -575,7 +575,7 @@ def stop(self, iteration):
 swa.SWA.after_step = stop
 cli.run(pretrain.main)
 """
-IMPORTS = "from common import cli\nfrom common.distributed import rank"
+IMPORTS = "from common import cli\nfrom common.distributed import RANK"
 
 
 def two_processes(cwd, *arguments, **env):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import draw_demo
 import numpy as np
@@ -571,8 +572,10 @@ def spoil(folder):
         (["--data", "images", "--cnn", "resnet5O"], "--cnn.*resnet5O.*resnet50"),
         (["--data", "images", "--cnn-kwargs", "num_classes=7"], r"paired.*\(1, 7\).*\(1, 1000\)"),
         (["--data", "images", "--cnn-kwargs", "nonsense=7"], "--cnn test_resnet.*nonsense"),
+        (["--data", "images", "--cnn-kwargs", "flag=7"], "--cnn test_resnet.*flag"),
         (["--data", "images", "--init", "imagenet"], "ImageNet.*--init random.*--init-cnn FILE"),
         (["--data", "images", "--init-vit", "nothing.pt"], "nothing.pt"),
+        (["--data", "images", "--init-vit", "odd.pt"], "odd.pt: holds no state dict"),
         (["--data", "images", "--epochs", "-1"], "--epochs"),
         (["--data", "images", "--devise", "cpu"], "--devise"),
         (["--data", "images", "--device", "cuda:77"], "--device cuda:77"),
@@ -587,11 +590,28 @@ def spoil(folder):
 )
 def test_pretraining_refuses(folder, script, monkeypatch, arguments, message):
     monkeypatch.chdir(folder.parent)
+    torch.save({"epoch": 1}, "odd.pt")
     status, _, err = script(pretrain, *ARMS, *arguments)
     assert status == 2
-    import re
-
     assert re.search(message, one_line(err)), err
+
+
+def test_a_side_that_is_empty_or_was_seen_is_refused(pretrained, folder, tmp_path, script):
+    own = {r["path"]: r["split"] for r in rows(pretrained / "split.csv")}
+
+    def tune(split):
+        lines = [f"{path},{side}" for path, side in split.items()]
+        (tmp_path / "own.csv").write_text("\n".join(["path,split", *lines]))
+        flags = "--split", tmp_path / "own.csv", "--epochs", 1, "--out", tmp_path / "tuned"
+        return script(finetune, "--ckpt", pretrained / "cnn.pt", *flags)
+
+    seen = {k: {"train": "test", "test": "train"}.get(v, v) for k, v in own.items()}
+    status, _, err = tune(seen)
+    assert status == 2 and "pre-training saw all test images; add new or" in one_line(err)
+    few = draw_classes(tmp_path / "few", {"a": 1, "b": 1})
+    flags = "--arch", "test_resnet", "--init", "random", "--img-size", 32, "--data", few
+    status, _, err = script(finetune, *flags, "--out", tmp_path / "few_tuned")
+    assert status == 2 and "2 images leave none for the test split" in one_line(err)
 
 
 def test_file_names_of_any_bytes(folder, tmp_path, script):

@@ -111,7 +111,7 @@ class DINO(nn.Module):
             teacher = self.teacher(sizes[0]).float().unflatten(0, (2, -1))
         student = torch.cat([self.student(x).float() for x in sizes]).unflatten(0, (len(views), -1))
         loss = dino_loss(student, teacher, self.center, STUDENT_TEMP, self.teacher_temp)
-        mean = distributed.all_reduce(teacher.mean((0, 1))) / distributed.world_size()
+        mean = distributed.all_reduce(teacher.mean((0, 1))) / distributed.WORLD_SIZE
         self.center.mul_(CENTER_MOMENTUM).add_(mean, alpha=1 - CENTER_MOMENTUM)
         return loss
 
@@ -202,7 +202,7 @@ def main():
     args, run, specs = pretrain.prepare(parser, "tools.dino", lr=None, t_max="run")
     if args.t_max != "run":
         raise cli.UserError("--t-max: DINO's learning rate has one descent; leave the flag out")
-    args.lr = 5e-4 * args.bs * distributed.world_size() / 256 if args.lr is None else args.lr
+    args.lr = 5e-4 * args.bs * distributed.WORLD_SIZE / 256 if args.lr is None else args.lr
     device, out, state, size = run.device, run.out, run.state, args.img_size
     images = readers.read(args.data, **data.options(args))
     first = 0 if state is None else state["phase"]
@@ -213,7 +213,7 @@ def main():
         backbone, dim = make_backbone(f"--{arm}", name, init, size, **kwargs)
         models[arm] = DINO(arm, backbone, dim, args.outputs, args.momentum, args.teacher_temp)
     train_index, saved = pretrain.begin(run, args, specs, images)
-    share = distributed.rank(), distributed.world_size()
+    share = distributed.RANK, distributed.WORLD_SIZE
     for run.metadata["phase"], (arm, (name, _, kwargs)) in enumerate(todo, first):
         model = models.pop(arm)
         transform = multi_crop(size, local_size(model.arms[arm], size), args.crops)
@@ -224,7 +224,7 @@ def main():
         if args.dry_run:
             return
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
-        if distributed.rank() == 0:
+        if distributed.RANK == 0:
             arms.save(out, arm, model.arms[arm], name, kwargs, size, saved)
         run = replace(run, state=None, log=run.progress["log"])
     print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: the teachers")
