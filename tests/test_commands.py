@@ -101,6 +101,8 @@ def workplace(tmp_path_factory):
         (place / name).mkdir()
         for file in (*place.glob("*.pt"), *place.glob("*.json*"), *place.glob("*s*.csv")):
             shutil.copy(file, place / name)
+    (place / "results/pretrained").mkdir(parents=True)
+    shutil.copy(made["cnn"] / "split.csv", place / "results/pretrained/brain_mri.csv")
     (place / "docs").mkdir()
     shutil.copy(ROOT / "docs/demo.npz", place / "docs")
     yield place
