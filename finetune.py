@@ -134,8 +134,9 @@ def main():
     split = data.split_and_report(images, args.seed, args.dedup, arms[0].carried, args.allow_seen)
     hashes = images.table["hash"].view("int64")  # of the pixels
     seen = np.isin(hashes, torch.cat([start.seen for start in arms]))
-    for side in [x for x in splits.SIDES if x not in split]:
-        raise cli.UserError(f"{images.path}: {len(images)} images leave none for the {side} split")
+    if none := [side for side in splits.SIDES if side not in split]:
+        what = f"{len(images)} images leave none for the {none[0]} split"
+        raise cli.UserError(f"{images.path}: {what}")
     if seen[split == "test"].all() and not args.allow_seen:
         what = "pre-training saw all test images; add new or --allow-seen"
         raise cli.UserError(f"{images.path}: {what}")

@@ -9,21 +9,26 @@ import time
 import zipfile
 from pathlib import Path
 
-import timm
 import torch
-import torchvision
 from safetensors.torch import load_file  # comes with timm
 
 from common.cli import UserError, refusing
 
 TEXT = {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
-VERSIONS = {library.__name__: library.__version__ for library in (torch, torchvision, timm)}
-VERSIONS["python"] = sys.version.split()[0]
+
+
+def versions():
+    """{library or "python": its version}."""
+    import timm  # data.py and processes of the loader do without
+    import torchvision
+
+    found = {library.__name__: library.__version__ for library in (torch, torchvision, timm)}
+    return {**found, "python": sys.version.split()[0]}
 
 
 def configuration(args):
     """What config.json says of a command: its words, all of its flags, the versions."""
-    return {"command": sys.argv, "arguments": vars(args), "versions": VERSIONS}
+    return {"command": sys.argv, "arguments": vars(args), "versions": versions()}
 
 
 @contextlib.contextmanager

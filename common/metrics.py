@@ -38,7 +38,8 @@ def probabilities_of(logits, T, multilabel):
 
 
 def auroc(positive, score, weights):
-    """(B,) AUROC, ties as half, of (N,) bool by (N,) scores, weights (B, N); NaN: an empty side."""
+    """(B,) areas under the ROC curve, ties as half, of (N,) bool by (N,) scores that count weights
+    (B, N) times; NaN where one side is empty."""
     order = score.argsort()
     first = np.unique(score[order], return_index=True)[1]
     sides = (weights[:, order] * side[order] for side in (positive, ~positive))
@@ -48,7 +49,8 @@ def auroc(positive, score, weights):
 
 
 def decisions(labels, p, multilabel):
-    """(N, K) confidence and whether right, of p (N, C); K: 1, what is predicted; multi-label: C."""
+    """Confidence (N, K) and whether it is right, (N, K), of probabilities p (N, C): K is 1, what is
+    predicted; multi-label: C."""
     best = p.argmax(1)[:, None]
     return (p, labels) if multilabel else [np.take_along_axis(x, best, 1) for x in (p, labels)]
 
@@ -115,7 +117,8 @@ def ece_limits(replicates, ece, U):
 
 
 def too_few(units, labels):
-    """{score: bool}, {score: (C,) bool}: too few units for an interval; and units of each label."""
+    """Which scores have too few units for an interval, {score: bool} and {score: (C,) bool}, and
+    how many units have each label."""
     U = len(np.unique(units))
     counts = np.array([[len(np.unique(units[x])) for x in y.T] for y in (labels, ~labels)])
     few = (U < FEW) | (counts < FEW_OF_CLASS)  # with the label, without it

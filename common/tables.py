@@ -204,7 +204,8 @@ def _image_paths(table, index, column, skip_bad):
 
 
 def _labels(table, others, label_col=None, multilabel=False, uncertain=None):
-    """Columns (told or of others), labels (N, C) bool, labelled (N,) bool, C classes. UserError."""
+    """The columns (label_col None: found out, of others), labels (N, C) bool, (N,) bool of the rows
+    that have some, C class names. Raises UserError."""
     named = [c for c in others if c.lower() in ("label", "labels", "class", "target")]
     columns = named if len(named) == 1 else others
     columns = columns if label_col is None else [c.strip() for c in label_col if c != "none"]

@@ -265,6 +265,7 @@ def test_a_transformer_of_one_size_gets_resized_crops_said_once(folder, tmp_path
     [
         (["--vit-kwargs", "patch_size=7"], "accepts no images of 3x32x32"),
         (["--cnn", "resnet5"], "close names"),
+        (["--cnn-kwargs", "flag=7"], "--cnn test_resnet: cannot be built"),
     ],
 )
 def test_arms_that_cannot_be_used_are_one_line(folder, tmp_path, script, flags, message):

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
+import evidence
 import pytest
 from conftest import rows
 from scipy import stats
@@ -25,9 +26,6 @@ PAGES += [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
 
 def page(name):
     return (ROOT / name).read_text(encoding="utf-8")
-
-
-COLUMNS = "difference", "low", "high"
 
 
 @functools.cache
@@ -136,10 +134,20 @@ def health_row(name, epoch):
     )
 
 
+def monitor_shares():
+    """Of each epoch's time, in per cent."""
+    epochs = [x for name in ("equation_1", "equation_1_lr_3e-4", "vicreg") for x in health(name)]
+    return [100 * x["monitor_seconds"] / x["seconds"] for x in epochs]
+
+
+def spreads(rows):
+    return [row[f"{arm}_logits_spread"] for row in rows for arm in ("cnn", "vit")]
+
+
 def claims(runs, missed):
     """Of the table of claims, what other pages do not say. missed: patience 5 and 15, of the runs
     those that stopped before their best epoch."""
-    TABLE, demo, logs = "results/README.md", load("demo.json"), ("equation_1_lr_3e-4", "vicreg")
+    TABLE, demo = "results/README.md", load("demo.json")
     ends = [100 * x for k in missed for x in stats.binomtest(k, runs).proportion_ci()]
     shares = "{1} of {0} runs ({3:.0f} to {4:.0f} %); of 15: {2} of {0} ({5:.0f} to {6:.0f} %)"
     yield TABLE, shares, (runs, *missed, *ends)
@@ -149,15 +157,11 @@ def claims(runs, missed):
     seconds = sorted(map(sum, demo["seconds"]))
     text = "takes {1:.0f} s | {0:.0f} to {2:.0f} s (range) | 3 runs"
     yield TABLE, text, seconds
-    first = health("equation_1")[0]
-    spread = first["cnn_logits_spread"], first["vit_logits_spread"]
-    yield TABLE, "the logits {:.3f} and {:.3f} (none)", spread
-    spread = min(min(x["cnn_logits_spread"], x["vit_logits_spread"]) for x in health("vicreg"))
-    yield TABLE, "spread at least {:.3f} (none)", (spread,)
-    epochs = [x for name in ("equation_1", *logs) for x in health(name)]
-    share = [100 * x["monitor_seconds"] / x["seconds"] for x in epochs]
+    yield TABLE, "the logits {:.3f} and {:.3f} (none)", spreads(health("equation_1")[:1])
+    yield TABLE, "spread at least {:.3f} (none)", (min(spreads(health("vicreg"))),)
+    share = monitor_shares()
     text = "{:.1f} to {:.1f} % of an epoch (range) | {} epochs of 3 runs"
-    yield TABLE, text, (min(share), max(share), len(epochs))
+    yield TABLE, text, (min(share), max(share), len(share))
     ratios = round_ratios("small", "notebook", "ours")
     values = images_per_second("small"), median(ratios), min(ratios), max(ratios)
     text = "{:.0f} img/s on two cores | {:.2f} times the notebook's operations ({:.2f} to {:.2f}, "
@@ -177,7 +181,11 @@ def claims(runs, missed):
     text = "area {} ({} to {}) to {} ({} to {}) | {} cases of {} images"
     for kind in (True, False):
         found = [x for x in cells if x["arm"].startswith("vit") == kind]
-        ends = [signed(float(x[k])) for x in (found[0], found[-1]) for k in COLUMNS]
+        ends = [
+            signed(float(x[k]))
+            for x in (found[0], found[-1])
+            for k in ("difference", "low", "high")
+        ]
         yield TABLE, text, (*ends, len(found), found[0]["n"])
 
 
@@ -187,14 +195,13 @@ def pretrained_rows():
         ("equation 1", "VICReg"), "1e-3 3e-4 1e-4 3e-5 1e-5 3e-6".split()
     ):
         row = f"{objective}, {rate}"
-        file = re.sub("[, ]+", "_", f"brain_mri_{row}_seed100.json")
-        cell = load(f"pretrained/trials/cells/{file}")
+        cell = trial(row)
         arms, last, start = ("cnn", "vit"), cell["log"][-1], cell["log"][0]["start"]
         flagged = [arm for arm in arms if any(x[f"{arm}_logits_collapsed"] for x in cell["log"])]
         words = {0: "none", 1: "ViT", 2: "both"}[len(flagged)]
         spread = [f"{last[f'{arm}_logits_spread']:.3f}" for arm in arms]
         ranks = [[x[f"{arm}_features_effective_rank"] for x in (start, last)] for arm in arms]
-        score = mean(x["test"]["macro_f1"] for k, x in cell["scores"].items() if "mean" not in k)
+        score = evidence.trial_score(cell)
         ranks = " | ".join(f"{a:.0f} to {b:.0f}" for a, b in ranks)
         name = row.replace(rate, f"`--lr {rate}`")
         yield f"| {name} | {words} | {' / '.join(spread)} | {ranks} | {score:.3f} |"
@@ -213,10 +220,10 @@ def times_of_dino():
     return mean(ratios), *stats.t.interval(0.95, 2, mean(ratios), stats.sem(ratios))
 
 
-def last_losses(rate):
-    """Of DINO's trial at this rate: CNN, ViT."""
-    log = load(f"pretrained/trials/cells/brain_mri_DINO_{rate}_seed100.json")["log"]
-    return [[row["loss"] for row in log if row["arms"] == arm][-1] for arm in ("cnn", "vit")]
+def trial(row):
+    """Its cell."""
+    file = re.sub("[, ]+", "_", f"brain_mri_{row}_seed100.json")
+    return load(f"pretrained/trials/cells/{file}")
 
 
 def figures():
@@ -225,12 +232,8 @@ def figures():
     SPEED = "docs/speed.md"
 
     # README
-    first = health("equation_1")[0]
-    yield (
-        README,
-        "normalized logits is {:.3f} and {:.3f} on a scale",
-        (first["cnn_logits_spread"], first["vit_logits_spread"]),
-    )
+    text = "normalized logits is {:.3f} and {:.3f} on a scale"
+    yield README, text, spreads(health("equation_1")[:1])
     yield README, "the {:.0f} images/s [measured]", (images_per_second("small"),)
 
     mid, *ends = times_of_dino()
@@ -243,8 +246,12 @@ def figures():
     )
     for text in ("to {:.2f} and {:.2f} after 2 epochs", "last loss {:.2f} and {:.2f}; at"):
         name = EXPERIMENTS if "after" in text else "results/README.md"
-        yield name, text, last_losses("1e-3")
-    yield "results/README.md", "`3e-4`: {:.2f} and {:.2f} (none)", last_losses("3e-4")
+        yield name, text, evidence.last_losses(trial("DINO, 1e-3"))
+    yield (
+        "results/README.md",
+        "`3e-4`: {:.2f} and {:.2f} (none)",
+        evidence.last_losses(trial("DINO, 3e-4")),
+    )
     calibrated = [x for x in rows(RESULTS / "calibration/calibration.csv") if "brain" in x["run"]]
     errors = [float(x["ece"]) for x in calibrated]  # of the CNN, the ViT and their mean
     errors = errors[2], *errors[:2]
@@ -328,8 +335,7 @@ def figures():
         yield COLLAPSE, text, health_row(name, epoch)
     lines = [*pretrained_rows()]
     yield from ((COLLAPSE, line, ()) for line in lines)
-    direct = load("pretrained/trials/cells/brain_mri_direct_use_seed100.json")["scores"]
-    score = mean(x["test"]["macro_f1"] for k, x in direct.items() if "mean" not in k)
+    score = evidence.trial_score(trial("direct use"))
     found = [float(x.split()[-2]) for x in lines if "| none |" not in x]
     text = "flagged runs score {:.3f} to {:.3f}, direct use of the arms {:.3f}"
     yield COLLAPSE, text, (min(found), max(found), score)
@@ -340,11 +346,8 @@ def figures():
     yield COLLAPSE, "logits over {} training images", (n_monitored,)
     yield COLLAPSE, "Chance is {:.1f} %", (100 / n_monitored,)
     equation_1 = health("equation_1") + health("equation_1_lr_3e-4")
-    share = [100 * row["monitor_seconds"] / row["seconds"] for row in equation_1 + health("vicreg")]
+    share = monitor_shares()
     yield COLLAPSE, "({:.1f} to {:.1f} % of the epoch's time", (min(share), max(share))
-
-    def spreads(rows):
-        return [row[f"{arm}_logits_spread"] for row in rows for arm in ("cnn", "vit")]
 
     def agreements(rows):
         return [row["agreement"] for row in rows]
@@ -478,34 +481,11 @@ def test_demo_figures_in_readme():
 
 # numbers that are settings, definitions or quotations of the paper, not results of ours
 SETTINGS = {
-    "README.md": {
-        "3.10",
-        "0.5",
-        "1 %",
-        "10 %",
-        "30 %",
-        "75 %",
-        "95 %",
-        "1e-3",
-        "1e-4",
-        "3e-5",
-        "1e-5",
-    },
+    "README.md": {"3.10", "0.5", "1 %", "10 %", "30 %", "75 %", "95 %"}
+    | {"1e-3", "1e-4", "3e-5", "1e-5"},
     "docs/collapse.md": {"1 %", "10 %", "3.1", "3e-4", "0.1", "0.25"},
-    "docs/experiments.md": {
-        "3e-4",
-        "8.32",
-        "0.996",
-        "3.1",
-        "1.1",
-        "2.2",
-        "4.3",
-        "5.6",
-        "3.4",
-        "69 %",
-        "3%",
-        "50%",
-    }
+    "docs/experiments.md": {"0.996", "3.1", "1.1", "2.2", "4.3", "5.6", "3.4", "69 %", "3%", "50%"}
+    | {"3e-4", "8.32"}
     | {"1 %", "10 %", "100 %", "+3.8 points", "+5.9"},
     "docs/speed.md": {"2.15"},
     "docs/data.md": {"1 %", "10 %", "0.44 MB"},

@@ -282,7 +282,7 @@ def test_an_image_that_goes_away_during_training_is_named(workers, folder, tmp_p
     assert status == 2 and "a/3.png" in one_line(err)
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_an_unforeseen_error_ends_with_its_traceback_and_a_line(method, folder, tmp_path):
     """With loader processes alive, which ignore the signals that exit sends them."""
     patch = f"import multiprocessing; multiprocessing.set_start_method({method!r})\n"
@@ -407,9 +407,8 @@ def slow(*a):
 STOPS = {"pixels.decode": 0.3, "collapse.Monitor.__call__": 2, "swa.update_bn": 60}
 
 
-@pytest.mark.parametrize(
-    "where, number", [*zip(STOPS, (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM))]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("where", STOPS)
 def test_signals_outside_the_loop_leave_in_one_line(where, number, folder, tmp_path, script):
     arguments = ["--data", folder, *TINY, "--t-max", 1, "--swa-start", 0, "--out", tmp_path / "run"]
     patch = SLOW.format(what=where, seconds=STOPS[where])

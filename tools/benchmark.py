@@ -189,7 +189,7 @@ def main():
     if args.out:
         machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         found = {"setup": vars(args), "figures": figures, "threads": torch.get_num_threads()}
-        checkpoint.write_json(args.out, found | {"machine": machine, **checkpoint.VERSIONS})
+        checkpoint.write_json(args.out, found | {"machine": machine, **checkpoint.versions()})
         print(f"wrote {args.out}")
 
 

@@ -164,7 +164,7 @@ def train(model, loader, run, epochs, lr, min_lr):
         run.end_epoch(loss=run.mean_loss(), lr=optimizer.param_groups[0]["lr"])
 
 
-def make_backbone(flag, name, init, img_size, **kwargs):
+def make_backbone(flag, name, init, img_size, /, **kwargs):
     """make_arm without a head and, where timm has it, for images of several sizes and with the
     original's stochastic depth. Returns the model and the number of its features."""
     kwargs["num_classes"] = 0

@@ -26,7 +26,7 @@ import torch
 import data
 from cass import build_arm
 from common import cli, decode, readers, results, splits, starts
-from common.checkpoint import VERSIONS, atomic_open, read_json, write_csv, write_json
+from common.checkpoint import atomic_open, read_json, versions, write_csv, write_json
 from common.run import seconds_per_step
 
 PAPER = read_json(Path(__file__).with_name("paper.json"))
@@ -313,7 +313,7 @@ def main():
         file = args.out / "cells" / f"{name}.json"
         if file.exists() and cell.items() <= read_json(file).items():
             continue
-        cell |= {"hardware": machine, "versions": VERSIONS, "code": CODE}
+        cell |= {"hardware": machine, "versions": versions(), "code": CODE}
         if error := next(filter(None, (call(*run) for run in runs)), None):
             cell |= {"status": "failed", "error": portable(args, error)}
             errors += 1

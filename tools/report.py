@@ -197,7 +197,7 @@ def repeats(run):
         path = Path(x["command"][0])
         script = ["-m", f"tools.{path.stem}"] if path.parent.name == "tools" else [path.name]
         lines.append(shlex.join(["python", *script, *starts.words_of(flags)]))
-    before, now = made[0].get("versions", {}), checkpoint.VERSIONS.items()
+    before, now = made[0].get("versions", {}), checkpoint.versions().items()
     return "\n".join(lines), [(k, x, before.get(k, "not known")) for k, x in now]
 
 
