@@ -578,10 +578,9 @@ cli.run(pretrain.main)
 IMPORTS = "from common import cli\nfrom common.distributed import RANK"
 
 
-def two_processes(cwd, *arguments, **env):
+def two_processes(script, *arguments, cwd, **env):
     import os
 
-    (cwd / "entry.py").write_text(ENTRY.format(root=str(ROOT), imports=IMPORTS))
     return subprocess.run(
         [
             sys.executable,
@@ -590,7 +589,7 @@ def two_processes(cwd, *arguments, **env):
             "--standalone",
             "--nproc-per-node",
             "2",
-            "entry.py",
+            str(script),
             *map(str, arguments),
         ],
         cwd=cwd,
@@ -622,7 +621,9 @@ def test_two_processes_and_an_uneven_last_batch_equal_a_plain_loop_cut_or_not(fo
     """21 images in batches of 2 x 4: the last one is 3 + 2. Both processes count alike; cut inside
     the epoch and resumed, they log the loss of the whole epoch and end with equal weights."""
     command = ["--data", folder, *TWO, "--save-every", 1]
-    done = two_processes(tmp_path, *command, "--out", "run", NOTE="1")
+    entry = tmp_path / "entry.py"
+    entry.write_text(ENTRY.format(root=str(ROOT), imports=IMPORTS))
+    done = two_processes(entry, *command, "--out", "run", cwd=tmp_path, NOTE="1")
     assert done.returncode == 0, done.stderr
     shares = [torch.load(tmp_path / f"batches{r}.pt", weights_only=True)[-3:] for r in (0, 1)]
     assert [[len(batch) for batch in share] for share in shares] == [[4, 4, 3], [4, 4, 2]]
@@ -651,9 +652,10 @@ def test_two_processes_and_an_uneven_last_batch_equal_a_plain_loop_cut_or_not(fo
             atol=1e-4,
         )
     assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
-    assert two_processes(tmp_path, *command, "--out", "cut", CUT="2").returncode != 0
+    cut = two_processes(entry, *command, "--out", "cut", cwd=tmp_path, CUT="2")
+    assert cut.returncode != 0
     assert weights(tmp_path / "cut/last.pt")["batch"] == 2
-    resumed = two_processes(tmp_path, *command, "--out", "cut", "--resume")
+    resumed = two_processes(ROOT / "pretrain.py", "--resume", "cut/last.pt", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert log_of(tmp_path / "cut")[0]["loss"] == log_of(tmp_path / "run")[0]["loss"]
     for arm in ("cnn", "vit"):
