@@ -280,15 +280,15 @@ def primary_table(row, found):
     return table([*header, "Holm's p", "verdict"], lines)
 
 
-def differences_table(columns, fracs, cells, rows):
-    """Means of direct use and, below, the differences of the rows from it, for each fraction.
-    columns: views or read_outs; cells: as cells_of()."""
+def differences_table(columns, fracs, cells, rows, first=BASE):
+    """Means of the row `first` and, below, the differences of the others from it, for each
+    fraction. columns: views or read_outs; cells: as cells_of()."""
     lines, header = [], []
     for frac in fracs:
-        base = columns(cells[BASE], frac)
+        base = columns(cells[first], frac)
         header, n = [*base], len(next(iter(base.values())))
         means = [f"{np.mean([*x.values()]):.3f}" for x in base.values()]
-        lines.append([percent(frac), BASE, n, *means])
+        lines.append([percent(frac), first, n, *means])
         for row in rows:
             values = columns(cells[row], frac)
             found = [against(base[name], values[name]) for name in header]
@@ -364,7 +364,7 @@ def times_table(rows):
 
 def report():
     """The text of results/pretrained/README.md."""
-    roles, cells = chosen(), {folder: cells_of(folder) for folder in (*SETS, "controls")}
+    roles, cells = chosen(), {x: cells_of(x) for x in (*SETS, "controls", "random")}
     rows = [row for row in dict.fromkeys([PAPERS, *roles.values()]) if row]
     ready = [folder for folder in SETS if len(cells[folder].get(BASE, {})) > 1]
     chosen_row, best_row = roles["chosen objective"], roles["equation 1, best rate"]
@@ -402,6 +402,11 @@ def report():
             differences_table(views, FRACS, controls, have),
             differences_table(read_outs, (*FRACS, "1"), controls, have),
         ]
+    if cells["random"] and ready:
+        parts.append("## From random weights, brain MRI (exploratory)")
+        for row in (BASE, PAPERS):
+            alike = {row: cells["brain_mri"][row], "random weights": cells["random"].get(row, {})}
+            parts.append(differences_table(views, FRACS, alike, ["random weights"], row))
     if ready:
         parts += ["## Time", times_table(rows)]
     if len(ready) == len(SETS):

@@ -324,7 +324,13 @@ def test_differences_are_paired_by_seed_and_holm_judges(results):
     assert found["ensemble"] == found["CNN"]
     found = evidence.read_outs(evidence.cells_of("brain_mri")[row], "1")
     assert found["CNN, probe"] != found["ViT, probe"] == found["ViT, k-NN"]
+    results("brain_mri", *(cell(evidence.PAPERS, s, flat(0.5, 0.5)) for s in range(6)))
+    for s in range(3):
+        results("random", cell(evidence.PAPERS, s, flat(0.3 + 0.01 * s, 0.1)))
     text = evidence.report()
+    half = stats.t.ppf(0.975, 2) * 0.01 / 3**0.5
+    expected = f"random weights | 3 | **−0.190 (−{0.19 + half:.3f} to −{0.19 - half:.3f})**"
+    assert expected in text and f"| {evidence.PAPERS} | 6 | 0.500 |" in text
     assert f"| Brain MRI, 1 % | 6 | {start.mean() - 0.05:.3f} |" in text
     assert f"**+{gain.mean():.3f} (+{interval[0]:.3f} to +{interval[1]:.3f})**" in text
 
