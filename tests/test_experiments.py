@@ -197,7 +197,8 @@ def test_a_table_is_run_recorded_and_gone_on_with(tiny, tmp_path, script, monkey
         assert str(tmp_path) not in json.dumps(cell)
         if row["arm"] != "mean":
             assert scores["seconds"] == metrics["seconds"]
-        assert bool(cell["pretrain_seconds"]) == (row["row"] == "CASS")
+        assert bool(cell["log"]) == (row["row"] == "CASS")
+        assert cell["pretrain_seconds"] == round(sum(x["seconds"] for x in cell["log"]), 1)
     scores = [float(r["macro_f1"]) for r in rows if (r["row"], r["arm"]) == ("CASS", "cnn")]
     line = next(x for x in said.splitlines() if x.startswith("| CASS | test_resnet |"))
     assert f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f} (n = 2)" in line
