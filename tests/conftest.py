@@ -95,6 +95,13 @@ def run(*command, cwd, timeout=280, **env):
     )
 
 
+def torchrun(script, *arguments, cwd, timeout=200, **env):
+    """A script in two processes, on the CPU (gloo)."""
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    env = {"PYTHONPATH": str(ROOT), **env}
+    return run(*launcher, script, *arguments, cwd=cwd, timeout=timeout, **env)
+
+
 def rows(path):
     """The rows of a CSV file, {column: text} each."""
     with open(path, newline="", encoding="utf-8") as file:

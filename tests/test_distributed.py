@@ -1,32 +1,16 @@
 """Two processes under torchrun, on the CPU (gloo)."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ARMS, ROOT, draw_classes
+from conftest import ARMS, ROOT, draw_classes, torchrun
 
 import data
 import pretrain
 from cass import CASS, build_arm
 from losses import cosine_loss, vicreg
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def torchrun(script, *arguments, cwd, timeout=200):
-    return subprocess.run(
-        [*TORCHRUN, str(script), *map(str, arguments)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
 
 
 @pytest.mark.parametrize("n, batch_size", [(40, 4), (37, 4), (33, 8), (5, 2), (6, 4)])
@@ -181,6 +165,8 @@ def test_a_whole_run_on_two_processes(tmp_path, script):
     assert two["swa_snapshots"] == one["swa_snapshots"] >= 1
     status, _, err = script(pretrain, "--resume", tmp_path / "two/last.pt")
     assert status == 2 and "torchrun --nproc-per-node 2" in err
+    resumed = torchrun(ROOT / "pretrain.py", "--resume", "two/last.pt", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
 
 
 def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):

@@ -3,15 +3,13 @@ images noted from outside. A change of layout must leave all of it as it is."""
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ARMS, ROOT, rows
+from conftest import ARMS, ROOT, rows, torchrun
 from PIL import Image
 
 import data
@@ -578,28 +576,6 @@ cli.run(pretrain.main)
 IMPORTS = "from common import cli\nfrom common.distributed import RANK"
 
 
-def two_processes(script, *arguments, cwd, **env):
-    import os
-
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(script),
-            *map(str, arguments),
-        ],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )
-
-
 TWO = [
     *ARMS,
     "--cnn",
@@ -623,7 +599,7 @@ def test_two_processes_and_an_uneven_last_batch_equal_a_plain_loop_cut_or_not(fo
     command = ["--data", folder, *TWO, "--save-every", 1]
     entry = tmp_path / "entry.py"
     entry.write_text(ENTRY.format(root=str(ROOT), imports=IMPORTS))
-    done = two_processes(entry, *command, "--out", "run", cwd=tmp_path, NOTE="1")
+    done = torchrun(entry, *command, "--out", "run", cwd=tmp_path, NOTE="1")
     assert done.returncode == 0, done.stderr
     shares = [torch.load(tmp_path / f"batches{r}.pt", weights_only=True)[-3:] for r in (0, 1)]
     assert [[len(batch) for batch in share] for share in shares] == [[4, 4, 3], [4, 4, 2]]
@@ -652,10 +628,10 @@ def test_two_processes_and_an_uneven_last_batch_equal_a_plain_loop_cut_or_not(fo
             atol=1e-4,
         )
     assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
-    cut = two_processes(entry, *command, "--out", "cut", cwd=tmp_path, CUT="2")
+    cut = torchrun(entry, *command, "--out", "cut", cwd=tmp_path, CUT="2")
     assert cut.returncode != 0
     assert weights(tmp_path / "cut/last.pt")["batch"] == 2
-    resumed = two_processes(ROOT / "pretrain.py", "--resume", "cut/last.pt", cwd=tmp_path)
+    resumed = torchrun(ROOT / "pretrain.py", "--resume", "cut/last.pt", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert log_of(tmp_path / "cut")[0]["loss"] == log_of(tmp_path / "run")[0]["loss"]
     for arm in ("cnn", "vit"):
