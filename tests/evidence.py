@@ -366,8 +366,8 @@ def report():
     """The text of results/pretrained/README.md."""
     roles, cells = chosen(), {x: cells_of(x) for x in (*SETS, "controls", "random")}
     rows = [row for row in dict.fromkeys([PAPERS, *roles.values()]) if row]
-    ready = [folder for folder in SETS if len(cells[folder].get(BASE, {})) > 1]
     chosen_row, best_row = roles["chosen objective"], roles["equation 1, best rate"]
+    ready = [folder for folder in SETS if len(cells[folder].get(chosen_row, {})) > 1]
     parts = [
         "# What pre-training is worth from pre-trained arms",
         "Made by `python tests/evidence.py report` from the cells; how it was planned: "

@@ -335,6 +335,16 @@ def test_differences_are_paired_by_seed_and_holm_judges(results):
     assert f"**+{gain.mean():.3f} (+{interval[0]:.3f} to +{interval[1]:.3f})**" in text
 
 
+def test_a_set_is_reported_once_two_seeds_can_be_compared(results):
+    row = "VICReg, 1e-3"
+    results("trials", cell(row, 100, flat(0.5, 0.5)))
+    results("brain_mri", *(cell(evidence.BASE, s, flat(0.5, 0.5)) for s in range(2)))
+    results("brain_mri", cell(row, 0, flat(0.6, 0.6)))
+    assert "## Brain MRI" not in evidence.report()
+    results("brain_mri", cell(row, 1, flat(0.7, 0.6)))
+    assert "## Brain MRI" in evidence.report()
+
+
 def test_a_measure_that_orders_runs_has_a_correlation_of_one(results):
     rng = np.random.default_rng(0)
     for folder, s, i in ((x, s, i) for x in evidence.SETS for s in range(5) for i in range(3)):
