@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from itertools import product
 
 import draw_split
 import evidence
@@ -254,7 +255,11 @@ def test_paired_differences_and_holm():
 def cell(row, seed, scores, log=(), **more):
     """A finished cell; scores: {"cnn|0.01": (validation, test) F1}, the ensemble's as the CNN's."""
     scores |= {f"mean|{f}": scores[f"cnn|{f}"] for f in evidence.FRACS}
-    each = {k: {s: {"macro_f1": x} for s, x in zip(("val", "test"), v)} for k, v in scores.items()}
+    each = {}
+    for key, both in scores.items():
+        sides = zip(("val", "test"), both)
+        each[key] = {side: {"macro_f1": x, "recall": [x, 0.9]} for side, x in sides}
+        each[key] |= {"best_epoch": seed + 1, "epochs": seed + 16}
     found = {"row": row, "seed": seed, "status": "done", "log": list(log), "scores": each}
     kinds = [f"{kind}|{frac}" for kind in ("knn", "linear") for frac in (*evidence.FRACS, "1")]
     readouts = {arm: {k: {"test": scores[f"{arm}|0.1"][1]} for k in kinds} for arm in evidence.ARMS}
@@ -317,8 +322,13 @@ def test_differences_are_paired_by_seed_and_holm_judges(results):
     interval = test.confidence_interval()
     assert first[0] == "brain_mri" and first[3][4] == 6
     assert first[3][:4] == pytest.approx((gain.mean(), *interval, test.pvalue))
-    assert first[4] == pytest.approx(2 * test.pvalue) and first[5] == "better"
-    assert second[3][0] == pytest.approx(0, abs=1e-9) and second[5] == "no difference shown"
+    assert first[4] == pytest.approx(4 * test.pvalue) and first[5] == "not all have run"
+    assert second[3][0] == pytest.approx(0, abs=1e-9)
+    for s in range(6):
+        results("ham10000", cell(evidence.BASE, s, flat(0.2, 0.2)))
+        results("ham10000", cell(row, s, flat(0.2, 0.2 - 0.01 * (s % 2))))
+    judged = [x[5] for x in evidence.primary(row)]
+    assert judged == ["better", *["no difference shown"] * 3]
     found = evidence.views(evidence.cells_of("brain_mri")[row], "0.1")
     assert [found["better arm"][s] for s in range(6)] == pytest.approx(list(start - 0.1))
     assert found["ensemble"] == found["CNN"]
@@ -346,17 +356,27 @@ def test_a_set_is_reported_once_two_seeds_can_be_compared(results):
 
 
 def test_a_measure_that_orders_runs_has_a_correlation_of_one(results):
-    rng = np.random.default_rng(0)
-    for folder, s, i in ((x, s, i) for x in evidence.SETS for s in range(5) for i in range(3)):
-        y = rng.uniform(size=2)
-        known = {"rank": y**3, "noise": rng.uniform(size=2), "none": np.zeros(2)}
-        known = [{k: x[a] for k, x in known.items()} for a in (0, 1)]
-        c = cell(f"{evidence.BASE}{i or ''}", s, flat(*y))
-        results(folder, c | {"label_free": dict(zip(("cnn", "vit"), known))})
-    rows = evidence.correlation_rows(200)
-    assert [row[0] for row in rows] == ["rank", "noise"]
-    assert rows[0][1:] == pytest.approx((1,) * 6)
-    assert rows[1][5] < 0 < rows[1][6]
+    """By hand: with two neighbours of four turned round, 1 - 6 * 2 / 60 = 0.8."""
+    rows, y = ["a", "b", "c", evidence.BASE], [0.3, 0.1, 0.2, 0.4]
+    turned = [0.2, 0.1, 0.3, 0.4]
+
+    def monitor(x):
+        names = {"agreement": -1, "cnn_logits_spread": 1, "vit_logits_spread": -1}
+        return {name: sign * x for name, sign in names.items()} | {"retrieval": 0.5}
+
+    for folder, s, (i, row) in product(evidence.SETS, range(3), enumerate(rows)):
+        known = {"rank": y[i] ** 3 + s, "turned": (turned if s == 1 else y)[i], "same": 0.1 * s}
+        c = cell(row, s, flat(y[i], y[i])) | {"label_free": dict.fromkeys(evidence.ARMS, known)}
+        log = [{"start": monitor(y[3])}, monitor(y[i])]  # direct use has none: the others' start
+        results(folder, c | {"log": log if row != evidence.BASE else []})
+    results("brain_mri", cell("a", 3, flat(1, 1)))  # of a seed that is not whole
+    found = {row[0]: row[1:] for row in evidence.correlation_rows(rows[:3])}
+    assert found["rank"] == pytest.approx((1,) * 6)
+    mean, half = 2.8 / 3, stats.t.ppf(0.975, 2) * stats.sem([1, 0.8, 1])
+    assert found["turned"] == pytest.approx((mean,) * 4 + (mean - half, mean + half))
+    assert found["agreement"] == pytest.approx((-1,) * 6)
+    assert found["logits_spread"][:3] == pytest.approx((1, -1, 0))
+    assert found["same"] == found["retrieval"] == (0,) * 6
 
 
 def test_the_report_is_that_of_the_cells():
