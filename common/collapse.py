@@ -78,13 +78,19 @@ class Monitor:
             row["agreement"], row["retrieval"] = agreement(*logits.values())
             for name, x in logits.items():
                 row |= {f"{name}_logits_{key}": x for key, x in measures(x).items()}
-                narrow = row[f"{name}_logits_spread"] < COLLAPSED_SPREAD
-                row[f"{name}_logits_collapsed"] = narrow and row["agreement"] < COLLAPSED_AGREEMENT
-        return {key: x if isinstance(x, bool) else round(x, 5) for key, x in row.items()}
+        return {key: round(x, 5) for key, x in row.items()}
 
     def _batches(self, index, device):
         pixels = torch.from_numpy(np.stack([self.data.images[i] for i in index]))
         return map(normalize, pixels.to(device).split(64))
+
+
+def flags(row):
+    """{"ARM_logits_collapsed": bool} of what Monitor measured of both arms after an epoch; before
+    the first step, random weights may be as narrow."""
+    low = row.get("agreement", 1) < COLLAPSED_AGREEMENT
+    spreads = [(key, x) for key, x in row.items() if key.endswith("_logits_spread")]
+    return {key.replace("spread", "collapsed"): low and x < COLLAPSED_SPREAD for key, x in spreads}
 
 
 def change(start, row):

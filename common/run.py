@@ -173,7 +173,7 @@ class Run:
             row["images_per_second"] = round(self.sampler.n / took, 2)
             row["arms"] = "+".join(self.models)
         if self.monitor is not None:
-            row |= self.monitor(self.models, self.device)
+            row |= (measured := self.monitor(self.models, self.device)) | collapse.flags(measured)
             row["monitor_seconds"] = round(time.perf_counter() - self.began - took, 3)
             self.status = collapse.change(self.progress["start"], row)
             row |= {"start": self.progress["start"]} if row["epoch"] == 1 else {}

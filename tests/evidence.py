@@ -110,10 +110,10 @@ def collect(cells, runs):
 
 def paired(a, b):
     """b - a of equal seeds: mean, the ends of its 95 % interval of the t distribution, p."""
-    difference = np.subtract(b, a)
-    test = stats.ttest_1samp(difference, 0)
-    p = 1.0 if np.ptp(difference) == difference[0] == 0 else test.pvalue
-    return (*map(float, (difference.mean(), *test.confidence_interval(0.95), p)),)
+    test = stats.ttest_rel(b, a)
+    low, high = test.confidence_interval(0.95)
+    p = np.nan_to_num(test.pvalue, nan=1)  # of scores that are all equal
+    return float(np.mean(np.subtract(b, a))), float(low), float(high), float(p)
 
 
 def holm(p):

@@ -250,6 +250,7 @@ def test_paired_differences_and_holm():
     # by hand: sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, none below the one before
     assert evidence.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert evidence.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert evidence.paired(a, a)[3] == 1
 
 
 def cell(row, seed, scores, log=(), **more):
