@@ -16,9 +16,8 @@ SHOWN |= {"cnn_knn_readout": "cnn k-NN", "vit_knn_readout": "vit k-NN", "agreeme
 
 
 def measures(x):
-    """{name: number}. spread: mean std of the L2-normalized rows times sqrt(D), 0 for one vector, 1
-    for random ones; effective_rank: exp of the entropy of singular values, as RankMe (arXiv
-    2210.02885) but of centred rows: a common offset hides the rest."""
+    """{name: number}. spread: mean std of L2-normalized rows times sqrt(D), 0 for one vector, 1 for
+    random ones; effective_rank: RankMe (arXiv 2210.02885) of centred rows: offsets hide others."""
     spread = F.normalize(x, dim=1).std(0).mean() * x.shape[1] ** 0.5
     p = F.normalize(torch.linalg.svdvals(x - x.mean(0)), p=1, dim=0)
     return {"spread": spread.item(), "effective_rank": torch.special.entr(p).sum().exp().item()}
@@ -78,19 +77,13 @@ class Monitor:
             row["agreement"], row["retrieval"] = agreement(*logits.values())
             for name, x in logits.items():
                 row |= {f"{name}_logits_{key}": x for key, x in measures(x).items()}
-        return {key: round(x, 5) for key, x in row.items()}
+                narrow = row[f"{name}_logits_spread"] < COLLAPSED_SPREAD
+                row[f"{name}_logits_collapsed"] = narrow and row["agreement"] < COLLAPSED_AGREEMENT
+        return {key: x if isinstance(x, bool) else round(x, 5) for key, x in row.items()}
 
     def _batches(self, index, device):
         pixels = torch.from_numpy(np.stack([self.data.images[i] for i in index]))
         return map(normalize, pixels.to(device).split(64))
-
-
-def flags(row):
-    """{"ARM_logits_collapsed": bool} of what Monitor measured of both arms after an epoch; before
-    the first step, random weights may be as narrow."""
-    low = row.get("agreement", 1) < COLLAPSED_AGREEMENT
-    spreads = [(key, x) for key, x in row.items() if key.endswith("_logits_spread")]
-    return {key.replace("spread", "collapsed"): low and x < COLLAPSED_SPREAD for key, x in spreads}
 
 
 def change(start, row):

@@ -111,7 +111,8 @@ class Run:
         with ExitStack() as self.undo, progress(total=n * self.sampler.n, initial=cut) as self.bar:
             cli.on_stop(self._note_signal, until=self.undo)
             if self.state is None and self.monitor is not None and n:
-                self.progress["start"] = self.monitor(models, self.device)
+                start = self.monitor(models, self.device).items()  # random weights may be as narrow
+                self.progress["start"] = {key: x for key, x in start if "collapsed" not in key}
             while self.epoch < n and not done(self.epoch):
                 self.sampler.epoch, self.sampler.start = self.epoch, self.progress["batch"]
                 loss = self.progress["loss"]
@@ -173,7 +174,7 @@ class Run:
             row["images_per_second"] = round(self.sampler.n / took, 2)
             row["arms"] = "+".join(self.models)
         if self.monitor is not None:
-            row |= (measured := self.monitor(self.models, self.device)) | collapse.flags(measured)
+            row |= self.monitor(self.models, self.device)
             row["monitor_seconds"] = round(time.perf_counter() - self.began - took, 3)
             self.status = collapse.change(self.progress["start"], row)
             row |= {"start": self.progress["start"]} if row["epoch"] == 1 else {}

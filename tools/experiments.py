@@ -1,10 +1,11 @@
 """Tables of methods, one command each: the paper's, beside ours, and our protocol's.
 
-    python -m tools.experiments --table 4 --data /path    (the paper's size; --dry-run: the time)
+    python -m tools.experiments --table 4 --data /path    (at the paper's size)
     python -m tools.experiments --table 4 --data /path --scale small --seeds 0 1 2    (for a CPU)
 
 A row is a pre-training (supervised: of no epoch) and, for each label fraction, a fine-tuning of its
-arms. Called again, it skips finished cells, a row and a seed each, and resumes or retries others.
+arms. It says first how long all takes (--dry-run: each run). Called again, it skips finished cells,
+a row and a seed each, and resumes or retries others.
 --out: DATA.json, cells/*.json, table.csv, table.md; --work: weights and logs of the runs, shared
 by all tables. Table 1 takes several data sets, one after the other:
 """
@@ -37,7 +38,8 @@ SCALES = {"paper": (384, 100, "imagenet"), "small": (32, 3, "random")}  # px, ep
 ARMS = {"cnn": "CNN", "vit": "Transformer", "mean": "mean of both"}
 SMALL_DINO = ["--outputs", "4096", "--crops", "4"]
 ROOT = Path(__file__).parents[1]
-TRAINING = sorted([*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), ROOT / "tools/dino.py"])
+OTHERS = ROOT / "tools/dino.py", ROOT / "tests/variants.py"
+TRAINING = sorted([*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *filter(Path.exists, OTHERS)])
 CODE = f"{decode.digest(*(file.read_bytes() for file in TRAINING)):016x}"
 
 
@@ -176,7 +178,7 @@ def heading(args, cells):
     versions |= {f"training code {cell['code']}" for cell in cells}
     machines = "; ".join(sorted({cell["hardware"] for cell in cells} | versions))
     where = f"Data: {args.name}. Scale: {about.get('scale', scale)}. {machines}."
-    return f"# {about['title']}\n\n`{command}`\n\n{where}"
+    return f"# {about['title']}\n\nLast command: `{command}`\n\n{where}"
 
 
 def times_section(cells):
@@ -205,13 +207,15 @@ def scores_section(args, scored):
         return f"{ours}; paper: {printed}" if printed else ours
 
     if len(fracs) == 1:
-        header = ["", *(ARMS[x] for x in both)] if len(both) > 1 else ["", "score"]
+        usual = [ARMS[x] for x in both] if len(both) > 1 else ["score"]
+        header = ["", *about.get("columns", usual)]
         lines = [[row.label, *(text(row.label, x, *fracs) for x in row.parts)] for row in rows]
     else:
         header, pairs = ["", "", *(f"{x:.0%}" for x in fracs)], product(ARMS, rows)
         names = [(row, x, row.models.get(x, [ARMS[x]])[0]) for x, row in pairs if x in row.parts]
         lines = [[row.label, y, *(text(row.label, x, z) for z in fracs)] for row, x, y in names]
-    values = {"metric": args.metric.replace("_", " "), "paper": about["metric"]}
+    paper = f" (the paper's: {about['metric']})" * (about["metric"] != "none")
+    values = {"metric": args.metric.replace("_", " "), "paper": paper}
     return section("scores", header, lines, **values)
 
 
@@ -244,27 +248,30 @@ def seconds_per_image(args, size, name, kwargs):
     return np.median([seconds_per_step(*step, model, device, amp) for _ in range(3)]) / n
 
 
-def estimate(args, rows, images):
-    """Print every command and about how long it still takes, from timed steps of each arm."""
+def estimate(args, jobs, images):
+    """Print about how long these jobs still take, from timed steps of each arm, and of a dry run
+    every command. jobs: of jobs_of()."""
     n_val, n_test = ((images.given == k).sum() or x * len(images) for k, x in splits.SHARES.items())
-    n_train, todo = len(images) - n_test - n_val, {}  # {command: seconds}
+    n_train, todo, rows = len(images) - n_test - n_val, {}, [row for row, *_ in jobs]
     sizes = {str(x): (y.size or SCALES[args.scale][0], *x) for y in rows for x in y.models.values()}
     timed = {key: seconds_per_image(args, *model) for key, model in sizes.items()}
-    for row, _, runs in jobs_of(args, rows):  # DINO: two large crops, small ones, the teacher's
+    for row, _, runs in jobs:  # DINO: two large crops, small ones, the teacher's
         passes = [n_train * row.epochs * (4 if row.method == "dino" else 1)]
         passes += [50 * (max(x * n_train, 1) + n_val / 3) + n_test / 3 for x in row.fracs]
         for (words, folder), n in zip(runs, passes):
             n *= not (folder / "finished").exists()
             todo[shown(words, folder)] = n * sum(timed[str(row.models[arm])] for arm in row.arms)
-    for command, seconds in todo.items():
+    for command, seconds in todo.items() if args.dry_run else ():
         print(f"{command}    # ~ {seconds / 60:.1f} min")
-    print(f"{len(todo)} runs, about {sum(todo.values()) / 3600:.1f} hours if none stops early")
+    hours = sum(todo.values()) / 3600
+    print(f"{len(todo)} runs, about {hours:.1f} hours if none stops early", flush=True)
 
 
 def main():
     parser = cli.Parser(__doc__ + "\n".join(table["title"] for table in PAPER["tables"].values()))
     add = parser.add_argument
-    add("--table", required=True, choices=[*PAPER["tables"]], metavar="N", help="of the paper")
+    help = "number of the paper's, or name of the protocol's"
+    add("--table", required=True, choices=[*PAPER["tables"]], metavar="N", help=help)
     data.add_arguments(parser)
     add("--scale", default="paper", choices=list(SCALES), help="small: 32 px, 3 epochs, for a CPU")
     add("--epochs", type=cli.positive, help="of pre-training, instead of the scale's")
@@ -286,7 +293,9 @@ def main():
             parser.error(f"--{flag} {cli.preview(unknown)}: not in the table, which has: {there}")
     args.metric = args.metric or about.get("ours", "macro_f1")
     args.out = Path(args.out or f"runs/{'table' * args.table.isdigit()}{args.table}")
-    args.name = Path(args.data).parent.name if os.path.isfile(args.data) else Path(args.data).name
+    path = Path(os.path.abspath(args.data))
+    folder = path if path.is_dir() else path.parent
+    args.name = path.stem if path.suffix == ".npz" else folder.name
     cli.refuse_overwrite(args.out, (), False)  # it may be no folder
     rows = rows_of(args.table, args.scale, args.only, args.fracs, args.epochs)
     images = readers.read(args.data, **data.options(args))
@@ -294,8 +303,9 @@ def main():
     if images.multilabel and args.metric in ("balanced_accuracy", "accuracy"):
         fix = "has several labels per image: give --metric macro_f1, micro_f1 or auroc"
         raise cli.UserError(f"--metric {args.metric}: {images.path} {fix}")
+    jobs = list(jobs_of(args, rows))
     if args.dry_run:
-        return estimate(args, rows, images)
+        return estimate(args, jobs, images)
     config = {"table": args.table, "scale": args.scale, "epochs": args.epochs, "code": CODE}
     config |= {"data": portable(args, shlex.join(data_flags(args))), "images": len(images)}
     config["digest"] = decode.digest("".join(images.names), np.ascontiguousarray(images.labels))
@@ -305,25 +315,29 @@ def main():
         raise cli.UserError(f"{args.out}: is of another configuration, or code; give another --out")
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
     write_json(file, config)
-    jobs, machine, errors = list(jobs_of(args, rows)), hardware(args.device), 0
-    for row, seed, runs in cli.progress(jobs, "cell", desc=f"table {args.table}"):
+    cells, machine, errors = {}, hardware(args.device), 0  # {file: (cell, job)} of what is to do
+    for row, seed, runs in jobs:
         cell = {"data": args.name, "row": row.label, "seed": seed, "status": "done"}
         cell["commands"] = [portable(args, shown(*run)) for run in runs]
         name = re.sub(r"[^\w.-]+", "_", f"{args.name}_{row.label}_seed{seed}")
         file = args.out / "cells" / f"{name}.json"
-        if file.exists() and cell.items() <= read_json(file).items():
-            continue
+        if not file.exists() or not cell.items() <= read_json(file).items():
+            cells[file] = cell, (row, seed, runs)
+    if cells:
+        estimate(args, [job for _, job in cells.values()], images)
+    bar = cli.progress(cells.items(), "cell", desc=f"table {args.table}")
+    for file, (cell, (row, _, runs)) in bar:
         cell |= {"hardware": machine, "versions": versions(), "code": CODE}
         if error := next(filter(None, (call(*run) for run in runs)), None):
             cell |= {"status": "failed", "error": portable(args, error)}
             errors += 1
-            print(f"failed: {name}: {cell['error']}", file=sys.stderr)
+            print(f"failed: {file.stem}: {cell['error']}", file=sys.stderr)
         else:
             cell |= results_of(row, runs)
         write_json(file, cell)
     print(write_table(args))
     if errors:
-        raise cli.Stopped(1, f"{errors} of {len(jobs)} cells failed; run it again to retry them")
+        raise cli.Stopped(1, f"{errors} of {len(cells)} cells failed; run it again to retry them")
 
 
 if __name__ == "__main__":
