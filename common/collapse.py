@@ -17,7 +17,7 @@ SHOWN |= {"cnn_knn_readout": "cnn k-NN", "vit_knn_readout": "vit k-NN", "agreeme
 
 def measures(x):
     """{name: number}. spread: mean std of L2-normalized rows times sqrt(D), 0 for one vector, 1 for
-    random ones; effective_rank: RankMe (arXiv 2210.02885) of centred rows: offsets hide others."""
+    random ones; effective_rank: as RankMe (arXiv 2210.02885), but of centred rows."""
     spread = F.normalize(x, dim=1).std(0).mean() * x.shape[1] ** 0.5
     p = F.normalize(torch.linalg.svdvals(x - x.mean(0)), p=1, dim=0)
     return {"spread": spread.item(), "effective_rank": torch.special.entr(p).sum().exp().item()}

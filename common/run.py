@@ -111,7 +111,7 @@ class Run:
         with ExitStack() as self.undo, progress(total=n * self.sampler.n, initial=cut) as self.bar:
             cli.on_stop(self._note_signal, until=self.undo)
             if self.state is None and self.monitor is not None and n:
-                start = self.monitor(models, self.device).items()  # random weights may be as narrow
+                start = self.monitor(models, self.device).items()  # untrained, not collapsed
                 self.progress["start"] = {key: x for key, x in start if "collapsed" not in key}
             while self.epoch < n and not done(self.epoch):
                 self.sampler.epoch, self.sampler.start = self.epoch, self.progress["batch"]

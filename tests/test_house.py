@@ -138,30 +138,35 @@ HIDE = """
 import os, signal, sys
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
-for name in ("SIGHUP", "SIGKILL", "SIGUSR1", "SIGALRM", "pthread_sigmask", "setitimer"):
+for name in "SIGHUP SIGKILL SIGCHLD SIGUSR1 SIGALRM pthread_sigmask setitimer".split():
     delattr(signal, name)
 for name in ("fork", "forkpty", "getuid", "sched_getaffinity"):
     delattr(os, name)
 sys.argv[0] = sys.argv.pop(1)
 sys.path.insert(0, os.getcwd())
-import runpy
+import runpy, types
+from common import cli
+cli.os = types.SimpleNamespace(**{**vars(os), "name": "nt"})  # the library's own must stay
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def test_the_two_commands_do_without_what_other_systems_lack(tmp_path):
-    """As on Windows and macOS: modules and signals of Linux are hidden."""
+    """As on Windows and macOS: modules, signals and functions of Linux are hidden. The third
+    command is a wrong one."""
     images = draw_classes(tmp_path / "images", {"a": 14, "b": 10})
     out = tmp_path / "run"
     commands = (
         ["pretrain.py", "--data", images, *ARMS, "--epochs", 1, "--out", out],
         ["finetune.py", "--ckpt", out / "cnn.pt", "--epochs", 1],
+        ["finetune.py", "--ckpt", "no.pt"],
     )
     environment = {**os.environ, "CASS_CACHE": str(tmp_path / "cache")}
     for command in commands:
         words = [sys.executable, "-c", HIDE, *map(str, command)]
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == (2 if "no.pt" in command else 0), done.stderr
+    assert done.stderr.endswith("no.pt: there is no such file\n") and "Trace" not in done.stderr
 
 
 if __name__ == "__main__":
