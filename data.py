@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
-from common.cli import Parser, claim, count, on_stop, positive, refuse_inputs, run
+from common.cli import RUN, Parser, UserError, claim, count, on_stop, positive, refuse_inputs, run
 from common.decode import default_dir
 from common.readers import read
 from common.splits import cross_split_duplicates, make_split, print_report, write_split
@@ -138,8 +138,9 @@ def add_arguments(parser, data="--data"):
     add("--split", "--split-col", metavar="WHAT", type=file_or_name, help=split)
     add("--dedup", action="store_true", help="drop exact duplicates of images in earlier splits")
     add("--skip-bad", action="store_true", help="leave missing and unreadable images out")
-    cache = f"folder of the decoded images (default: {default_dir()}); --no-cache: decode each time"
-    add("--cache", "--no-cache", nargs="?", const="none", metavar="DIR", type=path, help=cache)
+    cache = f"folder of the decoded images (default: {default_dir()})"
+    add("--cache", metavar="DIR", type=path, help=cache)
+    add("--no-cache", dest="cache", action="store_const", const="none", help="decode every time")
 
 
 READING = ("images", "image_col", "label_col", "multilabel", "uncertain", "group_col", "split")
@@ -168,6 +169,8 @@ def main():
     if args.out:
         out = Path(args.out)
         refuse_inputs([out / "split.csv", out / "duplicates.csv"], args.data, args.split)
+        if there := [name for name in RUN if (out / name).exists()]:
+            raise UserError(f"{out}: has {there[0]}, of an earlier run; give another --out")
         claim(out)
     images = read(args.data, **options(args))
     images.decode(args.img_size, cache_dir(args.cache), args.skip_bad, args.dry_run)

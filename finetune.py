@@ -95,9 +95,7 @@ def begin(args):
         fix = "fine-tune each alone; python -m tools.compare scores their mean"
         raise cli.UserError(f"{' '.join(args.ckpt)}: are not the arms of one pre-training; {fix}")
     if args.data is None:  # the flags of the checkpoint, where none was given
-        saved = arms[0].data
-        saved |= {"label_col": ["none"]} if saved.get("unlabelled") else {}  # an earlier version's
-        vars(args).update({k: getattr(args, k) or x for k, x in saved.items() if k in args})
+        vars(args).update({k: getattr(args, k) or x for k, x in arms[0].data.items() if k in args})
     if not isinstance(args.data, str):
         raise cli.UserError(f"{args.ckpt[0]}: names no data; give --data PATH")
     args.seed = arms[0].seed
@@ -111,7 +109,7 @@ def main():
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     out, arms = output_folder(args), begin(args)
-    args.out, seeds = os.path.abspath(out), args.seeds or [args.seed]
+    args.out, seeds = os.path.abspath(out), [*dict.fromkeys(args.seeds or [args.seed])]
     names = [start.metadata["arm"] for start in arms]
     parts = [*names, "mean"] if len(arms) > 1 else [""]
     inner = [f"seed{seed}" for seed in seeds] if len(seeds) > 1 else [""]
@@ -125,7 +123,7 @@ def main():
         fix = "name these seeds too, with --resume, or give another --out"
         raise cli.UserError(f"{out}: has {cli.preview(sorted(others))} of an earlier run; {fix}")
     for folder in {out, *every} if not args.resume else ():
-        cli.refuse_overwrite(folder, ("metrics.json", "best.pt", "last.pt"), args.overwrite)
+        cli.refuse_overwrite(folder, args.overwrite)
 
     images = readers.read(args.data, **data.options(args))
     results.refuse_unlabelled(images)
@@ -181,19 +179,23 @@ def run_seed(job, args, seed, out):
     print(f"{name}: labels of {of}: {shown}")
     if args.dry_run and knn:
         return None
-    if not args.dry_run:
+
+    def write():
         checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else ())
         checkpoint.write_json(out / "config.json", checkpoint.configuration(args))
         data.write_split(out, images, split, job.used)
+
     if not knn and (state is None or "rng" in state):
         metadata = {"script": "finetune.py", "args": vars(args), "seed": seed, "digest": job.digest}
         run = Run(out, job.device, job.amp, metadata, state, save_every=args.save_every)
         run.seconds_between_saves, run.normalization = 30, job.normalization
         model, schedule = build(job), (args.patience, args.lr, args.min_lr, args.t_max)
-        training = finetune(job, model, run, args.epochs, *schedule)
+        training = finetune(job, model, run, write, args.epochs, *schedule)
         if training is None:
             return None
         save_best(job, args, model, training)
+    elif not args.dry_run:
+        write()
     test, training = nearest(job) if knn else tested(job)
     settings = {"ckpt": job.ckpt, "mode": args.mode, "frac": args.frac, "split_seed": args.seed}
     found = results.report(job, *test, settings | training)
@@ -268,9 +270,10 @@ def build(job):
     return model.to(job.device).train(not job.linear)
 
 
-def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
+def finetune(job, model, run, write, epochs, patience, lr, min_lr, t_max):
     """Train on the used labels; the model ends with the weights of the lowest validation loss.
-    Returns how training went; None where it is a dry run."""
+    write(): clears the folder, once a step has worked. Returns how training went; None where it is
+    a dry run."""
     device, amp, val_mask = job.device, job.amp, job.split == "val"
     train_loader = batches_of(job, job.used, data.augmentation(job.start.metadata["img_size"]))
     val_loader = batches_of(job, val_mask)
@@ -280,6 +283,7 @@ def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
     run.announce(lambda x: focal_loss(model(x[0]), x[1]), model, train_loader, epochs, val_mask)
     if run.metadata["args"]["dry_run"]:
         return None
+    write()
     run.track(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     best = run.progress.setdefault("best", {"best_loss": float("inf"), "best_epoch": 0})
     if val_mask.sum() < splits.TOO_FEW:

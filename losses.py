@@ -82,11 +82,11 @@ def class_weights(counts, kind="minmax"):
     "none": 1 for every class.
     """
     counts = torch.as_tensor(counts, dtype=torch.float32)
+    if kind not in ("minmax", "inverse", "none"):
+        raise ValueError(f"kind must be minmax, inverse or none, not {kind!r}")
     if kind == "none" or counts.min() == counts.max():
         return torch.ones_like(counts)
     if kind == "minmax":
         return 0.2 + 0.8 * (counts - counts.min()) / (counts.max() - counts.min())
-    if kind == "inverse":
-        inverse = 1 / counts.clamp(min=1)
-        return inverse / inverse.mean()
-    raise ValueError(f"kind must be minmax, inverse or none, not {kind!r}")
+    inverse = 1 / counts.clamp(min=1)
+    return inverse / inverse.mean()

@@ -13,6 +13,7 @@ float32, and `paths`, (N,) str; of several files `embeddings_1`, ... in the orde
 
 import functools
 import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,8 +70,8 @@ def parse_arguments():
     amp = "autocast; off: float32, where predictions do not depend on their batch; auto: faster"
     add("--amp", default="off", choices=["off", "auto", "bf16", "fp16"], help=amp)
     add("--workers", type=cli.count, metavar="N", help="loader processes (CPU: 0; GPU: up to 8)")
-    cache = f"folder of the decoded images (default: {default_dir()}); --no-cache: decode each time"
-    add("--cache", "--no-cache", nargs="?", const="none", metavar="DIR", help=cache)
+    add("--cache", metavar="DIR", help=f"folder of the decoded images (default: {default_dir()})")
+    add("--no-cache", dest="cache", action="store_const", const="none", help="keep none on disk")
     args = parser.parse_args()
     if not args.out and not args.embeddings:
         parser.error("give --out FILE, --embeddings FILE or both")
@@ -85,9 +86,9 @@ def prepare_file(path, flag, overwrite):
     if path.is_dir() or path.exists() and not overwrite:
         there = "is a folder" if path.is_dir() else "is there already"
         raise UserError(f"{path}: {there}; name another file with {flag}, or give --overwrite")
-    no_folder = FileExistsError, NotADirectoryError
-    with cli.refusing(f"{path.parent}: is not a folder ({flag})", no_folder):
+    with cli.refusing(f"{path.parent}: cannot be written to ({flag}):", OSError):
         checkpoint.start_folder(path.parent, (path.name,))
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def refuse_unequal(arms):
@@ -109,7 +110,7 @@ def outputs_of(arm, pixels, bs, workers, device, amp, with_features):
     (N, D)."""
     batches = data.EpochBatches(len(pixels), bs, drop_single=False)
     dataset, outputs = data.AugmentedImages(pixels, range(len(pixels))), []
-    loader = cli.progress(data.loader(dataset, batches, device, workers), unit_scale=bs)
+    loader, bar = data.loader(dataset, batches, device, workers), cli.progress(total=len(pixels))
     for images in on_device(loader, device, arm.mean, arm.std):
         with torch.autocast(device.type, amp, enabled=amp is not None):
             features, logits = collapse.embed(arm.model, [images])
@@ -117,6 +118,8 @@ def outputs_of(arm, pixels, bs, workers, device, amp, with_features):
             raise UserError(f"{arm.path}: gives NaN or infinite outputs; try --amp off")
         both = probabilities_of(logits, arm.temperature, arm.multilabel)
         outputs.append([*both, features.flatten(1).cpu().numpy()][: 2 + with_features])
+        bar.update(len(images))
+    bar.close()
     return [np.concatenate(parts) for parts in zip(*outputs)]
 
 

@@ -43,8 +43,8 @@ def prepare(parser, script, may_change=cli.MAY_CHANGE, **defaults):
         from common.starts import resumed
 
         args, state = resumed(parser, args, script, may_change)
-        if state is None and args.data:
-            print(f"{args.out}: holds no last.pt, so the run starts from the beginning")
+        if state is None:
+            print(f"{args.out}: holds no last.pt, so the run starts from the beginning", flush=True)
     if args.data is None:
         parser.error("--data PATH is missing (without images, try docs/demo.npz)")
     device, out = cli.pick_device(args.device), Path(args.out)
@@ -52,7 +52,7 @@ def prepare(parser, script, may_change=cli.MAY_CHANGE, **defaults):
     cli.refuse_inputs([out / name for name in OUTPUTS], args.data)
     cli.claim(out)
     if state is None:
-        cli.refuse_overwrite(out, ("cnn.pt", "vit.pt", "last.pt"), args.overwrite)
+        cli.refuse_overwrite(out, args.overwrite)
     amp = cli.pick_amp(args.amp, device)
     run = Run(out, device, amp, {"script": script}, state, save_every=args.save_every)
     specs = {"cnn": (args.cnn, args.init_cnn or args.init, args.cnn_kwargs)}
@@ -115,9 +115,9 @@ def build_model(specs, img_size, objective, head_act, grad_checkpointing):
 
 
 def begin(run, args, specs, images, stale=()):
-    """Decode and split the images; clear --out, of `stale` files alone where a run on the same ones
-    is resumed; write split.csv and config.json. Returns the indices of the training images and the
-    {key: value} of the weights files that come of them; last.pt's go to the run."""
+    """Decode and split the images. Returns the indices of the training images; the {key: value} of
+    the weights files that come of them, last.pt's go to the run; and write(), which clears --out,
+    of `stale` files alone where a run is resumed, and writes split.csv and config.json."""
     state, processes = run.state, distributed.WORLD_SIZE
     if state is None:  # what the initial weights saw counts too; read before anything is removed
         from common.starts import carried_by
@@ -138,17 +138,20 @@ def begin(run, args, specs, images, stale=()):
         way_out = "copy the data and last.pt to every machine"
         raise UserError(f"{images.path}: the processes found other images or states; {way_out}")
     run.metadata |= {"args": vars(args), "processes": processes, "seen": seen, "initial": initial}
-    if distributed.RANK == 0 and not args.dry_run:
-        checkpoint.start_folder(run.out, OUTPUTS, OUTPUTS if state is None else stale)
-        data.write_split(run.out, images, split)
-        config = checkpoint.configuration(args) | {"device": str(run.device)}
-        config |= {"amp": str(run.amp), "processes": processes}
-        checkpoint.write_json(run.out / "config.json", config)
+
+    def write():
+        if distributed.RANK == 0:
+            checkpoint.start_folder(run.out, OUTPUTS, OUTPUTS if state is None else stale)
+            data.write_split(run.out, images, split)
+            config = checkpoint.configuration(args) | {"device": str(run.device)}
+            config |= {"amp": str(run.amp), "processes": processes}
+            checkpoint.write_json(run.out / "config.json", config)
+
     if not images.classes and not (split == "test").any():
         print("without --labels FILE no image is held out: none can be tested on later")
     saved = {"epoch": args.epochs, "seed": args.seed, "data": data.options(args, data.OPTIONS)}
     saved["split"] = known = splits.carried(images, split, initial)
-    return index, {**saved, "seen": known[0, known[1] == 0], "config": vars(args)}
+    return index, {**saved, "seen": known[0, known[1] == 0], "config": vars(args)}, write
 
 
 def main():
@@ -160,7 +163,7 @@ def main():
     ablation = "more augmentation (Table 8), SGD for the CNN (9), an activation on the logits (21)"
     add("--ablation", nargs="+", default=[], choices=ABLATIONS, help=ablation)
     swa = "share of the run before weight averaging begins; 1: no averaging"
-    add("--swa-start", type=cli.rate, default=0.75, metavar="SHARE", help=swa)
+    add("--swa-start", type=cli.share, default=0.75, metavar="SHARE", help=swa)
     add("--grad-checkpointing", **flag, help="recompute activations: less memory, more time")
     args, run, specs = prepare(parser, "pretrain.py", MAY_CHANGE)
     device, out, state = run.device, run.out, run.state
@@ -181,7 +184,7 @@ def main():
     torch.manual_seed(args.seed)
     head_act = next((x for x in args.ablation if x in ("sigmoid", "softmax")), "none")
     model = build_model(specs, args.img_size, args.objective, head_act, args.grad_checkpointing)
-    train_index, saved = begin(run, args, specs, images, stale=("cnn.pt", "vit.pt"))
+    train_index, saved, write = begin(run, args, specs, images, stale=("cnn.pt", "vit.pt"))
     augment = (name in args.ablation for name in ("blur", "solarize"))
     transform = data.augmentation(args.img_size, *augment)
     dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
@@ -192,6 +195,7 @@ def main():
     run.announce(model.to(device), model, loader, args.epochs)
     if args.dry_run:
         return
+    write()  # nothing is lost before a step has worked
     schedule = (args.lr, args.min_lr, args.t_max, args.swa_start, "sgd" in args.ablation)
     swa = train(model, loader, run, args.epochs, *schedule)
     if distributed.RANK == 0:
@@ -206,7 +210,8 @@ def main():
         none = "the last weights; no weights averaged: no end of a cycle after --swa-start"
         what = f"the mean of {swa.snapshots} snapshots" if swa.snapshots else none
         print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: {what}")
-        print(f"next: python finetune.py --ckpt {out / 'cnn.pt'} --frac 0.01")
+        if images.classes:
+            print(f"next: python finetune.py --ckpt {out / 'cnn.pt'}")
 
 
 if __name__ == "__main__":

@@ -98,17 +98,6 @@ def save(out, arm, model, name, kwargs, img_size, metadata):
 
 
 def enable_grad_checkpointing(model, name):
-    """Recompute activations in the backward pass, uncounted by batch-norm. Raises UserError."""
+    """Recompute activations in the backward pass; batch-norm counts both. Raises UserError."""
     with refusing(f"--grad-checkpointing: timm has none for {name}"):
         model.set_grad_checkpointing()
-
-    def swap(module, *_):
-        if torch._C._current_graph_task_id() != -1:  # in a backward pass
-            now = module.momentum, module.num_batches_tracked
-            (module.momentum, module.num_batches_tracked), module.second = module.second, now
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.second = 0.0, torch.tensor(0)
-            module.register_forward_pre_hook(swap)
-            module.register_forward_hook(swap, always_call=True)  # recomputation may stop early

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from common import distributed
 
 MAY_CHANGE = {"workers", "device", "out", "overwrite", "resume", "cache", "save_every", "dry_run"}
+RUN = "cnn.pt", "vit.pt", "best.pt", "metrics.json", "last.pt"  # a run in a folder has one of these
 _afterwards = contextlib.ExitStack()  # what is undone when a command ends
 
 
@@ -42,12 +43,17 @@ def preview(items, n=3):
     return ", ".join(items[:n]) + f" and {len(items) - n} more" * (len(items) > n)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # with the default of a flag that has one
+        told = action.default == argparse.SUPPRESS or "default" in action.help
+        return action.help + " (default: %(default)s)" * (bool(action.default) and not told)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the script's docstring as help, no abbreviations, and one-line errors."""
 
     def __init__(self, doc, **kwargs):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=raw, **kwargs)
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -151,6 +157,7 @@ fraction = checked(float, lambda x: 0 < x <= 1, "not in (0, 1]")
 positive = checked(int, lambda x: x >= 1, "not at least 1")
 count = checked(int, lambda x: x >= 0, "not at least 0")
 rate = checked(float, lambda x: 0 <= x < float("inf"), "not a finite number of at least 0")
+share = checked(float, lambda x: 0 <= x <= 1, "not in [0, 1]")
 
 
 def t_max(text):
@@ -160,10 +167,10 @@ def t_max(text):
 
 def save_every(text):
     """For argparse: float minutes ("10m"), or int iterations."""
-    return float(text[:-1]) if text.endswith("m") else positive(text)
+    return rate(text[:-1]) if text.endswith("m") else positive(text)
 
 
-def refuse_overwrite(out, names, overwrite):
+def refuse_overwrite(out, overwrite, names=RUN):
     """Raise UserError if the folder holds one of the files and overwriting was not asked for."""
     there = preview([name for name in names if (out / name).exists()])
     if there and not overwrite:

@@ -77,13 +77,19 @@ class Monitor:
             row["agreement"], row["retrieval"] = agreement(*logits.values())
             for name, x in logits.items():
                 row |= {f"{name}_logits_{key}": x for key, x in measures(x).items()}
-                narrow = row[f"{name}_logits_spread"] < COLLAPSED_SPREAD
-                row[f"{name}_logits_collapsed"] = narrow and row["agreement"] < COLLAPSED_AGREEMENT
-        return {key: x if isinstance(x, bool) else round(x, 5) for key, x in row.items()}
+        return {key: round(x, 5) for key, x in row.items()}
 
     def _batches(self, index, device):
         pixels = torch.from_numpy(np.stack([self.data.images[i] for i in index]))
         return map(normalize, pixels.to(device).split(64))
+
+
+def flags(start, row):
+    """{"ARM_logits_collapsed": bool} of what Monitor measured before the first step and now: arms
+    may begin as narrow, and widen."""
+    low = row.get("agreement", 1) < COLLAPSED_AGREEMENT
+    limits = {x: min(COLLAPSED_SPREAD, start.get(x, 1)) for x in row if x.endswith("logits_spread")}
+    return {x.replace("spread", "collapsed"): low and row[x] < y for x, y in limits.items()}
 
 
 def change(start, row):

@@ -80,6 +80,8 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
     labels; more: group_near and, of CSV files, image_col, uncertain, skip_bad. Raises UserError."""
     from common import folders, tables  # which import this module
 
+    if images and not os.path.exists(images):
+        raise UserError(f"{images}: there is no such file or folder (--labels, --images)")
     level, group_near = label_col[0] if label_col else None, more.pop("group_near", False)
     files = [x for x in (path, images) if x and os.path.isfile(x)]
     table = next((x for x in files if Path(x).suffix.lower() in tables.OF_ROWS), None)

@@ -111,8 +111,7 @@ class Run:
         with ExitStack() as self.undo, progress(total=n * self.sampler.n, initial=cut) as self.bar:
             cli.on_stop(self._note_signal, until=self.undo)
             if self.state is None and self.monitor is not None and n:
-                start = self.monitor(models, self.device).items()  # untrained, not collapsed
-                self.progress["start"] = {key: x for key, x in start if "collapsed" not in key}
+                self.progress["start"] = self.monitor(models, self.device)
             while self.epoch < n and not done(self.epoch):
                 self.sampler.epoch, self.sampler.start = self.epoch, self.progress["batch"]
                 loss = self.progress["loss"]
@@ -174,10 +173,11 @@ class Run:
             row["images_per_second"] = round(self.sampler.n / took, 2)
             row["arms"] = "+".join(self.models)
         if self.monitor is not None:
-            row |= self.monitor(self.models, self.device)
+            start, now = self.progress["start"], self.monitor(self.models, self.device)
+            row |= now | collapse.flags(start, now)
             row["monitor_seconds"] = round(time.perf_counter() - self.began - took, 3)
-            self.status = collapse.change(self.progress["start"], row)
-            row |= {"start": self.progress["start"]} if row["epoch"] == 1 else {}
+            self.status = collapse.change(start, row)
+            row |= {"start": start} if row["epoch"] == 1 else {}
         self.progress["log"] = [*self.progress["log"], row]
         stop = self.signal if distributed.WORLD_SIZE == 1 else 0  # since the last step
         skip = time.perf_counter() - self.saved < self.seconds_between_saves and not stop
@@ -200,5 +200,5 @@ class Run:
     def check_finite(self, *losses):
         """Stop with exit status 1 on a loss that is NaN or infinite."""
         if not math.isfinite(loss := sum(losses, self.loss.item())):
-            what = f"the loss is {loss} in epoch {self.epoch + 1}; what was saved before is intact"
+            what = f"the loss is {loss} in epoch {self.epoch + 1}; what this run saved is intact"
             raise cli.Stopped(1, f"{what}; try a smaller --lr, or --amp off")

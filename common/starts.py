@@ -142,10 +142,7 @@ def carried_by(init, weights=None):
     """splits.carried() of what our weights files saw; empty for other weights. Raises UserError."""
     weights = weights or ({} if init in ("imagenet", "random") else checkpoint.load(init))
     check(init, weights, HISTORY)
-    split, seen = weights.get("split"), weights.get("seen")
-    if split is None and seen is not None:
-        print(f"{init}: is of an earlier version and carries no split, which is drawn as before")
-        split = torch.stack([seen, torch.zeros_like(seen)])
+    split = weights.get("split")
     return torch.zeros(2, 0, dtype=torch.int64) if split is None else split
 
 

@@ -116,7 +116,10 @@ def monitor(n=80, labels=None):
 
 def flags(cnn, vit):
     row = monitor()({"cnn": cnn, "vit": vit}, torch.device("cpu"))
-    return row, (row["cnn_logits_collapsed"], row["vit_logits_collapsed"])
+    found = collapse.flags({"cnn_logits_spread": 0.5, "vit_logits_spread": 0.5}, row)
+    assert list(found) == ["cnn_logits_collapsed", "vit_logits_collapsed"]
+    assert not any(collapse.flags({"cnn_logits_spread": 0, "vit_logits_spread": 0}, row).values())
+    return row, tuple(found.values())
 
 
 def test_monitor_flags_arms_that_collapsed_and_no_others():
@@ -141,6 +144,7 @@ def test_monitor_sees_labels_only_for_knn_and_no_test_images():
     with_labels, without = m(arms, torch.device("cpu")), monitor()(arms, torch.device("cpu"))
     assert {k: v for k, v in with_labels.items() if "knn" not in k} == without
     assert 0 <= with_labels["cnn_knn_readout"] <= 1 and "cnn_knn_readout" not in without
+    assert collapse.flags({}, m({"cnn": Arm(1e-4)}, torch.device("cpu"))) == {}  # one arm: DINO's
 
 
 def test_the_first_epoch_shows_that_equation_1_collapses_and_vicreg_does_not(

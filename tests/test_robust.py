@@ -55,6 +55,45 @@ def patched(module, patch, cwd, *arguments, timeout=100, **env):
     return process.returncode, err
 
 
+def test_overwriting_with_a_wrong_command_loses_nothing(pretrained, folder, script):
+    small = ["--cnn", "resnet10t", "--vit", "test_vit", "--init", "random", "--img-size", 32]
+    tuning = [finetune, "--ckpt", pretrained / "cnn.pt", "--epochs", 1, "--seeds", 0, 0]
+    assert script(*tuning)[0] == 0  # a seed that is named twice is one
+    kept = {p: p.read_bytes() for p in sorted(pretrained.rglob("*")) if p.is_file()}
+    for command in (  # a batch of one image, which batch-norm refuses in the first step
+        [pretrain, "--data", folder, *small, "--bs", 1, "--overwrite", "--out", pretrained],
+        [finetune, "--data", folder, "--arch", "resnet10t", "--init", "random", "--img-size", 32]
+        + ["--bs", 1, "--overwrite", "--out", pretrained / "finetune_cnn_1"],
+    ):
+        status, _, err = script(*command)
+        assert status == 2 and "a batch of 1 is too small" in one_line(err)
+        assert kept == {p: p.read_bytes() for p in sorted(pretrained.rglob("*")) if p.is_file()}
+
+
+def test_no_command_writes_over_a_run_of_another_kind(pretrained, folder, script):
+    assert script(finetune, "--ckpt", pretrained / "cnn.pt", "--epochs", 1)[0] == 0
+    tuned = pretrained / "finetune_cnn_1"
+    for command in (
+        [pretrain, "--data", folder, *TINY, "--out", tuned],
+        [finetune, "--data", folder, "--ckpt", pretrained / "cnn.pt", "--out", pretrained],
+        [data, folder, "--out", tuned],
+        [data, folder, "--out", pretrained],
+    ):
+        status, _, err = script(*command)
+        assert status == 2 and "; give another --out" in one_line(err), command
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_predicted(
+    pretrained, folder, script, monkeypatch
+):
+    def refused(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(predict.tempfile, "TemporaryFile", refused)
+    status, _, err = script(predict, "--ckpt", "no.pt", "--data", folder, "--out", "deep/p.csv")
+    assert status == 2 and "deep: cannot be written to (--out): Permission" in one_line(err)
+
+
 # the split that a checkpoint carries
 
 
@@ -470,3 +509,21 @@ def test_processes_that_differ_are_told(monkeypatch):
     assert distributed.agree([1, 2], "cpu")
     monkeypatch.setattr(distributed, "all_reduce", lambda x, op="SUM": x + (op == "MAX"))
     assert not distributed.agree([1, 2], "cpu")
+
+
+def test_flags_that_mean_nothing_are_refused_and_the_defaults_are_shown(folder, script):
+    for wrong in (["--swa-start", 2], ["--save-every=-1m"], ["--save-every", "nanm"], ["--cache"]):
+        status, _, err = script(pretrain, "--data", folder, *TINY, *wrong)
+        assert status == 2 and f"argument {wrong[0].partition('=')[0]}" in one_line(err), wrong
+    status, said, _ = script(finetune, "--help")
+    said = " ".join(said.split())
+    assert "images per step (default: 16)" in said and "(F.3.2) (default: 5)" in said
+    assert "(default: None)" not in said and "(default: False)" not in said
+
+
+def test_the_next_command_works(folder, tmp_path, script):
+    status, said, err = script(pretrain, "--data", folder, *TINY, "--out", tmp_path / "a")
+    assert status == 0 and said.endswith(f"next: python finetune.py --ckpt {tmp_path}/a/cnn.pt\n")
+    flags = [*TINY, "--label-col", "none", "--out", tmp_path / "b"]
+    status, said, err = script(pretrain, "--data", folder, *flags)
+    assert status == 0 and "next:" not in said, err  # without labels none can be tuned

@@ -806,20 +806,6 @@ def test_the_owner_s_two_commands(tmp_path, folder, monkeypatch):
     assert (tmp_path / "finetune_cnn_0.5/metrics.json").exists()
 
 
-def test_weights_without_a_split_keep_what_they_saw_in_training(pretrained, script):
-    """As the earliest files are: no image of their training is drawn for testing."""
-    file = pretrained / "cnn.pt"
-    weights = torch.load(file, weights_only=True)
-    del weights["split"]
-    torch.save({**weights, "seed": 5}, file)  # by which alone another split would be drawn
-    status, out, err = script(finetune, "--ckpt", file, "--epochs", 1)
-    assert status == 0 and "of an earlier version and carries no split" in out, err
-    before = {r["path"]: r["split"] for r in rows(pretrained / "split.csv")}
-    after = rows(pretrained / "finetune_cnn_1/split.csv")
-    assert {r["split"] for r in after if before[r["path"]] == "train"} == {"train"}
-    assert {r["split"] for r in after} == {"train", "val", "test"}
-
-
 def test_weights_of_an_earlier_version_load(pretrained, folder, tmp_path, script):
     """As written before the flags --unlabelled and --no-swa went: by the same keys, other data."""
     file = pretrained / "cnn.pt"

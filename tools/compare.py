@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     args = parser.parse_args()
     if args.out:
-        cli.refuse_overwrite(args.out.parent, [args.out.name], args.overwrite)
+        cli.refuse_overwrite(args.out.parent, args.overwrite, [args.out.name])
     runs = [folders_of(run) for run in (args.RUN_A, args.RUN_B)]
     if runs[0].keys() != runs[1].keys():
         raise cli.UserError(f"{args.RUN_B}: its seeds are not those of {args.RUN_A}")

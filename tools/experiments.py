@@ -121,7 +121,7 @@ def call(words, folder):
     mark, made = folder / "finished", f"{CODE} {shlex.join(words)}"
     if mark.exists() and mark.read_text() != made:
         what = "was made with other flags or by other code"
-        raise cli.UserError(f"{folder}: {what}; give another folder with --out, or --work")
+        raise cli.UserError(f"{folder}: {what}; give another folder")
     if mark.exists():
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -296,7 +296,7 @@ def main():
     path = Path(os.path.abspath(args.data))
     folder = path if path.is_dir() else path.parent
     args.name = path.stem if path.suffix == ".npz" else folder.name
-    cli.refuse_overwrite(args.out, (), False)  # it may be no folder
+    cli.refuse_overwrite(args.out, False, ())  # it may be no folder
     rows = rows_of(args.table, args.scale, args.only, args.fracs, args.epochs)
     images = readers.read(args.data, **data.options(args))
     results.refuse_unlabelled(images)

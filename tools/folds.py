@@ -110,7 +110,8 @@ def main():
     args, args.pretrain = parser.parse_known_args()
     if args.split or args.data is None or args.folds < 2 or "--seeds" in args.finetune:
         parser.error("give --data, 2 --folds or more, no --split, which is drawn, and no --seeds")
-    out = Path(args.out).absolute()
+    spare = tempfile.TemporaryDirectory()  # of a dry run nothing stays
+    out = Path(spare.name if args.dry_run else args.out).absolute()
     cli.claim(out)
     images = readers.read(args.data, **data.options(args) | {"split": "none"})
     results.refuse_unlabelled(images)
@@ -129,11 +130,11 @@ def main():
             jobs[method] += commands_of(args, out / f"fold{k}", method)
     for number, (words, folder) in enumerate(cli.progress(sum(jobs.values(), []), "run")):
         if error := call(words, folder):
-            what = f"{folder}: {error.removeprefix('error: ')}; to go on, give the command again"
-            raise cli.Stopped(1, what) if number else cli.UserError(what)
+            what, again = f"{folder}: {error.removeprefix('error: ')}", "give the command again"
+            raise cli.Stopped(1, f"{what}; to go on, {again}") if number else cli.UserError(what)
         if number == 0:  # the baseline's weights are there: its fine-tuning can be timed
             train, tune = hours_of(jobs["cass"][0][0]), hours_of(jobs["baseline"][1][0])
-            total = f"{args.folds} folds take at most {args.folds * (train + 2 * tune):.2f} h, each"
+            total = f"{args.folds} folds take about {args.folds * (train + 2 * tune):.2f} h, each"
             each = f"{train:.2f} h of pre-training and twice {tune:.2f} h of fine-tuning"
             cli.tqdm.write(f"{total} with {each}")
         if args.dry_run:
