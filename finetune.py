@@ -13,6 +13,7 @@ folder each and summary.json. Image size, normalization, data and split come fro
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,28 +180,30 @@ def run_seed(job, args, seed, out):
     print(f"{name}: labels of {of}: {shown}")
     if args.dry_run and knn:
         return None
-
-    def write():
-        checkpoint.start_folder(out, OUTPUTS, OUTPUTS if state is None else ())
-        checkpoint.write_json(out / "config.json", checkpoint.configuration(args))
-        data.write_split(out, images, split, job.used)
-
     if not knn and (state is None or "rng" in state):
         metadata = {"script": "finetune.py", "args": vars(args), "seed": seed, "digest": job.digest}
         run = Run(out, job.device, job.amp, metadata, state, save_every=args.save_every)
         run.seconds_between_saves, run.normalization = 30, job.normalization
+        run.write = partial(write, job, args, OUTPUTS if state is None else ())
         model, schedule = build(job), (args.patience, args.lr, args.min_lr, args.t_max)
-        training = finetune(job, model, run, write, args.epochs, *schedule)
+        training = finetune(job, model, run, args.epochs, *schedule)
         if training is None:
             return None
         save_best(job, args, model, training)
     elif not args.dry_run:
-        write()
+        write(job, args, OUTPUTS if state is None else ())
     test, training = nearest(job) if knn else tested(job)
     settings = {"ckpt": job.ckpt, "mode": args.mode, "frac": args.frac, "split_seed": args.seed}
     found = results.report(job, *test, settings | training)
     (out / "last.pt").unlink(missing_ok=True)
     return found
+
+
+def write(job, args, stale):
+    """Clear the folder of stale files; write what is known from the start."""
+    checkpoint.start_folder(job.out, OUTPUTS, stale)
+    checkpoint.write_json(job.out / "config.json", checkpoint.configuration(args))
+    data.write_split(job.out, job.images, job.split, job.used)
 
 
 def save_best(job, args, model, training):
@@ -270,20 +273,18 @@ def build(job):
     return model.to(job.device).train(not job.linear)
 
 
-def finetune(job, model, run, write, epochs, patience, lr, min_lr, t_max):
+def finetune(job, model, run, epochs, patience, lr, min_lr, t_max):
     """Train on the used labels; the model ends with the weights of the lowest validation loss.
-    write(): clears the folder, once a step has worked. Returns how training went; None where it is
-    a dry run."""
+    Returns how training went; None where it is a dry run."""
     device, amp, val_mask = job.device, job.amp, job.split == "val"
     train_loader = batches_of(job, job.used, data.augmentation(job.start.metadata["img_size"]))
     val_loader = batches_of(job, val_mask)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, fused=True)
     scheduler = CosineAnnealingLR(optimizer, half_cycle(t_max, epochs * len(train_loader)), min_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    run.announce(lambda x: focal_loss(model(x[0]), x[1]), model, train_loader, epochs, val_mask)
-    if run.metadata["args"]["dry_run"]:
+    step = lambda x: focal_loss(model(x[0]), x[1])  # noqa: E731
+    if not run.announce(step, model, train_loader, epochs, val_mask):
         return None
-    write()
     run.track(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     best = run.progress.setdefault("best", {"best_loss": float("inf"), "best_epoch": 0})
     if val_mask.sum() < splits.TOO_FEW:

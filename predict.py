@@ -86,8 +86,10 @@ def prepare_file(path, flag, overwrite):
     if path.is_dir() or path.exists() and not overwrite:
         there = "is a folder" if path.is_dir() else "is there already"
         raise UserError(f"{path}: {there}; name another file with {flag}, or give --overwrite")
+    no_folder = FileExistsError, NotADirectoryError
     with cli.refusing(f"{path.parent}: cannot be written to ({flag}):", OSError):
-        checkpoint.start_folder(path.parent, (path.name,))
+        with cli.refusing(f"{path.parent}: is not a folder ({flag})", no_folder):
+            checkpoint.start_folder(path.parent, (path.name,))
         tempfile.TemporaryFile(dir=path.parent).close()
 
 

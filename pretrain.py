@@ -115,9 +115,9 @@ def build_model(specs, img_size, objective, head_act, grad_checkpointing):
 
 
 def begin(run, args, specs, images, stale=()):
-    """Decode and split the images. Returns the indices of the training images; the {key: value} of
-    the weights files that come of them, last.pt's go to the run; and write(), which clears --out,
-    of `stale` files alone where a run is resumed, and writes split.csv and config.json."""
+    """Decode and split the images. Returns the indices of the training images and the {key: value}
+    of the weights files that come of them; last.pt's go to the run, and how to clear --out, of
+    `stale` files alone where a run is resumed, and to write split.csv and config.json."""
     state, processes = run.state, distributed.WORLD_SIZE
     if state is None:  # what the initial weights saw counts too; read before anything is removed
         from common.starts import carried_by
@@ -147,11 +147,12 @@ def begin(run, args, specs, images, stale=()):
             config |= {"amp": str(run.amp), "processes": processes}
             checkpoint.write_json(run.out / "config.json", config)
 
+    run.write = write
     if not images.classes and not (split == "test").any():
         print("without --labels FILE no image is held out: none can be tested on later")
     saved = {"epoch": args.epochs, "seed": args.seed, "data": data.options(args, data.OPTIONS)}
     saved["split"] = known = splits.carried(images, split, initial)
-    return index, {**saved, "seen": known[0, known[1] == 0], "config": vars(args)}, write
+    return index, {**saved, "seen": known[0, known[1] == 0], "config": vars(args)}
 
 
 def main():
@@ -184,7 +185,7 @@ def main():
     torch.manual_seed(args.seed)
     head_act = next((x for x in args.ablation if x in ("sigmoid", "softmax")), "none")
     model = build_model(specs, args.img_size, args.objective, head_act, args.grad_checkpointing)
-    train_index, saved, write = begin(run, args, specs, images, stale=("cnn.pt", "vit.pt"))
+    train_index, saved = begin(run, args, specs, images, stale=("cnn.pt", "vit.pt"))
     augment = (name in args.ablation for name in ("blur", "solarize"))
     transform = data.augmentation(args.img_size, *augment)
     dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
@@ -192,10 +193,8 @@ def main():
     batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, *share)
     loader = data.loader(dataset, batches, device, args.workers)
     run.react = lambda row: collapse.react(row, args.objective, args.fail_on_collapse)
-    run.announce(model.to(device), model, loader, args.epochs)
-    if args.dry_run:
+    if not run.announce(model.to(device), model, loader, args.epochs):
         return
-    write()  # nothing is lost before a step has worked
     schedule = (args.lr, args.min_lr, args.t_max, args.swa_start, "sgd" in args.ablation)
     swa = train(model, loader, run, args.epochs, *schedule)
     if distributed.RANK == 0:

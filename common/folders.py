@@ -71,7 +71,7 @@ def by_path(names, pattern, flag):
     with refusing(f"{flag} {pattern}: no column, nor a regular expression:", re.error):
         found = [re.search(number or pattern, name) for name in names]
     if none := [name for name, match in zip(names, found) if match is None]:
-        what = f"no file, no column, in {len(names) - len(none)} of {len(names)} paths, not in"
+        what = f"no column, and found in {len(names) - len(none)} of {len(names)} paths, not in"
         raise UserError(f"{flag} {pattern}: {what} {preview(none)}")
     return ["/".join(filter(None, match.groups())) or match[0] for match in found]
 

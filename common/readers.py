@@ -80,8 +80,6 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
     labels; more: group_near and, of CSV files, image_col, uncertain, skip_bad. Raises UserError."""
     from common import folders, tables  # which import this module
 
-    if images and not os.path.exists(images):
-        raise UserError(f"{images}: there is no such file or folder (--labels, --images)")
     level, group_near = label_col[0] if label_col else None, more.pop("group_near", False)
     files = [x for x in (path, images) if x and os.path.isfile(x)]
     table = next((x for x in files if Path(x).suffix.lower() in tables.OF_ROWS), None)
@@ -91,6 +89,8 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
         more |= {"label_col": label_col, "multilabel": multilabel, "group_col": group_col}
         root = images if table is path else path
         data = tables.read_csv(table, root, whole=table is images, split=split, **more)
+    elif images and not os.path.exists(images):
+        raise UserError(f"{images}: there is no such file (--labels)")
     elif unused := [flag for flag, value in flags.items() if value and os.path.exists(path)]:
         raise UserError(f"{path}: {preview(unused, 9)} need a CSV file as --data or --labels")
     elif os.path.isdir(path):
@@ -115,7 +115,7 @@ def read(path, images=None, label_col=None, multilabel=False, group_col=None, sp
         if os.path.isfile(split):
             sides = tables.read_split(split, data.names)
         else:
-            found = folders.by_path(data.names, split, "--split")
+            found = folders.by_path(data.names, split, "--split (no file)")
             sides = np.array([folders.SPLITS.get(text.lower(), "") for text in found])
         if unnamed := list(compress(data.names, sides == "")):
             data.notes.append(f"left out, given no split by --split {split}: {preview(unnamed)}")

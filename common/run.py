@@ -60,6 +60,7 @@ class Run:
     normalization: tuple = (IMAGENET_MEAN, IMAGENET_STD)
     monitor: object = None  # {arm: model}, device -> {measure: number} after every epoch
     react: object = lambda row: None  # takes each row of the log once it is saved
+    write: object = lambda: None  # clears the folder, and writes what is there from the start
     iteration = property(lambda self: self.progress["iteration"])  # zero-based, over the whole run
     epoch = property(lambda self: self.progress["epoch"])  # how many are complete
 
@@ -77,8 +78,8 @@ class Run:
                     part.load_state_dict(self.state[name])
 
     def announce(self, step, model, loader, epochs, val_mask=()):
-        """Print how long the epochs take here, from a few timed steps. step: batch -> loss of the
-        model; val_mask: true for images that are only evaluated, at a third of the cost."""
+        """Print how long the epochs take, from a few timed steps; then write(). False: a dry run.
+        step: batch -> loss; val_mask: true for images only evaluated, at a third of the cost."""
         sampler, dataset, processes = loader.batch_sampler, loader.dataset, distributed.WORLD_SIZE
         size = min(sampler.batch_size // processes, len(dataset))
         began = time.perf_counter()
@@ -93,6 +94,9 @@ class Run:
             where += "; smaller settings: README, recipe for a laptop"
         work = f"{epochs} epochs of {sampler.n} images"
         print(f"{work}: about {timedelta(seconds=round(total))} {where}", flush=True)
+        if not (dry := self.metadata["args"]["dry_run"]):
+            self.write()
+        return not dry
 
     def epochs(self, n, loader, done=lambda epoch: False, models=None):
         """Numbers of the epochs that are left, until done(number of epochs that are complete).

@@ -15,7 +15,6 @@ from sklearn.metrics import f1_score
 
 import data
 import finetune
-import predict
 import pretrain
 from common.decode import normalize
 from common.pixels import decode
@@ -804,25 +803,6 @@ def test_the_owner_s_two_commands(tmp_path, folder, monkeypatch):
     second = run(ROOT / "finetune.py", "--ckpt", "cnn.pt", "--frac", "0.5", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "finetune_cnn_0.5/metrics.json").exists()
-
-
-def test_weights_of_an_earlier_version_load(pretrained, folder, tmp_path, script):
-    """As written before the flags --unlabelled and --no-swa went: by the same keys, other data."""
-    file = pretrained / "cnn.pt"
-    weights = torch.load(file, weights_only=True)
-    del weights["data"]["cache"]
-    weights["data"] |= {"label_col": None, "unlabelled": False}
-    weights["config"] = {"unlabelled": False, "no_swa": False, "method": "cass"}
-    torch.save(weights, file)
-    status, _, err = script(finetune, "--ckpt", file, "--epochs", 1)
-    assert status == 0, err
-    best = pretrained / "finetune_cnn_1/best.pt"
-    status, _, err = script(predict, "--ckpt", best, "--data", folder, "--out", tmp_path / "p.csv")
-    assert status == 0, err
-    weights["data"]["unlabelled"] = True  # pre-trained without labels: so are these data read
-    torch.save(weights, file)
-    status, _, err = script(finetune, "--ckpt", file, "--epochs", 1, "--out", tmp_path / "none")
-    assert status == 2 and "no labels" in one_line(err)
 
 
 ODD = "--img-size 32 --init random --epochs 1".split()

@@ -212,7 +212,7 @@ def main():
         init = init if state is None or models else "random"  # the weights of last.pt follow
         backbone, dim = make_backbone(f"--{arm}", name, init, size, **kwargs)
         models[arm] = DINO(arm, backbone, dim, args.outputs, args.momentum, args.teacher_temp)
-    train_index, saved, write = pretrain.begin(run, args, specs, images)
+    train_index, saved = pretrain.begin(run, args, specs, images)
     share = distributed.RANK, distributed.WORLD_SIZE
     for run.metadata["phase"], (arm, (name, _, kwargs)) in enumerate(todo, first):
         model = models.pop(arm)
@@ -220,15 +220,12 @@ def main():
         dataset = data.AugmentedImages(images.images, train_index, transform, seed=args.seed)
         batches = data.EpochBatches(len(dataset), args.bs, args.seed, True, *share)
         loader = data.loader(dataset, batches, device, args.workers)
-        run.announce(model.to(device), model, loader, args.epochs)
-        if args.dry_run:
+        if not run.announce(model.to(device), model, loader, args.epochs):
             return
-        if run.metadata["phase"] == first:
-            write()
         train(model, loader, run, args.epochs, args.lr, args.min_lr)
         if distributed.RANK == 0:
             arms.save(out, arm, model.arms[arm], name, kwargs, size, saved)
-        run = replace(run, state=None, log=run.progress["log"])
+        run = replace(run, state=None, log=run.progress["log"], write=lambda: None)
     print(f"wrote {out / 'cnn.pt'} and {out / 'vit.pt'}: the teachers")
     if images.classes:
         print(f"next: python finetune.py --ckpt {out / 'cnn.pt'}")
