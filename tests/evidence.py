@@ -224,7 +224,7 @@ def shown(difference):
         return ""
     mean, low, high, *_ = difference
     text = f"{signed(mean)} ({signed(low)} to {signed(high)})"
-    return f"**{text}**" if low > 0 or high < 0 else text
+    return f"**{text}**" if low < high and (low > 0 or high < 0) else text
 
 
 def table(header, rows):
@@ -333,7 +333,8 @@ def correlation_rows(rows):
     its 95 % interval of the t distribution over seeds)], the best on the first set first."""
     first, second = (correlations(folder, rows) for folder in SETS)
     found = []
-    for key in first if min(map(len, second.values()), default=0) > 1 else ():
+    enough = min(map(len, second.values()), default=0) > 3  # of fewer seeds, many are equal
+    for key in first if enough else ():
         ends = stats.ttest_1samp(second[key].mean(1), 0).confidence_interval()
         found.append((key, *first[key].mean(0), first[key].mean(), second[key].mean(), *ends))
     return sorted(found, key=lambda x: -x[3])

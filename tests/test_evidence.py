@@ -365,15 +365,15 @@ def test_a_measure_that_orders_runs_has_a_correlation_of_one(results):
         names = {"agreement": -1, "cnn_logits_spread": 1, "vit_logits_spread": -1}
         return {name: sign * x for name, sign in names.items()} | {"retrieval": 0.5}
 
-    for folder, s, (i, row) in product(evidence.SETS, range(3), enumerate(rows)):
+    for folder, s, (i, row) in product(evidence.SETS, range(4), enumerate(rows)):
         known = {"rank": y[i] ** 3 + s, "turned": (turned if s == 1 else y)[i], "same": 0.1 * s}
         c = cell(row, s, flat(y[i], y[i])) | {"label_free": dict.fromkeys(evidence.ARMS, known)}
         log = [{"start": monitor(y[3])}, monitor(y[i])]  # direct use has none: the others' start
         results(folder, c | {"log": log if row != evidence.BASE else []})
-    results("brain_mri", cell("a", 3, flat(1, 1)))  # of a seed that is not whole
+    results("brain_mri", cell("a", 4, flat(1, 1)))  # of a seed that is not whole
     found = {row[0]: row[1:] for row in evidence.correlation_rows(rows[:3])}
     assert found["rank"] == pytest.approx((1,) * 6)
-    mean, half = 2.8 / 3, stats.t.ppf(0.975, 2) * stats.sem([1, 0.8, 1])
+    mean, half = 0.95, stats.t.ppf(0.975, 3) * stats.sem([1, 0.8, 1, 1])
     assert found["turned"] == pytest.approx((mean,) * 4 + (mean - half, mean + half))
     assert found["agreement"] == pytest.approx((-1,) * 6)
     assert found["logits_spread"][:3] == pytest.approx((1, -1, 0))
