@@ -273,6 +273,15 @@ def figures():
         (len(chosen), *missed),
     )
 
+    compared = evidence.primary(evidence.chosen()["chosen objective"])
+    n = min(difference[4] for _, _, _, difference, *_ in compared)
+    k = sum(verdict in ("better", "worse") for *_, verdict in compared)
+    text = "After {} of its seeds, {} of the four comparisons named in advance show"
+    yield README, text, (n, k)
+    text = "differences in {1} of four named comparisons; being measured, by a "
+    text += "[protocol](protocol.md) | {0} seeds so far"
+    yield "results/README.md", text, (n, k)
+
     yield from claims(len(chosen), missed)
 
     faults = [*(ROOT / "tests/faults").glob("*.patch")]
