@@ -17,6 +17,8 @@ from common import cli
 from tools import experiments
 from tools.experiments import MODELS, rows_of
 
+TIMED = experiments.seconds_per_image
+
 PAPER = experiments.PAPER["tables"]
 TABLES = [str(n) for n in range(1, 22)]
 
@@ -72,12 +74,16 @@ def tiny(monkeypatch, tmp_path):
     )
     monkeypatch.setitem(experiments.SCALES, "small", (32, 1, "random"))
     monkeypatch.setattr(experiments, "SMALL_DINO", ["--outputs", "64", "--crops", "2"])
+    monkeypatch.setattr(experiments, "seconds_per_image", lambda *_: 0.01)
     monkeypatch.chdir(tmp_path)
     return draw_classes(tmp_path / "images", {"a": 14, "b": 10, "c": 6})
 
 
 @pytest.mark.parametrize("table", ["2", "7", "12", "19"])
-def test_dry_run_prints_commands_with_a_time_and_writes_nothing(tiny, tmp_path, script, table):
+def test_dry_run_prints_commands_with_a_time_and_writes_nothing(
+    tiny, tmp_path, script, table, monkeypatch
+):
+    monkeypatch.setattr(experiments, "seconds_per_image", TIMED)
     status, said, err = script(
         experiments,
         "--table",
