@@ -297,7 +297,7 @@ FORKED = ["--workers", 2]
 
 def test_a_killed_loader_process_ends_the_run_in_one_line(folder, tmp_path):
     patch = "data.AugmentedImages.__getitem__ = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-    patch += "script.Run.announce = lambda *a, **k: None"
+    patch += "script.Run.announce = lambda *a, **k: True"
     arguments = ["--data", folder, *TINY, *FORKED, "--out", tmp_path / "run"]
     status, err = patched("pretrain", patch, tmp_path, *arguments)
     assert status == 1 and "--workers 0" in one_line(err)
@@ -306,7 +306,7 @@ def test_a_killed_loader_process_ends_the_run_in_one_line(folder, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_goes_away_during_training_is_named(workers, folder, tmp_path):
     patch = "real = script.Run.announce\n"
-    patch += f"script.Run.announce = lambda *a, **k: os.remove({str(folder / 'a/3.png')!r})"
+    patch += f"script.Run.announce = lambda *a, **k: not os.remove({str(folder / 'a/3.png')!r})"
     arguments = [
         "--data",
         folder,
