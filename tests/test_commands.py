@@ -124,6 +124,7 @@ def test_command(line, workplace, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("CASS_CACHE", str(workplace / "cache"))
     monkeypatch.setattr(experiments, "run_script", in_this_process)
+    monkeypatch.setattr(experiments, "seconds_per_image", lambda *_: 0.01)
     assert timm.is_model(benchmark.PAPER["cnn"]) and timm.is_model(benchmark.PAPER["vit"])
     monkeypatch.setattr(benchmark, "PAPER", benchmark.SMALL)  # whose arms take a second a step
     draw = benchmark.draw_large
