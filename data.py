@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
-from common.cli import RUN, Parser, UserError, claim, count, on_stop, positive, refuse_inputs, run
+from common.cli import Parser, claim, count, on_stop, positive, refuse_inputs, refuse_overwrite, run
 from common.decode import default_dir
 from common.readers import read
 from common.splits import cross_split_duplicates, make_split, print_report, write_split
@@ -169,8 +169,7 @@ def main():
     if args.out:
         out = Path(args.out)
         refuse_inputs([out / "split.csv", out / "duplicates.csv"], args.data, args.split)
-        if there := [name for name in RUN if (out / name).exists()]:
-            raise UserError(f"{out}: has {there[0]}, of an earlier run; give another --out")
+        refuse_overwrite(out, None)
         claim(out)
     images = read(args.data, **options(args))
     images.decode(args.img_size, cache_dir(args.cache), args.skip_bad, args.dry_run)

@@ -180,18 +180,19 @@ def run_seed(job, args, seed, out):
     print(f"{name}: labels of {of}: {shown}")
     if args.dry_run and knn:
         return None
+    start_folder = partial(write, job, args, OUTPUTS if state is None else ())
     if not knn and (state is None or "rng" in state):
         metadata = {"script": "finetune.py", "args": vars(args), "seed": seed, "digest": job.digest}
         run = Run(out, job.device, job.amp, metadata, state, save_every=args.save_every)
         run.seconds_between_saves, run.normalization = 30, job.normalization
-        run.write = partial(write, job, args, OUTPUTS if state is None else ())
+        run.write = start_folder
         model, schedule = build(job), (args.patience, args.lr, args.min_lr, args.t_max)
         training = finetune(job, model, run, args.epochs, *schedule)
         if training is None:
             return None
         save_best(job, args, model, training)
     elif not args.dry_run:
-        write(job, args, OUTPUTS if state is None else ())
+        start_folder()
     test, training = nearest(job) if knn else tested(job)
     settings = {"ckpt": job.ckpt, "mode": args.mode, "frac": args.frac, "split_seed": args.seed}
     found = results.report(job, *test, settings | training)

@@ -171,10 +171,11 @@ def save_every(text):
 
 
 def refuse_overwrite(out, overwrite, names=RUN):
-    """Raise UserError if the folder holds one of the files and overwriting was not asked for."""
+    """Raise UserError if the folder holds one of the files. overwrite: bool; None: no such flag."""
     there = preview([name for name in names if (out / name).exists()])
     if there and not overwrite:
-        raise UserError(f"{out}: has {there} of an earlier run; give another --out or --overwrite")
+        ways = "another --out" + " or --overwrite" * (overwrite is not None)
+        raise UserError(f"{out}: has {there} of an earlier run; give {ways}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is not a folder (--out)")
 

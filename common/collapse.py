@@ -16,8 +16,9 @@ SHOWN |= {"cnn_knn_readout": "cnn k-NN", "vit_knn_readout": "vit k-NN", "agreeme
 
 
 def measures(x):
-    """{name: number}. spread: mean std of L2-normalized rows times sqrt(D), 0 for one vector, 1 for
-    random ones; effective_rank: as RankMe (arXiv 2210.02885), but of centred rows."""
+    """{name: number}. spread: mean std of the L2-normalized rows times sqrt(D), 0 for one vector, 1
+    for random ones; effective_rank: exp of the entropy of singular values, as RankMe (arXiv
+    2210.02885) but of centred rows: a common offset hides the rest."""
     spread = F.normalize(x, dim=1).std(0).mean() * x.shape[1] ** 0.5
     p = F.normalize(torch.linalg.svdvals(x - x.mean(0)), p=1, dim=0)
     return {"spread": spread.item(), "effective_rank": torch.special.entr(p).sum().exp().item()}
@@ -85,8 +86,7 @@ class Monitor:
 
 
 def flags(start, row):
-    """{"ARM_logits_collapsed": bool} of what Monitor measured before the first step and now: arms
-    may begin as narrow, and widen."""
+    """{"ARM_logits_collapsed": bool}: narrow, narrower than before the first step, not agreeing."""
     low = row.get("agreement", 1) < COLLAPSED_AGREEMENT
     limits = {x: min(COLLAPSED_SPREAD, start.get(x, 1)) for x in row if x.endswith("logits_spread")}
     return {x.replace("spread", "collapsed"): low and row[x] < y for x, y in limits.items()}

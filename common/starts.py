@@ -14,10 +14,10 @@ import torch
 from common import arms, checkpoint, distributed
 from common.cli import UserError, preview, refusing
 
-HISTORY = dict.fromkeys(("seen", "split"), torch.Tensor | None)  # of what weights were trained on
+HISTORY = dict.fromkeys(("seen", "split"), torch.Tensor | None)  # ours: what they were trained on
 WEIGHTS = dict(arch=str, arm=str, model_kwargs=dict, num_classes=int, img_size=int, mean=list)
-WEIGHTS |= dict(std=list, seed=int, data=dict, state_dict=dict, class_names=list | None, **HISTORY)
-WEIGHTS["temperature"] = float | None
+WEIGHTS |= dict(std=list, seed=int, data=dict, state_dict=dict, class_names=list | None)
+WEIGHTS |= dict(seen=torch.Tensor, split=torch.Tensor, temperature=float | None)
 BEST = dict(log=list, best_epoch=int, best_loss=float, best_val=dict, digest=int, temperature=float)
 TRAINING = {"args": dict, "epoch": int, "batch": int, "iteration": int, "loss": list, "log": list}
 TRAINING |= {"seconds": float, "rng": dict}
@@ -133,7 +133,6 @@ def from_checkpoint(path):
     build(weights, path)  # weights that do not fit are better known before the images are read
     start = SimpleNamespace(make=partial(build, weights, path), carried=carried_by(path, weights))
     start.seen, start.data, start.seed = map(weights.get, ("seen", "data", "seed"))
-    start.seen = start.carried[0, :0] if start.seen is None else start.seen
     start.metadata = {k: weights[k] for k in "arch arm model_kwargs img_size mean std".split()}
     return start
 
@@ -142,8 +141,7 @@ def carried_by(init, weights=None):
     """splits.carried() of what our weights files saw; empty for other weights. Raises UserError."""
     weights = weights or ({} if init in ("imagenet", "random") else checkpoint.load(init))
     check(init, weights, HISTORY)
-    split = weights.get("split")
-    return torch.zeros(2, 0, dtype=torch.int64) if split is None else split
+    return torch.zeros(2, 0, dtype=torch.int64) if (x := weights.get("split")) is None else x
 
 
 def from_name(arch, init, img_size, model_kwargs):

@@ -340,11 +340,11 @@ def correlation_rows(rows):
     return sorted(found, key=lambda x: -x[3])
 
 
-def correlations_table(rows):
+def correlations_table(found):
+    """found: correlation_rows(), not empty."""
     header = ["measure", "brain MRI: CNN", "ViT", "mean", "HAM10000: mean (95 % interval)"]
-    lines = [[key, *map(signed, x[:3]), shown(x[3:])] for key, *x in correlation_rows(rows)]
-    for line, name in zip(lines, ["**{}**"] + ["{}"] * len(lines)):
-        line[0] = name.format(line[0].replace("_", " "))
+    lines = [[x.replace("_", " "), *map(signed, y[:3]), shown(y[3:])] for x, *y in found]
+    lines[0][0] = f"**{lines[0][0]}**"
     return table(header, lines)
 
 
@@ -374,7 +374,7 @@ def report():
     rows = [row for row in dict.fromkeys([PAPERS, *roles.values()]) if row]
     chosen_row, best_row = roles["chosen objective"], roles["equation 1, best rate"]
     ready = [folder for folder in SETS if len(cells[folder].get(chosen_row, {})) > 1]
-    own = [row for row in dict.fromkeys([PAPERS, best_row, chosen_row]) if row]
+    own = [row for row in rows if row != roles["DINO"]]
     parts = [
         "# What pre-training is worth from pre-trained arms",
         "Made by `python tests/evidence.py report` from the cells; how it was planned: "
@@ -435,14 +435,14 @@ def report():
         for row in (BASE, PAPERS):
             alike = {row: cells["brain_mri"][row], "random weights": cells["random"].get(row, {})}
             parts.append(differences_table(views, FRACS, alike, ["random weights"], row))
-    if correlation_rows(own):
+    if found := correlation_rows(own):
         parts += [
             "## Which label-free measure orders runs as the fine-tuned score does?",
             f"Spearman's correlation with the mean of the scores at 1 and 10 %, over the "
             f"{len(own) + 1} runs of a seed ({', '.join((BASE, *own))}), the mean of the seeds. "
             "So few runs of so few methods: the intervals say how it varies with seeds, not with "
             "other methods. In bold: the first on brain MRI, and intervals that exclude zero.",
-            correlations_table(own),
+            correlations_table(found),
         ]
     parts += [
         "## Trials",

@@ -805,6 +805,16 @@ def test_the_owner_s_two_commands(tmp_path, folder, monkeypatch):
     assert (tmp_path / "finetune_cnn_0.5/metrics.json").exists()
 
 
+def test_weights_that_do_not_say_what_they_saw_are_refused(pretrained, script):
+    """As the earliest files are: an image of their training could be drawn for testing."""
+    file = pretrained / "cnn.pt"
+    weights = torch.load(file, weights_only=True)
+    for key in ("split", "seen"):
+        torch.save({k: x for k, x in weights.items() if k != key}, file)
+        status, _, err = script(finetune, "--ckpt", file, "--epochs", 1)
+        assert status == 2 and f"outdated: {key} missing" in one_line(err)
+
+
 ODD = "--img-size 32 --init random --epochs 1".split()
 DISTILLED = "patch_size=16 embed_dim=24 depth=1 num_heads=1".split()
 

@@ -267,6 +267,19 @@ def estimate(args, jobs, images):
     print(f"{len(todo)} runs, about {hours:.1f} hours if none stops early", flush=True)
 
 
+def unfinished(args, jobs):
+    """{file: (its record so far, job)} of the jobs that have no finished cell."""
+    found = {}
+    for row, seed, runs in jobs:
+        cell = {"data": args.name, "row": row.label, "seed": seed, "status": "done"}
+        cell["commands"] = [portable(args, shown(*run)) for run in runs]
+        name = re.sub(r"[^\w.-]+", "_", f"{args.name}_{row.label}_seed{seed}")
+        file = args.out / "cells" / f"{name}.json"
+        if not file.exists() or not cell.items() <= read_json(file).items():
+            found[file] = cell, (row, seed, runs)
+    return found
+
+
 def main():
     parser = cli.Parser(__doc__ + "\n".join(table["title"] for table in PAPER["tables"].values()))
     add = parser.add_argument
@@ -280,7 +293,7 @@ def main():
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
     add("--metric", choices=results.SCORES, help="in table.md (macro_f1; 5: balanced_accuracy)")
     add("--out", metavar="DIR", help="folder of the table (default: runs/tableN)")
-    add("--work", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
+    add("--work", default="runs", metavar="DIR", help="folder of the runs")
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
     add("--dry-run", action="store_true", help="print every command and an estimate of the time")
     args = parser.parse_args()
@@ -315,14 +328,7 @@ def main():
         raise cli.UserError(f"{args.out}: is of another configuration, or code; give another --out")
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
     write_json(file, config)
-    cells, machine, errors = {}, hardware(args.device), 0  # {file: (cell, job)} of what is to do
-    for row, seed, runs in jobs:
-        cell = {"data": args.name, "row": row.label, "seed": seed, "status": "done"}
-        cell["commands"] = [portable(args, shown(*run)) for run in runs]
-        name = re.sub(r"[^\w.-]+", "_", f"{args.name}_{row.label}_seed{seed}")
-        file = args.out / "cells" / f"{name}.json"
-        if not file.exists() or not cell.items() <= read_json(file).items():
-            cells[file] = cell, (row, seed, runs)
+    cells, machine, errors = unfinished(args, jobs), hardware(args.device), 0
     if cells:
         estimate(args, [job for _, job in cells.values()], images)
     bar = cli.progress(cells.items(), "cell", desc=f"table {args.table}")

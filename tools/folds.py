@@ -99,14 +99,14 @@ def main():
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     data.add_arguments(parser)
-    add("--folds", type=cli.positive, default=5, metavar="K", help="how many (default: 5)")
+    add("--folds", type=cli.positive, default=5, metavar="K", help="how many")
     add("--seed", type=cli.count, default=0, help="of the folds and of all that follows")
     add("--img-size", type=cli.positive, default=384, help="side of the images")
     add("--finetune", default="", metavar="FLAGS", help="for finetune.py, in quotes")
     add("--device", default="auto", help="auto: CUDA, then MPS, then the CPU")
     add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="autocast precision")
     add("--dry-run", action="store_true", help="say how long it takes, and stop")
-    add("--out", default="folds", metavar="DIR", help="output folder (default: folds)")
+    add("--out", default="folds", metavar="DIR", help="output folder")
     args, args.pretrain = parser.parse_known_args()
     if args.split or args.data is None or args.folds < 2 or "--seeds" in args.finetune:
         parser.error("give --data, 2 --folds or more, no --split, which is drawn, and no --seeds")
