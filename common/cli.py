@@ -1,6 +1,7 @@
 """What the commands share: one-line errors, exit statuses, argument types, device and precision."""
 
 import argparse
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -88,6 +89,15 @@ def explain(error):
     return 1, "failed as shown above; what was written is whole, --resume goes on from last.pt"
 
 
+@atexit.register
+def _end_loaders():
+    """Kill the loader processes: they ignore the signal by which Python would end them."""
+    if hasattr(signal, "SIGCHLD"):  # torch's handler would raise as they die
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in [x for x in multiprocessing.active_children() if x.daemon]:
+        child.kill()
+
+
 def run(main):
     """Call main() and exit: 0 done, 2 wrong use or bad data, 1 failed, 128 + n by signal n."""
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
@@ -97,13 +107,11 @@ def run(main):
     with _afterwards:
         try:
             main()
+            _end_loaders()
             sys.stdout.flush()
             return distributed.stop()
         except (Exception, Stopped) as error:
-            if hasattr(signal, "SIGCHLD"):  # torch's handler would raise as a loader process dies
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for child in multiprocessing.active_children():  # they ignore all signals but this
-                child.kill()
+            _end_loaders()
             if isinstance(error, BrokenPipeError):  # `| head` has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(1)

@@ -45,7 +45,7 @@ def seconds_per_step(step, batch, model, device, amp):
     return seconds
 
 
-@dataclass
+@dataclass(repr=False)  # signal.signal() makes one of its handler and would print the tensors
 class Run:
     """One training run in a folder."""
 

@@ -295,6 +295,24 @@ def test_an_image_changed_under_its_old_size_and_time_is_noticed(tmp_path):
 FORKED = ["--workers", 2]
 
 
+def test_loader_processes_end_with_a_run_that_is_done(folder, tmp_path):
+    """They ignore the signal that exit sends them."""
+    arguments = ["--data", folder, *TINY, *FORKED, "--out", tmp_path / "run"]
+    status, err = patched("pretrain", "", tmp_path, *arguments, timeout=60)
+    assert status == 0, err
+
+
+def test_loader_processes_end_with_a_program_that_uses_the_loader(tmp_path):
+    code = """import torch, data
+dataset = [torch.zeros(3, 8, 8)] * 9
+batches = torch.utils.data.BatchSampler(range(9), 3, False)
+loader = data.loader(dataset, batches, torch.device("cpu"), workers=2)
+assert len([*loader]) == 3"""
+    process = begin(code, tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
 def test_a_killed_loader_process_ends_the_run_in_one_line(folder, tmp_path):
     patch = "data.AugmentedImages.__getitem__ = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
     patch += "script.Run.announce = lambda *a, **k: True"
