@@ -2,7 +2,7 @@
 # What this project has not measured, since no GPU was at hand: half an hour on one of 80 GB.
 #
 #   bash tests/gpu.sh DATA ARMS OUT    (brain MRI; what tests/pretrained_arms.py wrote; a new folder)
-#   TINY=1 bash tests/gpu.sh ...       (the same commands at a tiny size, on a CPU, a few images)
+#   TINY=1 bash tests/gpu.sh ...       (on a CPU, a few images: small arms, then the rows at 84 px)
 #
 # Writes to OUT: gpu_tests.txt, step.json (our loop beside the notebook's, share of peak, memory),
 # times/ (DINO beside CASS, the paper's arms and size, 333 images), gpu/ (three rows of the protocol
@@ -18,9 +18,10 @@ end=$(($(date +%s) + 60 * ${MINUTES:-28}))
 left() { echo $((end - $(date +%s) > 0 ? end - $(date +%s) : 1)); }
 split="--split $root/results/pretrained/brain_mri.csv" few="--split $root/results/times/split.csv"
 tests="tests/test_cass.py tests/test_losses.py tests/test_swa.py tests/test_resume.py"
-step="--preset paper --steps 20 --workers 8" times="$few --epochs 3" more=""
-[ "${TINY:-}" ] && tests="tests/test_losses.py" step="--preset small --steps 2" split=""
-[ "${TINY:-}" ] && times="--scale small --epochs 1" more="--fracs 0.1 --epochs 1"
+step="--preset paper --steps 20 --workers 8" times="$few --epochs 3" rows=(--table gpu)
+[ "${TINY:-}" ] && tests="tests/test_losses.py" step="--preset small --steps 2" split="" && \
+  times="--scale small --epochs 1" rows=(--table pretrained --fracs 0.1 --epochs 1 --only \
+  "direct use" "equation 1, 1e-3" "recipe: anchor")
 
 # of these tests --device auto takes the GPU
 (cd "$root" && timeout 240 python -m pytest -q $tests > "$out/gpu_tests.txt" 2>&1) || failed=1
@@ -29,7 +30,7 @@ tail -n 1 gpu_tests.txt
 timeout "$(left)" python -m tools.experiments --table times_paper --data "$data" $times \
   --seeds 0 1 2 --out times --work runs || failed=1
 for seed in 0 1 2 3 4 5 6 7 8 9; do
-  timeout "$(left)" python -m tools.experiments --table gpu --data "$data" $split $more \
+  timeout "$(left)" python -m tools.experiments "${rows[@]}" --data "$data" $split \
     --seeds $seed --out gpu --work runs
   status=$?
   [ $status -eq 124 ] && break # out of time
