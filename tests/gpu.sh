@@ -2,7 +2,7 @@
 # What this project has not measured, since no GPU was at hand: half an hour on one of 80 GB.
 #
 #   bash tests/gpu.sh DATA ARMS OUT    (brain MRI; what tests/pretrained_arms.py wrote; a new folder)
-#   TINY=1 bash tests/gpu.sh ...       (on a CPU, a few images: small arms, then the rows at 84 px)
+#   TINY=1 bash tests/gpu.sh ...       (on a CPU, 600 images: small arms, then the rows at 84 px)
 #
 # Writes to OUT: gpu_tests.txt, step.json (our loop beside the notebook's, share of peak, memory),
 # times/ (DINO beside CASS, the paper's arms and size, 333 images), gpu/ (three rows of the protocol
