@@ -2,7 +2,7 @@
 # What this project has not measured, since no GPU was at hand: half an hour on one of 80 GB.
 #
 #   bash tests/gpu.sh DATA ARMS OUT    (brain MRI; what tests/pretrained_arms.py wrote; a new folder)
-#   TINY=1 bash tests/gpu.sh ...       (on a CPU, 600 images: small arms, then the rows at 84 px)
+#   TINY=1 bash tests/gpu.sh ...       (on a CPU, a few images: small arms, then the rows at 84 px)
 #
 # Writes to OUT: gpu_tests.txt, step.json (our loop beside the notebook's, share of peak, memory),
 # times/ (DINO beside CASS, the paper's arms and size, 333 images), gpu/ (three rows of the protocol
@@ -18,25 +18,25 @@ end=$(($(date +%s) + 60 * ${MINUTES:-28}))
 left() { echo $((end - $(date +%s) > 0 ? end - $(date +%s) : 1)); }
 split="--split $root/results/pretrained/brain_mri.csv" few="--split $root/results/times/split.csv"
 tests="tests/test_cass.py tests/test_losses.py tests/test_swa.py tests/test_resume.py"
-step="--preset paper --steps 20 --workers 8" times="$few --epochs 3" rows=(--table gpu)
+step="--preset paper --steps 20 --workers 8" times="$few --epochs 3" rows=(--table gpu) fracs=""
 [ "${TINY:-}" ] && tests="tests/test_losses.py" step="--preset small --steps 2" split="" && \
   times="--scale small --epochs 1" rows=(--table pretrained --fracs 0.1 --epochs 1 --only \
-  "direct use" "equation 1, 1e-3" "recipe: anchor")
+  "direct use" "equation 1, 1e-3" "recipe: anchor") fracs="--fracs 0.1 1"
 
 # of these tests --device auto takes the GPU
 (cd "$root" && timeout 240 python -m pytest -q $tests > "$out/gpu_tests.txt" 2>&1) || failed=1
 tail -n 1 gpu_tests.txt
 [ -e step.json ] || timeout "$(left)" python -m tools.benchmark step $step --out step.json || failed=1
 timeout "$(left)" python -m tools.experiments --table times_paper --data "$data" $times \
-  --seeds 0 1 2 --out times --work runs || failed=1
+  --seeds 0 1 2 --out times --work timed || failed=1
 for seed in 0 1 2 3 4 5 6 7 8 9; do
   timeout "$(left)" python -m tools.experiments "${rows[@]}" --data "$data" $split \
     --seeds $seed --out gpu --work runs
   status=$?
   [ $status -eq 124 ] && break # out of time
   [ $status -eq 0 ] || failed=1
-  python "$root/tests/readouts.py" runs && python "$root/tests/evidence.py" collect gpu/cells runs || failed=1
+  python "$root/tests/readouts.py" runs $fracs && python "$root/tests/evidence.py" collect gpu/cells runs || failed=1
   [ "${TINY:-}" ] && break
 done
-[ $failed -eq 0 ] && rm -rf runs cache arms
+[ $failed -eq 0 ] && rm -rf runs timed cache arms
 exit $failed

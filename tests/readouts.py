@@ -23,7 +23,7 @@ from common.checkpoint import atomic_open, write_json
 from common.metrics import measures
 from common.run import on_device
 
-FRACS, ARMS, CPU = (0.01, 0.1, 1.0), ("cnn", "vit"), torch.device("cpu")
+ARMS, CPU = ("cnn", "vit"), torch.device("cpu")
 VIEWED, VIEWS = 200, 10  # training images whose augmented views are kept, too
 
 
@@ -49,8 +49,8 @@ def embed(model, images, index, transform=None):
     return collapse.embed(model, on_device(loader, CPU))[0].flatten(1)
 
 
-def readouts(folder, draws):
-    """Write the files of one folder."""
+def readouts(folder, draws, fracs):
+    """Write the files of one folder. fracs: of the labels."""
     starting, found, arrays = starts.from_checkpoint(folder / "cnn.pt"), {}, {}
     options, size = dict(starting.data), starting.metadata["img_size"]
     path, cache, _ = (options.pop(key) for key in ("data", "cache", "dedup"))
@@ -59,7 +59,7 @@ def readouts(folder, draws):
     split = splits.make_split(images, starting.seed)
     index = {side: np.flatnonzero(split == side) for side in splits.SIDES}
     used = {}  # (fraction, draw): of the training images
-    for frac, draw in product(FRACS, range(draws)):
+    for frac, draw in product(fracs, range(draws)):
         if frac < 1 or draw == 0:
             mask = splits.label_fraction(
                 images, split == "train", frac, 1000 * starting.seed + draw
@@ -94,12 +94,13 @@ def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--draws", type=cli.positive, default=20)
+    parser.add_argument("--fracs", nargs="+", type=cli.fraction, default=[0.01, 0.1, 1.0])
     args = parser.parse_args()
     for mark in sorted(args.runs.glob("*/finished")):
         folder, claimed = mark.parent, mark.parent / "readouts"
         if (folder / "cnn.pt").exists() and not claimed.exists():
             claimed.mkdir()  # for this process, where several run
-            readouts(folder, args.draws)
+            readouts(folder, args.draws, args.fracs)
 
 
 if __name__ == "__main__":

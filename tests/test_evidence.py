@@ -157,10 +157,9 @@ def test_readouts_equal_scikit_learn(pretrained, folder, tmp_path, script, monke
     expected = f1_score([0, 1, 2, 0], [0, 2, 2, 0], average="macro", zero_division=0)
     assert readouts.macro_f1(labels, p) == pytest.approx(expected)
 
-    monkeypatch.setattr(readouts, "FRACS", (0.5, 1.0))
     monkeypatch.setattr(readouts, "VIEWED", 4)
     (pretrained / "finished").touch()
-    status, _, err = script(readouts, tmp_path, "--draws", 2)
+    status, _, err = script(readouts, tmp_path, "--draws", 2, "--fracs", 0.5, 1)
     assert status == 0, err
     found = json.loads((pretrained / "readouts.json").read_text())
     assert set(found["cnn"]) == {"knn|0.5", "linear|0.5", "knn|1", "linear|1"}
