@@ -85,7 +85,7 @@ class EpochBatches(Sampler):
 
 
 def _ignore_signals(_):
-    on_stop(signal.SIG_IGN)  # they may reach the whole process group
+    on_stop(signal.SIG_IGN)  # they may reach the whole process group; cli kills what is left
 
 
 def loader(dataset, batches, device, workers=None):

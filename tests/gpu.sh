@@ -19,9 +19,11 @@ left() { echo $((end - $(date +%s) > 0 ? end - $(date +%s) : 1)); }
 split="--split $root/results/pretrained/brain_mri.csv" few="--split $root/results/times/split.csv"
 tests="tests/test_cass.py tests/test_losses.py tests/test_swa.py tests/test_resume.py"
 step="--preset paper --steps 20 --workers 8" times="$few --epochs 3" rows=(--table gpu) fracs=""
-[ "${TINY:-}" ] && tests="tests/test_losses.py" step="--preset small --steps 2" split="" && \
-  times="--scale small --epochs 1" rows=(--table pretrained --fracs 0.1 --epochs 1 --only \
-  "direct use" "equation 1, 1e-3" "recipe: anchor") fracs="--fracs 0.1 1"
+if [ "${TINY:-}" ]; then
+  tests="tests/test_losses.py" step="--preset small --steps 2" split="" fracs="--fracs 0.1 1"
+  times="--scale small --epochs 1" rows=(--table pretrained --fracs 0.1 --epochs 1 --only)
+  rows+=("direct use" "equation 1, 1e-3" "recipe: anchor")
+fi
 
 # of these tests --device auto takes the GPU
 (cd "$root" && timeout 240 python -m pytest -q $tests > "$out/gpu_tests.txt" 2>&1) || failed=1

@@ -275,13 +275,12 @@ def figures():
 
     compared = evidence.primary(evidence.chosen()["chosen objective"])
     n = min(difference[4] for _, _, _, difference, *_ in compared)
-    k = sum(verdict in ("better", "worse") for *_, verdict in compared)
     shown = [
-        f"{evidence.SETS[x[0]]}, {evidence.percent(x[1])}: {evidence.shown(x[3])}"
-        for x in compared
-        if x[5] in ("better", "worse")
+        f"{evidence.SETS[folder]}, {evidence.percent(frac)}: {evidence.shown(difference)}"
+        for folder, frac, _, difference, _, verdict in compared
+        if verdict in ("better", "worse")
     ]
-    shown = "; ".join(shown).replace("*", "")
+    k, shown = len(shown), "; ".join(shown).replace("*", "")
     yield README, "After {} of its seeds, our best setting", (n,)
     yield README, "in {} of the four comparisons named in advance: {} macro F1", (k, shown)
     text = "differences in {1} of four named comparisons ({2}); being measured, by a "
